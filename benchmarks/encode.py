@@ -1,0 +1,149 @@
+"""Time of one window through each BrainLM encoder, beside its matrix products alone.
+
+The products are the very same ones (each linear layer's and each attention's shapes, with the
+network's own weights) run back to back. Weights are random, the sizes official. Repeats of both
+are interleaved and medians printed, so that a busy machine disturbs the ratio little.
+
+Example: python benchmarks/encode.py --sizes 111m --precisions float32
+"""
+
+import argparse
+import statistics
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bids_brainfm.models.encoder import Encoder, resolve_device
+from bids_brainfm.models.layers import Attention
+from bids_brainfm.models.weights import build, initialise
+
+WINDOW = {'num_brain_voxels': 424, 'num_timepoints_per_voxel': 200, 'num_channels': 3}
+DECODER = {
+    'decoder_hidden_size': 512,
+    'decoder_num_hidden_layers': 1,  # only the encoder is timed
+    'decoder_num_attention_heads': 4,
+    'decoder_intermediate_size': 1024,
+}
+COMMON = WINDOW | DECODER | {'layer_norm_eps': 1e-12}
+
+
+def sizes(hidden: int, layers: int, heads: int, intermediate: int) -> dict:
+    return {
+        'hidden_size': hidden,
+        'num_hidden_layers': layers,
+        'num_attention_heads': heads,
+        'intermediate_size': intermediate,
+    }
+
+
+CONFIGS = {
+    '13m': COMMON
+    | sizes(512, 4, 4, 1024)
+    | {'model_type': 'brainlm_mae', 'patch_size': 16, 'timepoint_patching_size': 20}
+    | {'conv_kernel_size': 65},
+    '111m': COMMON
+    | sizes(768, 12, 12, 3072)
+    | {'model_type': 'vit_mae', 'image_size': [432, 432], 'patch_size': 16},
+    '650m': COMMON
+    | sizes(1280, 32, 16, 5120)
+    | {'model_type': 'vit_mae', 'image_size': [434, 434], 'patch_size': 14},
+}
+
+
+def products(encoder: Encoder, windows: np.ndarray) -> list:
+    """Record the matrix products of one pass; return one function per product."""
+    calls, hooks, buffers = [], [], {}
+
+    def buffer(name, like):
+        """One tensor per role and shape, so that the products find it in the cache."""
+        key = name, like.shape
+        if key not in buffers:
+            buffers[key] = torch.randn_like(like)
+        return buffers[key]
+
+    def linear(module, inputs, output):
+        x, out = buffer('x', inputs[0]).flatten(0, -2), buffer('out', output).flatten(0, -2)
+        calls.append(lambda: torch.mm(x, module.weight.t(), out=out))
+
+    def attention(module, inputs, output):
+        q, k, v = (module.split(buffer(name, inputs[0])) for name in 'qkv')
+        calls.append(lambda: F.scaled_dot_product_attention(q, k, v))
+
+    for module in encoder.network.modules():
+        if isinstance(module, nn.Linear):
+            hooks.append(module.register_forward_hook(linear))
+        elif isinstance(module, Attention):
+            hooks.append(module.register_forward_hook(attention))
+    encoder.encode(windows)
+    for hook in hooks:
+        hook.remove()
+    return calls
+
+
+def measure(encoder: Encoder, windows: np.ndarray, repeats: int) -> tuple[float, float]:
+    """Return median seconds of encoding and of the products alone."""
+
+    def run_products():
+        for product in calls:
+            product()
+        if encoder.device.type == 'cuda':
+            torch.cuda.synchronize()
+
+    with torch.inference_mode():
+        calls = products(encoder, windows)
+        run_products()
+        taken = {'encode': [], 'products': []}
+        for _ in range(repeats):
+            for name, job in [
+                ('encode', lambda: encoder.encode(windows)),
+                ('products', run_products),
+            ]:
+                start = time.perf_counter()
+                job()
+                taken[name].append(time.perf_counter() - start)
+    return statistics.median(taken['encode']), statistics.median(taken['products'])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--sizes', nargs='+', choices=CONFIGS, default=list(CONFIGS))
+    parser.add_argument(
+        '--precisions',
+        nargs='+',
+        choices=['float32', 'bfloat16'],
+        default=['float32', 'bfloat16'],
+    )
+    parser.add_argument('--device', choices=['auto', 'cpu', 'cuda'], default='cpu')
+    parser.add_argument('--windows', type=int, default=1, help='windows per call (default 1)')
+    parser.add_argument('--repeats', type=int, default=7)
+    parser.add_argument('--threads', type=int, help="default: PyTorch's")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = resolve_device(args.device)
+
+    print(f'{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}')
+    print('size\tprecision\tseconds per window\tproducts alone\tratio')
+    rng = np.random.default_rng(0)
+    windows = rng.standard_normal((args.windows, 424, 200), dtype=np.float32)
+    xyz = rng.uniform(-70, 70, (424, 3)).astype(np.float32)
+    for size in args.sizes:
+        for precision in args.precisions:
+            network = initialise(build(CONFIGS[size]), seed=0)
+            encoder = Encoder(network, None, xyz, device, precision, size)
+            whole, alone = measure(encoder, windows, args.repeats)
+            per_window = [seconds / args.windows for seconds in (whole, alone)]
+            print(
+                f'{size}\t{precision}\t{per_window[0]:.4f}\t{per_window[1]:.4f}'
+                f'\t{whole / alone:.3f}',
+                flush=True,
+            )
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,1 @@
+"""Atlases: parcels with names and places, their images by space, fetching and checking."""

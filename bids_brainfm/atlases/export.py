@@ -1,0 +1,52 @@
+"""Put the atlas that was used beside the outputs, as a BIDS atlas dataset."""
+
+import shutil
+from pathlib import Path
+
+from bids_brainfm.atlases.atlas import Atlas, AtlasImage
+from bids_brainfm.bids.writing import atomic, write_json, write_table
+
+
+def export_atlas(output: Path, atlas: Atlas, image: AtlasImage) -> Path:
+    """Copy an image of the atlas and its table under ``sourcedata/atlases``, once.
+
+    Parameters
+    ----------
+    output : Path
+        The output dataset.
+    atlas : Atlas
+    image : AtlasImage
+        The image that was used.
+
+    Returns
+    -------
+    Path
+        The copy of the image.
+    """
+    folder = output / 'sourcedata' / 'atlases'
+    version = 'den-91k' if image.resolution is None else f'res-{round(image.resolution):02d}'
+    stem = f'tpl-{image.space}_atlas-{atlas.name}_{version}_dseg'
+    extension = '.nii' if image.path.name.endswith('.nii') else '.nii.gz'
+    if image.resolution is None:
+        extension = '.dlabel.nii'
+    copy = folder / f'tpl-{image.space}' / f'{stem}{extension}'
+    if copy.is_file() and copy.stat().st_size == image.path.stat().st_size:
+        return copy
+    write_json(
+        folder / f'atlas-{atlas.name}_description.json',
+        {
+            'Name': atlas.name,
+            'License': atlas.licence,
+            'ReferencesAndLinks': atlas.citation,
+            'BIDSVersion': '1.10.1',
+        },
+    )
+    table = copy.with_name(f'{stem}.tsv')
+    write_table(table, {name: column.tolist() for name, column in atlas.table().items()})
+    write_json(
+        table.with_suffix('.json'),
+        {'Description': f'{atlas.name} in {image.space}', 'Provenance': image.provenance},
+    )
+    with atomic(copy) as temporary:
+        shutil.copyfile(image.path, temporary)
+    return copy

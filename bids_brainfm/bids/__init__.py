@@ -1,0 +1,1 @@
+"""Reading fMRIPrep derivatives, naming and writing ours."""

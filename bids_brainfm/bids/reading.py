@@ -1,0 +1,375 @@
+"""Find the runs of an fMRIPrep derivatives dataset and what belongs to each."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bids_brainfm.errors import BrainfmError
+
+# Entities that name a version of the same recording, not another recording
+VERSION_ENTITIES = ('space', 'cohort', 'res', 'den', 'desc')
+LONG_NAMES = {
+    'acq': 'acquisition',
+    'ce': 'ceagent',
+    'den': 'density',
+    'dir': 'direction',
+    'rec': 'reconstruction',
+    'res': 'resolution',
+    'ses': 'session',
+    'sub': 'subject',
+}
+FMRIPREP_FLAGS = {
+    'MNI152NLin6Asym': '--output-spaces MNI152NLin6Asym:res-2',
+    'MNI152NLin2009cAsym': '--output-spaces MNI152NLin2009cAsym:res-2',
+    'fsLR': '--cifti-output 91k',
+}
+
+
+@dataclass(frozen=True)
+class BoldRun:
+    """One preprocessed run, in the space it is read in, and its companions.
+
+    Attributes
+    ----------
+    name : str
+        The file name up to the task, acquisition and run, e.g. ``sub-01_task-rest_run-01``.
+    entities : dict of str to str
+        BIDS entities by their short names, in the order of the file name.
+    dataset : str
+        Name of the input dataset (BIDS URIs use it).
+    root, bold : Path
+        The input dataset, and the BOLD file in it.
+    mask, sidecar, confounds, confounds_json : Path or None
+        Companions, None where the file does not exist.
+    """
+
+    name: str
+    entities: dict = field(hash=False)
+    dataset: str
+    root: Path
+    bold: Path
+    mask: Path | None
+    sidecar: Path | None
+    confounds: Path | None
+    confounds_json: Path | None
+
+    @property
+    def subject(self) -> str:
+        """Participant's label, without ``sub-``."""
+        return self.entities['sub']
+
+    @property
+    def space(self) -> str:
+        """Label of the template space."""
+        return self.entities['space']
+
+    @property
+    def is_cifti(self) -> bool:
+        """Whether the run is a CIFTI series of grayordinates."""
+        return self.bold.name.endswith('.dtseries.nii')
+
+    def companions(self) -> dict[str, Path]:
+        """Existing files that the outputs of this run depend on, by role."""
+        roles = ('bold', 'mask', 'sidecar', 'confounds', 'confounds_json')
+        return {role: path for role in roles if (path := getattr(self, role)) is not None}
+
+    def uri(self, path: Path) -> str:
+        """BIDS URI of a file of the input dataset."""
+        return f'bids:{self.dataset}:{path.relative_to(self.root).as_posix()}'
+
+
+def parse_name(name: str) -> tuple[dict[str, str], str, str]:
+    """Split a BIDS file name into entities, suffix and extension.
+
+    >>> parse_name('sub-01_task-rest_run-01_space-fsLR_den-91k_bold.dtseries.nii')[0]
+    {'sub': '01', 'task': 'rest', 'run': '01', 'space': 'fsLR', 'den': '91k'}
+    >>> parse_name('sub-01_task-rest_bold.nii.gz')[1:]
+    ('bold', '.nii.gz')
+    """
+    stem, dot, extension = name.partition('.')
+    *pairs, suffix = stem.split('_')
+    entities = dict(pair.split('-', 1) for pair in pairs if '-' in pair)
+    return entities, suffix, dot + extension
+
+
+def join_name(entities: dict[str, str], suffix: str = '', extension: str = '') -> str:
+    """Join entities, in their order, to a file name.
+
+    >>> join_name({'sub': '01', 'task': 'rest'}, 'bold', '.json')
+    'sub-01_task-rest_bold.json'
+    """
+    parts = [f'{key}-{value}' for key, value in entities.items()] + ([suffix] if suffix else [])
+    return '_'.join(parts) + extension
+
+
+def is_derivative(folder: Path) -> bool:
+    """Whether a folder's description says that it holds derivatives."""
+    description = read_description(folder)
+    return description.get('DatasetType') == 'derivative' or 'GeneratedBy' in description
+
+
+def read_description(folder: Path) -> dict:
+    """Read ``dataset_description.json``.
+
+    Raises
+    ------
+    BrainfmError
+        The folder or the file is missing, or is not JSON.
+    """
+    path = folder / 'dataset_description.json'
+    if not folder.is_dir():
+        raise BrainfmError(f'The input {folder} is not a folder: check the path.')
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise BrainfmError(
+            f'{path} is missing, so {folder} is not a BIDS dataset: give the folder that '
+            f'fMRIPrep wrote, the one with dataset_description.json in it.'
+        ) from None
+    except (ValueError, OSError) as error:
+        raise BrainfmError(f'{path} is not readable JSON ({error}): restore the file.') from None
+
+
+def find_datasets(bids_dir: Path, derivatives: dict[str, str]) -> dict[str, Path]:
+    """Name the fMRIPrep datasets to read.
+
+    Parameters
+    ----------
+    bids_dir : Path
+        fMRIPrep derivatives, or a raw dataset with ``derivatives/fmriprep`` inside.
+    derivatives : dict
+        Name and path of datasets to read in its place.
+
+    Returns
+    -------
+    dict of str to Path
+    """
+    if derivatives:
+        datasets = {name: Path(path) for name, path in derivatives.items()}
+        for folder in datasets.values():
+            read_description(folder)
+        return datasets
+    if is_derivative(bids_dir):
+        return {'preprocessed': bids_dir}
+    nested = bids_dir / 'derivatives' / 'fmriprep'
+    if nested.is_dir():
+        read_description(nested)
+        return {'fmriprep': nested}
+    raise BrainfmError(
+        f'{bids_dir} is a raw BIDS dataset without derivatives/fmriprep: run fMRIPrep first, or '
+        f'name its output with --derivatives fmriprep=PATH.'
+    )
+
+
+def index(root: Path, participants: tuple[str, ...], database_dir: Path):
+    """Index a dataset with PyBIDS, without metadata, other participants or anatomy.
+
+    The index is kept in `database_dir`, never in the dataset.
+
+    Raises
+    ------
+    BrainfmError
+        A participant is unknown (the known ones are named), or there is none.
+    """
+    known = sorted(p.name.removeprefix('sub-') for p in root.glob('sub-*') if p.is_dir())
+    unknown = sorted(set(participants) - set(known))
+    if unknown or not known:
+        raise BrainfmError(
+            f'{"Participant " + ", ".join(unknown) if unknown else "No participant"} found in '
+            f'{root}'
+            + (f'; it has {", ".join(known)}.' if known else ': there is no sub-* folder.')
+        )
+
+    from bids.layout import BIDSLayout, BIDSLayoutIndexer
+
+    ignore = ['code', 'logs', 'sourcedata', 'derivatives']
+    ignore.append(re.compile(r'/(anat|dwi|figures|fmap|log)/'))
+    if participants:
+        wanted = '|'.join(re.escape(label) for label in participants)
+        ignore.append(re.compile(rf'/sub-(?!({wanted})(/|$))'))
+    indexer = BIDSLayoutIndexer(validate=False, index_metadata=False, ignore=ignore)
+    return BIDSLayout(
+        root,
+        validate=False,
+        config=['bids', 'derivatives'],
+        database_path=database_dir,
+        indexer=indexer,
+    )
+
+
+def _same(found: str | None, wanted) -> bool:
+    """Whether a label is what a filter asks for; ``01`` and ``1`` are the same run."""
+    if wanted is None:
+        return found is None
+    if wanted == '*':
+        return found is not None
+    if isinstance(wanted, (list, tuple)):
+        return any(_same(found, one) for one in wanted)
+    if found is None:
+        return False
+    found, wanted = str(found), str(wanted)
+    if found.isdigit() and wanted.isdigit():
+        return int(found) == int(wanted)
+    return found == wanted
+
+
+def read_filters(path: Path | None) -> dict:
+    """Filters of a ``--bids-filter-file`` for BOLD files: entity to value.
+
+    Raises
+    ------
+    BrainfmError
+        The file is not JSON of the form ``{"bold": {entity: value}}``.
+    """
+    if path is None:
+        return {}
+    try:
+        filters = json.loads(path.read_text())['bold']
+        return dict(filters)
+    except (ValueError, TypeError, KeyError):
+        raise BrainfmError(
+            f'--bids-filter-file {path} is not JSON of the form {{"bold": {{"acquisition": '
+            f'"mb8"}}}}: mend the file.'
+        ) from None
+
+
+def _is_candidate(entities: dict, extension: str) -> bool:
+    """Whether a ``_bold`` file is a preprocessed series of the whole run in a standard space."""
+    if 'echo' in entities or entities.get('part', 'mag') != 'mag' or 'space' not in entities:
+        return False
+    if extension == '.dtseries.nii':
+        return entities['space'] == 'fsLR'
+    return extension in ('.nii', '.nii.gz') and entities.get('desc') == 'preproc'
+
+
+def _preference(entities: dict, spaces: tuple[str, ...]) -> tuple:
+    """Sort key of a candidate: the space's rank, then 2 mm, native and other resolutions."""
+    resolution = entities.get('res')
+    rank = {'2': 0, '02': 0, None: 1}.get(resolution, 2)
+    return spaces.index(entities['space']), rank, str(resolution)
+
+
+def _describe(entities: dict) -> str:
+    label = entities.get('space', 'native')
+    return label + (f' {entities["den"]}' if 'den' in entities else '')
+
+
+def find_runs(layout, dataset: str, spaces: tuple[str, ...], filters: dict):
+    """Choose, for every recording, the file in the best space, and its companions.
+
+    Parameters
+    ----------
+    layout : bids.BIDSLayout
+        Index of the dataset.
+    dataset : str
+        Its name in BIDS URIs.
+    spaces : tuple of str
+        Spaces that will do, the best first (``fsLR`` means 91k grayordinates).
+    filters : dict
+        Entity (PyBIDS's long names or the short ones) to the value it must have: a label, a list
+        of labels, None (absent) or ``'*'`` (any).
+
+    Returns
+    -------
+    runs : list of BoldRun
+    without : dict of str to str
+        Name of every recording that has no file in these spaces, and the sentence that says so.
+    """
+    root = Path(layout.root)
+    recordings: dict[str, list] = {}
+    for path in sorted(layout.get(suffix='bold', return_type='filename')):
+        path = Path(path)
+        entities, _, extension = parse_name(path.name)
+        if 'nii' not in extension:
+            continue
+        by_name = entities | {LONG_NAMES.get(key, key): value for key, value in entities.items()}
+        if not all(_same(by_name.get(key), value) for key, value in filters.items()):
+            continue
+        stem = join_name(
+            {k: v for k, v in entities.items() if k not in (*VERSION_ENTITIES, 'echo', 'hemi')}
+        )
+        recordings.setdefault(stem, []).append((entities, extension, path))
+
+    runs, without = [], {}
+    for stem, files in recordings.items():
+        usable = [
+            (entities, path)
+            for entities, extension, path in files
+            if _is_candidate(entities, extension)
+            and entities['space'] in spaces
+            and entities.get('den', '91k') == '91k'
+        ]
+        if usable:
+            entities, path = min(usable, key=lambda item: _preference(item[0], spaces))
+            runs.append(_with_companions(stem, entities, path, dataset, root))
+        else:
+            found = sorted({_describe(entities) for entities, _, _ in files})
+            without[stem] = (
+                f'{stem} has no preprocessed BOLD in {" or ".join(spaces)} (found: '
+                f'{", ".join(found)}): run fMRIPrep again with '
+                f'{FMRIPREP_FLAGS.get(spaces[0], "--output-spaces " + spaces[0])}.'
+            )
+    return runs, without
+
+
+def _with_companions(stem: str, entities: dict, bold: Path, dataset: str, root: Path) -> BoldRun:
+    def existing(*names: str) -> Path | None:
+        return next((bold.parent / n for n in names if (bold.parent / n).exists()), None)
+
+    mask_entities = {k: v for k, v in entities.items() if k != 'desc'} | {'desc': 'brain'}
+    base = bold.name.partition('.')[0]
+    confounds = f'{stem}_desc-confounds'
+    return BoldRun(
+        name=stem,
+        entities=entities,
+        dataset=dataset,
+        root=root,
+        bold=bold,
+        mask=existing(
+            *(join_name(mask_entities, 'mask', extension) for extension in ('.nii.gz', '.nii'))
+        ),
+        # older fMRIPrep names the sidecar of grayordinates after the whole extension
+        sidecar=existing(f'{base}.json', f'{base}.dtseries.json'),
+        # up to 20.1 fMRIPrep called the table regressors
+        confounds=existing(f'{confounds}_timeseries.tsv', f'{confounds}_regressors.tsv'),
+        confounds_json=existing(f'{confounds}_timeseries.json', f'{confounds}_regressors.json'),
+    )
+
+
+def repetition_time(run: BoldRun) -> float:
+    """Repetition time in seconds, from the run's sidecar.
+
+    Raises
+    ------
+    BrainfmError
+        There is no sidecar, or no repetition time in it, or it cannot be in seconds.
+    """
+    if run.sidecar is None:
+        raise BrainfmError(
+            f'{run.name}: {run.bold.name} has no JSON sidecar beside it, which must give the '
+            f'RepetitionTime: copy it from the fMRIPrep output.'
+        )
+    try:
+        metadata = json.loads(run.sidecar.read_text())
+        tr = metadata.get('RepetitionTime')
+    except (ValueError, AttributeError) as error:
+        raise BrainfmError(
+            f'{run.name}: {run.sidecar.name} is not readable JSON ({error}): restore the file.'
+        ) from None
+    if tr is None and 'VolumeTiming' in metadata:
+        raise BrainfmError(
+            f'{run.name}: {run.sidecar.name} gives VolumeTiming instead of RepetitionTime, and '
+            f'unevenly spaced volumes cannot be windowed: leave this run out.'
+        )
+    if isinstance(tr, bool) or not isinstance(tr, (int, float)) or not tr > 0:
+        found = 'no RepetitionTime' if tr is None else f'RepetitionTime {tr!r}'
+        raise BrainfmError(
+            f'{run.name}: {run.sidecar.name} has {found}: write the repetition time in seconds.'
+        )
+    if tr > 30:
+        raise BrainfmError(
+            f'{run.name}: RepetitionTime {tr:g} in {run.sidecar.name} looks like milliseconds: '
+            f'write it in seconds ({tr / 1000:g}).'
+        )
+    return float(tr)

@@ -1,0 +1,279 @@
+"""Write BIDS derivatives: names, sidecars, tables and the files that every job shares.
+
+Many processes write one output folder, and any of them may be killed. So a file is written under
+a temporary name and renamed when it is whole, and a data file's sidecar comes after it: where the
+sidecar stands, the data are complete.
+"""
+
+import contextlib
+import json
+import os
+import uuid
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from bids_brainfm.bids.reading import BoldRun, join_name, parse_name
+from bids_brainfm.errors import BrainfmError
+
+BIDS_VERSION = '1.10.1'
+# Without trailing slashes: the validator does not hide a folder named with one
+BIDSIGNORE = (
+    '*.html',
+    'figures',
+    'log',
+    '*_timeseries.*',
+    '*_relmat.*',
+    '*_boldmap.*',
+    '*_embedding.*',
+    '*_stat-coverage_bold.*',
+)
+CODE_URL = 'https://github.com/bids-brainfm/bids_brainfm'
+
+
+@contextlib.contextmanager
+def atomic(path: Path):
+    """Yield a temporary path beside `path` and rename it when the block ends well.
+
+    Raises
+    ------
+    BrainfmError
+        The folder cannot be written, or the disk is full.
+    """
+    path = Path(path)
+    # same extension, since writers such as h5py and matplotlib look at it
+    temporary = path.with_name(f'.{uuid.uuid4().hex}{"".join(path.suffixes[-2:])}')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        if temporary.exists():
+            temporary.replace(path)
+    except OSError as error:
+        raise BrainfmError(
+            f'{path} cannot be written ({error.strerror or error}): check the permissions and the '
+            f'free space of the output folder.'
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write text, unless the file says just that already (its date is then kept)."""
+    path = Path(path)
+    if path.is_file() and path.read_text() == text:
+        return path
+    with atomic(path) as temporary:
+        temporary.write_text(text)
+    return path
+
+
+def write_json(path: Path, content: dict) -> Path:
+    """Write a sidecar; entries that are None are left out."""
+    known = {key: value for key, value in content.items() if value is not None}
+    return write_text(path, json.dumps(known, indent=2, default=_plain) + '\n')
+
+
+def _plain(value):
+    """What JSON cannot write by itself."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    return str(value)
+
+
+def write_table(path: Path, columns: dict) -> Path:
+    """Write a TSV, with ``n/a`` for NaN and floats that read back to the same float32.
+
+    Parameters
+    ----------
+    path : Path
+    columns : dict of str to sequence
+        Heading to values, all of one length.
+    """
+    import pandas as pd
+
+    with atomic(path) as temporary:
+        pd.DataFrame(columns).to_csv(
+            temporary, sep='\t', index=False, na_rep='n/a', float_format='%.9g'
+        )
+    return Path(path)
+
+
+def write_matrix(path: Path, matrix: np.ndarray, header: list[str], index: list | None = None):
+    """Write a wide float table as TSV; quicker than :func:`write_table` for many columns.
+
+    Parameters
+    ----------
+    path : Path
+    matrix : (R, C) array
+    header : list of str
+        C headings, or C + 1 where there is an index.
+    index : list, optional
+        First entry of each row, already text.
+    """
+    row_format = '\t'.join(['%.9g'] * matrix.shape[1])
+    with atomic(path) as temporary, temporary.open('w') as file:
+        file.write('\t'.join(header) + '\n')
+        for i, row in enumerate(matrix):
+            text = (row_format % tuple(row.tolist())).replace('nan', 'n/a')
+            file.write(f'{index[i]}\t{text}\n' if index is not None else f'{text}\n')
+    return Path(path)
+
+
+def read_matrix(path: Path) -> tuple[np.ndarray, list[str]]:
+    """Read a TSV of numbers.
+
+    Returns
+    -------
+    values : (R, C) float32
+        NaN where the table says ``n/a``.
+    header : list of str
+    """
+    import pandas as pd
+
+    frame = pd.read_csv(path, sep='\t', na_values='n/a', dtype=np.float32)
+    return frame.to_numpy(), list(frame.columns)
+
+
+def derivative_path(output: Path, run: BoldRun, suffix: str, extension: str, **entities) -> Path:
+    """Path of an output of a run; entities come in the order of BIDS, ``desc`` last.
+
+    The space is kept from the input; resolution and density are in the sidecar.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> run = BoldRun('sub-01_task-rest', {'sub': '01', 'task': 'rest', 'space': 'fsLR'}, 'p',
+    ...               Path('/d'), Path('/d/b.nii'), None, None, None, None)
+    >>> derivative_path(Path('/out'), run, 'timeseries', '.tsv', atlas='A424', stat='mean')
+    PosixPath('/out/sub-01/func/sub-01_task-rest_space-fsLR_atlas-A424_stat-mean_timeseries.tsv')
+    """
+    order = ('atlas', 'stat', 'desc')
+    named = {key: entities[key] for key in order if key in entities}
+    name = join_name(
+        parse_name(run.name + '_x')[0] | {'space': run.space} | named, suffix, extension
+    )
+    return func_folder(output, run) / name
+
+
+def func_folder(output: Path, run: BoldRun, kind: str = 'func') -> Path:
+    """Folder of a run's outputs; figures have no session level, as in fMRIPrep."""
+    folder = output / f'sub-{run.subject}'
+    if kind == 'func' and 'ses' in run.entities:
+        folder /= f'ses-{run.entities["ses"]}'
+    return folder / kind
+
+
+def fingerprint(path: Path) -> dict:
+    """Size in bytes and time of change of a file: enough to see that it is another one."""
+    state = path.stat()
+    changed = datetime.fromtimestamp(state.st_mtime, UTC).isoformat(timespec='microseconds')
+    return {'Size': state.st_size, 'Modified': changed}
+
+
+def input_fingerprints(run: BoldRun) -> dict[str, dict]:
+    """Fingerprints of all files that the outputs of a run depend on, by BIDS URI."""
+    return {run.uri(path): fingerprint(path) for path in run.companions().values()}
+
+
+def read_sidecar(path: Path) -> dict | None:
+    """Content of a sidecar, None where it is missing or not whole."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def is_current(sidecar: Path, data: Path, inputs: dict[str, dict]) -> bool:
+    """Whether an output stands and was made from the inputs as they are now."""
+    content = read_sidecar(sidecar)
+    return content is not None and data.is_file() and content.get('InputFiles') == inputs
+
+
+def claim_settings(output: Path, name: str, settings: dict, pattern: str) -> None:
+    """Record the settings behind one kind of output, or check that they are the recorded ones.
+
+    The first process to write the record wins; all others must agree with it, as long as there
+    are outputs of this kind.
+
+    Parameters
+    ----------
+    output : Path
+    name : str
+        What the settings are for, e.g. ``atlas-A424`` or ``desc-brainlm111m``.
+    settings : dict
+        What JSON can hold.
+    pattern : str
+        Glob of the outputs of this kind below a participant's folder.
+
+    Raises
+    ------
+    BrainfmError
+        There are outputs made with other settings; the sentence gives both.
+    """
+    path = output / 'logs' / 'settings' / f'{name}.json'
+    text = json.dumps(settings, indent=2, default=_plain) + '\n'
+    wanted = json.loads(text)
+    if not path.is_file():
+        with atomic(path.with_name(f'{name}.{uuid.uuid4().hex}')) as temporary:
+            temporary.write_text(text)
+            with contextlib.suppress(FileExistsError):  # another process was first
+                os.link(temporary, path)
+            temporary.unlink()
+    recorded = read_sidecar(path) or {}
+    differences = [
+        f'{key} was {recorded.get(key)!r} and is now {wanted.get(key)!r}'
+        for key in {**recorded, **wanted}
+        if recorded.get(key) != wanted.get(key)
+    ]
+    if not differences:
+        return
+    if next(output.glob(f'sub-*/**/{pattern}'), None) is not None:
+        raise BrainfmError(
+            f'{output} holds outputs of {name} made with other settings '
+            f'({"; ".join(differences)}): use the same settings, or another output folder.'
+        )
+    write_text(path, text)
+
+
+def write_dataset_files(output: Path, version: str, inputs: dict[str, Path]) -> None:
+    """Write ``dataset_description.json`` and ``.bidsignore``.
+
+    Parameters
+    ----------
+    output : Path
+    version : str
+        Version of this program.
+    inputs : dict of str to Path
+        Name and folder of the datasets that were read.
+    """
+    from bids_brainfm.bids.reading import read_description
+
+    sources = []
+    for folder in inputs.values():
+        generators = read_description(folder).get('GeneratedBy') or [{}]
+        sources.append(
+            {'URL': folder.resolve().as_uri()}
+            | {k: v for k, v in generators[0].items() if k == 'Version'}
+        )
+    write_json(
+        output / 'dataset_description.json',
+        {
+            'Name': 'bids_brainfm: fMRI foundation model outputs',
+            'BIDSVersion': BIDS_VERSION,
+            'DatasetType': 'derivative',
+            'GeneratedBy': [{'Name': 'bids_brainfm', 'Version': version, 'CodeURL': CODE_URL}],
+            'SourceDatasets': sources,
+            'DatasetLinks': {k: v.resolve().as_uri() for k, v in inputs.items()},
+            'HowToAcknowledge': 'Please cite the tools and models named in logs/CITATION.md.',
+        },
+    )
+    write_text(output / '.bidsignore', '\n'.join(BIDSIGNORE) + '\n')
+
+
+def own_uri(output: Path, path: Path) -> str:
+    """BIDS URI of a file of the output dataset."""
+    return f'bids::{path.relative_to(output).as_posix()}'

@@ -1,0 +1,210 @@
+"""``bids_brainfm_demo``: simulate a small dataset and run the real command on it."""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from bids_brainfm.errors import BrainfmError
+
+MODEL, ATLAS = 'brainlm-demo', 'Demo424'
+SPACE, TASK, TR = 'MNI152NLin2009cAsym', 'rest', 0.735
+# The field of view of the template at a coarse voxel size keeps the files small.
+SHAPE, VOXEL_MM = (49, 58, 49), 4.0
+AFFINE = np.array([[4, 0, 0, -96], [0, 4, 0, -132], [0, 0, 4, -78], [0, 0, 0, 1.0]])
+SIMULATOR, SIMULATOR_VERSION = 'bids_brainfm_demo', '1'
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog='bids_brainfm_demo',
+        description='Simulate a small dataset laid out as fMRIPrep writes it (OUTDIR/data), run '
+        'bids_brainfm on it with the embedded model and atlas, and say where the report is '
+        '(OUTDIR/out). Further options are passed on to bids_brainfm.',
+    )
+    parser.add_argument('outdir', metavar='OUTDIR', type=Path)
+    parser.add_argument('--participants', type=int, default=3, help='default: 3')
+    parser.add_argument(
+        '--volumes', type=int, default=490, help='length of a run (TR 0.735 s; default: 490)'
+    )
+    return parser
+
+
+def write_dataset(folder: Path, participants: int = 3, volumes: int = 490, seed: int = 0) -> None:
+    """Write a simulated dataset in the layout of fMRIPrep's output.
+
+    ``participants.tsv`` has a simulated ``trait``: the more of it, the stronger the default-mode
+    and the frontoparietal network are coupled.
+
+    Parameters
+    ----------
+    folder : Path
+        Must not exist; it appears when it is complete.
+    seed : int
+        The same seed gives the same files.
+    """
+    import pandas as pd
+
+    from bids_brainfm.atlases.atlas import home, load_atlas
+    from bids_brainfm.signals.simulate import simulate_run
+
+    atlas = load_atlas(ATLAS, home())
+    parcel, brain = _grid_labels(atlas.image_for(SPACE, VOXEL_MM).path)
+    part = folder.with_name(f'.{folder.name}.part')
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+
+    rng = np.random.default_rng(seed)
+    people = pd.DataFrame(
+        {
+            'participant_id': [f'sub-{i + 1:02d}' for i in range(participants)],
+            'age': rng.integers(20, 75, participants),
+            'trait': rng.standard_normal(participants).round(3),
+        }
+    )
+    _write_root(part, people)
+    for person in people.itertuples():
+        func = part / person.participant_id / 'func'
+        func.mkdir(parents=True)
+        coupling = float(np.clip(0.3 + 0.25 * person.trait, -0.9, 0.9))
+        run = simulate_run(atlas.xyz, volumes, TR, coupling, rng)
+        stem = f'{person.participant_id}_task-{TASK}'
+        _write_confounds(func / f'{stem}_desc-confounds_timeseries', run)
+        _write_images(func / f'{stem}_space-{SPACE}', run.series, parcel, brain, rng)
+    part.replace(folder)
+
+
+def _grid_labels(path):
+    """Parcel labels and brain mask (bool) on the dataset's grid, by nearest neighbour."""
+    import nibabel as nib
+    from nibabel.processing import resample_from_to
+    from nilearn.datasets import load_mni152_brain_mask
+
+    grid = (SHAPE, AFFINE)
+    labels = resample_from_to(nib.load(path), grid, order=0)
+    mask = load_mni152_brain_mask(resolution=2)
+    mask = nib.Nifti1Image(np.asanyarray(mask.dataobj).astype(np.uint8), mask.affine)
+    brain = np.asanyarray(resample_from_to(mask, grid, order=0).dataobj) > 0
+    labels = np.asanyarray(labels.dataobj).astype(np.int32)
+    return labels, brain | (labels > 0)
+
+
+def _write_root(folder, people):
+    _write_json(
+        folder / 'dataset_description.json',
+        {
+            'Name': 'Simulated resting-state fMRI, laid out as fMRIPrep writes it',
+            'BIDSVersion': '1.10.0',
+            'DatasetType': 'derivative',
+            'License': 'CC0',
+            'GeneratedBy': [
+                {
+                    'Name': SIMULATOR,
+                    'Version': SIMULATOR_VERSION,
+                    'Description': 'SIMULATED data: nobody was scanned and fMRIPrep was not run.',
+                }
+            ],
+        },
+    )
+    (folder / 'README').write_text(
+        'Simulated data for demonstration. Nobody was scanned and fMRIPrep was not run: parcel\n'
+        'series, head motion and the other confounds come from a random number generator and\n'
+        'were painted into volumes on an MNI grid, in the layout of fMRIPrep output.\n'
+    )
+    # The validator knows no suffix for confounds; fMRIPrep ships such a file as well.
+    (folder / '.bidsignore').write_text('*_timeseries.*\n')
+    people.to_csv(folder / 'participants.tsv', sep='\t', index=False)
+    _write_json(
+        folder / 'participants.json',
+        {
+            'age': {'Description': 'Simulated age', 'Units': 'year'},
+            'trait': {
+                'Description': 'Simulated trait (standard normal): coupling of the default-mode '
+                'and the frontoparietal network rises with it'
+            },
+        },
+    )
+
+
+def _write_confounds(stem, run):
+    run.confounds.to_csv(f'{stem}.tsv', sep='\t', index=False, na_rep='n/a', float_format='%.8g')
+    _write_json(Path(f'{stem}.json'), run.components)
+
+
+def _write_images(stem, series, parcel, brain, rng):
+    """Paint parcel series (T, P) into the brain, with a texture and noise for every voxel."""
+    voxels = parcel[brain]
+    white_matter = np.full((len(series), 1), 9000, np.float32)  # label 0: level only
+    signal = np.concatenate([white_matter, series], axis=1)[:, voxels]
+    signal *= 1 + 0.04 * rng.standard_normal(voxels.size, np.float32)
+    signal += 80 * rng.standard_normal(signal.shape, np.float32)
+    bold = np.zeros((*SHAPE, len(series)), np.int16, order='F')
+    bold[brain] = np.rint(signal).astype(np.int16).T
+
+    _write_nifti(Path(f'{stem}_desc-preproc_bold.nii.gz'), bold)
+    _write_json(
+        Path(f'{stem}_desc-preproc_bold.json'),
+        {
+            'RepetitionTime': TR,
+            'TaskName': TASK,
+            'SkullStripped': False,
+            'SliceTimingCorrected': False,
+            'Description': 'Simulated',
+        },
+    )
+    _write_nifti(Path(f'{stem}_desc-brain_mask.nii.gz'), brain.astype(np.uint8))
+    _write_json(Path(f'{stem}_desc-brain_mask.json'), {'Type': 'Brain', 'Description': 'Brain'})
+
+
+def _write_nifti(path, data):
+    import nibabel as nib
+
+    image = nib.Nifti1Image(data, AFFINE)
+    image.header.set_xyzt_units('mm', 'sec')
+    if data.ndim == 4:
+        image.header.set_zooms((VOXEL_MM, VOXEL_MM, VOXEL_MM, TR))
+    for set_form in (image.set_sform, image.set_qform):
+        set_form(AFFINE, 'mni')
+    image.to_filename(path)
+
+
+def _write_json(path, content):
+    path.write_text(json.dumps(content, indent=2) + '\n')
+
+
+def _is_ours(folder):
+    description = folder / 'dataset_description.json'
+    return description.is_file() and SIMULATOR in description.read_text()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code of ``bids_brainfm``."""
+    options, passed_on = get_parser().parse_known_args(argv)
+    data, out = options.outdir / 'data', options.outdir / 'out'
+    try:
+        if data.exists() and not _is_ours(data):
+            raise BrainfmError(f'{data} is not a dataset of this demo: name another folder.')
+        if not data.exists():
+            print(f'Simulating {options.participants} participants in {data}', flush=True)
+            write_dataset(data, options.participants, options.volumes)
+    except (BrainfmError, OSError) as error:
+        print(f'bids_brainfm_demo: {error}', file=sys.stderr)
+        return 2
+
+    from bids_brainfm.cli.run import main as run_app
+
+    work = options.outdir / 'work'
+    arguments = [data, out, 'participant', '--model', MODEL, '-w', work, *passed_on]
+    print(f'bids_brainfm {" ".join(map(str, arguments))}', flush=True)
+    code = run_app([str(argument) for argument in arguments])
+    if code == 0:
+        print(f'The report is {out / "sub-01.html"}: open it in a browser.')
+    return code
+
+
+if __name__ == '__main__':
+    sys.exit(main())

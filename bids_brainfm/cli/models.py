@@ -1,0 +1,172 @@
+"""``bids_brainfm_models``: what models and atlases there are, and fetching them."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from bids_brainfm.atlases.atlas import AtlasCard, atlas_names, home, images_here, missing_files
+from bids_brainfm.atlases.atlas import load_card as load_atlas_card
+from bids_brainfm.atlases.fetch import Resource, fetch
+from bids_brainfm.atlases.obtain import obtain_atlas
+from bids_brainfm.errors import BrainfmError
+from bids_brainfm.models.cards import ModelCard, checkpoint_dir, load_card, model_names
+
+WEIGHTS = ('model.safetensors', 'pytorch_model.bin')  # a checkpoint has one of the two
+SIZES = ('model_type', 'hidden_size', 'num_hidden_layers')
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog='bids_brainfm_models',
+        description='Show and fetch the models and atlases of bids_brainfm. They are kept in '
+        '$BIDS_BRAINFM_HOME (default: ~/.cache/bids_brainfm).',
+    )
+    commands = parser.add_subparsers(dest='command', required=True)
+    commands.add_parser('list', help='models and atlases, and what is present')
+    fetching = commands.add_parser('fetch', help='download models or atlases')
+    fetching.add_argument('names', nargs='+', metavar='NAME', help='a model, an atlas or a card')
+    fetching.add_argument(
+        '--from',
+        dest='source_dir',
+        metavar='DIR',
+        type=Path,
+        help='take the files from this folder instead of the internet, by sha256 whatever their '
+        'names, by name where no sha256 is known',
+    )
+    return parser
+
+
+def model_resources(card: ModelCard, home: Path, source_dir: Path | None = None) -> list[Resource]:
+    """Files of a model's checkpoint.
+
+    The weights may be in either format: what `source_dir` or the model's folder has is taken.
+    """
+    folder = checkpoint_dir(card, home)
+    resources = []
+    for file in card.weights:
+        resource = Resource(
+            file['name'], folder / file['name'], file.get('url'), file.get('sha256')
+        )
+        if resource.name in WEIGHTS and resource.sha256 is None:
+            other = WEIGHTS[1 - WEIGHTS.index(resource.name)]
+            searched = [folder, *([source_dir] if source_dir else [])]
+            has = lambda name, places=searched: any(any(p.rglob(name)) for p in places)
+            if has(other) and not has(resource.name):
+                resource = Resource(other, folder / other)
+        resources.append(resource)
+    return resources
+
+
+def model_present(card: ModelCard, home: Path) -> str:
+    """Whether a model can be used, in words."""
+    if card.embedded:
+        return 'yes (embedded)'
+    here = all(resource.target.is_file() for resource in model_resources(card, home))
+    return 'yes' if here else 'no'
+
+
+def atlas_present(card: AtlasCard, home: Path) -> str:
+    """Whether an atlas can be used, and in which spaces where not in all, in words."""
+    if card.embedded:
+        return 'yes (embedded)'
+    if not missing_files(card, home):
+        return 'yes'
+    spaces = dict.fromkeys(image.space for image in images_here(card, home))
+    if missing_files(card, home, spaces=[]) or not spaces:
+        return 'no'
+    return f'only for {", ".join(spaces)}'
+
+
+def megabytes(paths: Iterable[Path]) -> str:
+    """Size on disk of those files that exist.
+
+    >>> megabytes([])
+    '-'
+    """
+    total = sum(path.stat().st_size for path in set(paths) if path.is_file())
+    return f'{total / 1e6:.1f} MB' if total else '-'
+
+
+def list_all(home: Path) -> str:
+    """Table of all models and atlases."""
+    rows = [('name', 'kind', 'present', 'size here', 'licence')]
+    for name in model_names():
+        card = load_card(name)
+        files = [resource.target for resource in model_resources(card, home)]
+        rows.append((name, 'model', model_present(card, home), megabytes(files), card.licence))
+    for name in atlas_names():
+        card = load_atlas_card(name)
+        files = [card.folder(home) / file.name for file in card.files]
+        files += [image.path for image in images_here(card, home)]
+        rows.append((name, 'atlas', atlas_present(card, home), megabytes(files), card.licence))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ['  '.join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
+    return '\n'.join([line.rstrip() for line in lines] + ['', f'fetched files: {home}'])
+
+
+def fetch_model(card: ModelCard, home: Path, source_dir: Path | None) -> None:
+    """Fetch a model's checkpoint and see that it is the model of that name."""
+    name = card.name
+    resources = model_resources(card, home, source_dir)
+    fetch(resources, source_dir, f'bids_brainfm_models fetch {name}')
+    config = checkpoint_dir(card, home) / 'config.json'
+    found = json.loads(config.read_text()) if config.is_file() else {}
+    for key in SIZES:
+        if key in found and key in card.config and found[key] != card.config[key]:
+            for resource in resources:
+                resource.target.unlink(missing_ok=True)
+                resource.target.with_name(f'{resource.target.name}.sha256').unlink(True)
+            raise BrainfmError(
+                f'The config.json of {source_dir or "the download"} says {key} {found[key]}, but '
+                f'{name} has {card.config[key]}: it is another model and was not kept.'
+            )
+    if missing := missing_files(load_atlas_card(card.atlas), home):
+        print(
+            f'{name} needs the atlas {card.atlas}, which lacks {", ".join(missing)}: run '
+            f'`bids_brainfm_models fetch {card.atlas}`.'
+        )
+
+
+def fetch_named(name: str, home: Path, source_dir: Path | None) -> None:
+    """Fetch a model or an atlas, its licence printed first."""
+    is_atlas = name in atlas_names()
+    if not is_atlas and name not in model_names() and not Path(name).is_file():
+        raise BrainfmError(
+            f'There is no model or atlas {name}: choose '
+            f'{", ".join([*model_names(), *atlas_names()])}, or give the path of a card.'
+        )
+    if Path(name).is_file():
+        is_atlas = '\nparcels:' in Path(name).read_text()
+    card = load_atlas_card(name) if is_atlas else load_card(name)
+    print(f'{card.name}: licence {card.licence}', flush=True)
+    if card.embedded:
+        print(f'{card.name} comes with bids_brainfm: nothing to fetch.')
+        return
+    if is_atlas:
+        obtain_atlas(card, home, source_dir)
+        print(f'{card.name} is in {card.folder(home)}')
+    else:
+        fetch_model(card, home, source_dir)
+        print(f'{card.name} is in {checkpoint_dir(card, home)}')
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; 0 if all went well, 2 with one sentence on stderr if not."""
+    options = get_parser().parse_args(argv)
+    try:
+        if options.command == 'list':
+            print(list_all(home()))
+        else:
+            for name in options.names:
+                fetch_named(name, home(), options.source_dir)
+    except BrainfmError as error:
+        print(f'bids_brainfm_models: {error}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,306 @@
+"""The command line of ``bids_brainfm``.
+
+Every optional argument defaults to None, so that a configuration file is overridden by what was
+typed and by nothing else; the real defaults are those of :class:`bids_brainfm.config.Settings`.
+"""
+
+import argparse
+import dataclasses
+import re
+from pathlib import Path
+
+from bids_brainfm.config import Settings, read_toml
+from bids_brainfm.errors import BrainfmError
+
+SCALINGS = ('card', 'none', 'run-robust', 'global-z', 'parcel-z', 'cohort')
+
+
+def strip_prefix(prefix: str):
+    """Argument type that takes a label with or without its BIDS prefix.
+
+    >>> strip_prefix('sub')('sub-01'), strip_prefix('sub')('01')
+    ('01', '01')
+    """
+
+    def label(text: str) -> str:
+        bare = text.removeprefix(f'{prefix}-')
+        if not re.fullmatch(r'[a-zA-Z0-9+]+', bare):
+            raise argparse.ArgumentTypeError(
+                f'{text!r} is not a BIDS label (letters and digits only)'
+            )
+        return bare
+
+    return label
+
+
+def memory_gb(text: str) -> float:
+    """Memory in GB; a bare number is in MB, as in fMRIPrep.
+
+    >>> memory_gb('8G'), memory_gb('1.5GB'), memory_gb('8000')
+    (8.0, 1.5, 8.0)
+    """
+    match = re.fullmatch(r'\s*(\d+(?:\.\d+)?)\s*([kMGT]?)B?\s*', text, flags=re.IGNORECASE)
+    if not match:
+        raise argparse.ArgumentTypeError(f'{text!r} is not an amount of memory such as 8G or 8000')
+    factor = {'K': 1e-6, '': 1e-3, 'M': 1e-3, 'G': 1.0, 'T': 1e3}[match[2].upper()]
+    return float(match[1]) * factor
+
+
+def positive(kind: type):
+    """Argument type for a number above zero."""
+
+    def number(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f'{text!r} is not a number above zero')
+        return value
+
+    return number
+
+
+def share(text: str) -> float:
+    """Argument type for a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a share from 0 to 1')
+    return value
+
+
+class _ShowVersion(argparse.Action):
+    """Print the version; it is looked up only when asked for."""
+
+    def __call__(self, parser, *_):
+        from importlib.metadata import version
+
+        parser.exit(message=f'bids_brainfm {version("bids-brainfm")}\n')
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Build the parser of the ``bids_brainfm`` command."""
+    parser = argparse.ArgumentParser(
+        prog='bids_brainfm',
+        description='Run fMRI foundation models on fMRIPrep derivatives: parcel series, windows '
+        'in the shape each model expects, embeddings and a report, as BIDS derivatives.',
+        epilog='Model weights and atlases are fetched once, by bids_brainfm_models.',
+        argument_default=None,
+    )
+    parser.add_argument(
+        'bids_dir',
+        type=Path,
+        help='fMRIPrep derivatives, or a raw BIDS dataset with derivatives/fmriprep inside',
+    )
+    parser.add_argument('output_dir', type=Path, help='folder of the BIDS derivatives to write')
+    parser.add_argument('analysis_level', choices=['participant'], help='level of the analysis')
+    parser.add_argument('--version', action=_ShowVersion, nargs=0, help='print the version')
+
+    bids = parser.add_argument_group('Options for filtering BIDS queries')
+    bids.add_argument(
+        '--participant-label', '--participant_label', nargs='+', type=strip_prefix('sub'),
+        metavar='LABEL', help='participants, with or without sub- (default: all)',
+    )  # fmt: skip
+    bids.add_argument(
+        '--session-label', '--session_label', '--session-id', '--session_id', nargs='+',
+        type=strip_prefix('ses'), metavar='LABEL', help='sessions (default: all)',
+    )  # fmt: skip
+    bids.add_argument(
+        '-t', '--task-id', '--task_id', nargs='+', type=strip_prefix('task'), metavar='LABEL',
+        help='tasks (default: all)',
+    )  # fmt: skip
+    bids.add_argument(
+        '--run-id', '--run_id', nargs='+', type=strip_prefix('run'), metavar='LABEL',
+        help='runs (default: all)',
+    )  # fmt: skip
+    bids.add_argument(
+        '--space', metavar='SPACE',
+        help='space to read, such as MNI152NLin6Asym (default: the first that the model takes)',
+    )  # fmt: skip
+    bids.add_argument(
+        '--bids-filter-file', '--bids_filter_file', type=Path, metavar='FILE',
+        help='JSON of PyBIDS entities that BOLD files must have, in the form of fMRIPrep: '
+        '{"bold": {"acquisition": "mb8"}}; null means absent, "*" any value',
+    )  # fmt: skip
+    bids.add_argument(
+        '-d', '--derivatives', nargs='+', metavar='NAME=PATH',
+        help='fMRIPrep derivatives to read in place of bids_dir',
+    )  # fmt: skip
+    bids.add_argument(
+        '--bids-database-dir', '--bids_database_dir', type=Path, metavar='PATH',
+        help='PyBIDS index to reuse between runs (default: a fresh one in the work directory)',
+    )  # fmt: skip
+
+    model = parser.add_argument_group('Options for models and their input')
+    model.add_argument(
+        '-m', '--model', nargs='+', metavar='NAME[=PATH]',
+        help='model cards to run (see bids_brainfm_models list) or paths to cards of your own; '
+        'PATH is a local checkpoint folder with config.json and weights (default: brainlm-111m)',
+    )  # fmt: skip
+    model.add_argument(
+        '--denoise', metavar='{card,none,simple,36P,acompcor,FILE.yml}',
+        help='confounds to regress out of the parcel series; none touches nothing: no '
+        'regression, no interpolation, no volumes dropped (default: what the model card says)',
+    )  # fmt: skip
+    model.add_argument(
+        '--min-coverage', '--min_coverage', type=share, metavar='SHARE',
+        help='least share of a parcel inside the field of view; below it the parcel is n/a '
+        '(default: 0.5)',
+    )  # fmt: skip
+    model.add_argument(
+        '--scale', choices=SCALINGS,
+        help='scaling of the parcel series before the encoder; none leaves the values as they '
+        'are (default: what the model card says)',
+    )  # fmt: skip
+    model.add_argument(
+        '--scale-stats', '--scale_stats', type=Path, metavar='FILE',
+        help='fitted statistics for --scale cohort',
+    )  # fmt: skip
+    model.add_argument(
+        '--stride', type=positive(int), metavar='SAMPLES',
+        help="samples, at the model's TR, from one window's start to the next (default: the "
+        "window's length)",
+    )  # fmt: skip
+    model.add_argument(
+        '--short-runs', '--short_runs', choices=['refuse', 'pad', 'tile'],
+        help='what to do with less than one window of data: refuse a shorter run and leave out '
+        "the end of a longer one, pad with the parcel's mean, or tile the run (default: refuse)",
+    )  # fmt: skip
+    model.add_argument(
+        '--tokens', action='store_true', default=None,
+        help='also write the embedding of every token (and parcel) as HDF5',
+    )  # fmt: skip
+    model.add_argument(
+        '--random-weights', '--random_weights', action='store_true', default=None,
+        help='control: the same network with random, untrained weights',
+    )  # fmt: skip
+
+    perf = parser.add_argument_group('Options to handle performance')
+    perf.add_argument(
+        '--device', choices=['auto', 'cpu', 'cuda'],
+        help='where the encoder runs (default: auto, the GPU if there is one)',
+    )  # fmt: skip
+    perf.add_argument(
+        '--precision', choices=['float32', 'bfloat16'],
+        help='precision of the encoder (default: float32 on CPU, bfloat16 on GPU)',
+    )  # fmt: skip
+    perf.add_argument(
+        '--batch-size', '--batch_size', type=positive(int), metavar='WINDOWS',
+        help='windows encoded at once (default: 8)',
+    )  # fmt: skip
+    perf.add_argument(
+        '--nprocs', '--nthreads', '--n-cpus', '--n_cpus', type=positive(int), metavar='N',
+        help='CPUs to use (default: all that are available)',
+    )  # fmt: skip
+    perf.add_argument(
+        '--omp-nthreads', '--omp_nthreads', type=positive(int), metavar='N',
+        help='threads of one encoder on the CPU (default: as --nprocs)',
+    )  # fmt: skip
+    perf.add_argument(
+        '--mem', '--mem-mb', '--mem_mb', '--mem-gb', type=memory_gb, metavar='AMOUNT',
+        help='memory to plan with, such as 8G; a bare number is in MB (default: 90%% of all)',
+    )  # fmt: skip
+    perf.add_argument(
+        '--use-plugin', '--nipype-plugin-file', '--use_plugin', type=Path, metavar='FILE',
+        help='YAML with the Nipype plugin and plugin_args to run the graph with',
+    )  # fmt: skip
+
+    other = parser.add_argument_group('Other options')
+    other.add_argument(
+        '-w', '--work-dir', '--work_dir', type=Path, metavar='PATH',
+        help='folder for intermediate files (default: ./work)',
+    )  # fmt: skip
+    other.add_argument(
+        '--clean-workdir', '--clean_workdir', action='store_true', default=None,
+        help='empty the work directory first',
+    )  # fmt: skip
+    other.add_argument(
+        '--config-file', '--config_file', type=Path, metavar='FILE',
+        help='TOML with settings, such as one written by an earlier run; what is typed wins',
+    )  # fmt: skip
+    other.add_argument(
+        '--write-graph', '--write_graph', action='store_true', default=None,
+        help='write the Nipype graph into the work directory',
+    )  # fmt: skip
+    other.add_argument(
+        '--stop-on-first-crash', '--stop_on_first_crash', action='store_true', default=None,
+        help='stop at the first run that fails',
+    )  # fmt: skip
+    other.add_argument(
+        '--reports-only', '--reports_only', action='store_true', default=None,
+        help='only write the reports again, from the output folder',
+    )  # fmt: skip
+    other.add_argument(
+        '--boilerplate-only', '--boilerplate_only', action='store_true', default=None,
+        help='only write the methods text',
+    )  # fmt: skip
+    other.add_argument(
+        '--offline', action='store_true', default=None,
+        help='use no network; no run does anyway, since all it needs is looked for beforehand',
+    )  # fmt: skip
+    other.add_argument('-v', '--verbose', action='count', default=None, help='say more')
+    return parser
+
+
+def named_paths(pairs: list[str]) -> dict[str, str]:
+    """Split NAME=PATH pairs; a bare PATH takes its folder's name.
+
+    >>> named_paths(['fmriprep=/d/prep', '/d/other'])
+    {'fmriprep': '/d/prep', 'other': '/d/other'}
+    """
+    named = {}
+    for pair in pairs:
+        name, _, path = pair.rpartition('=') if '=' in pair else ('', '', pair)
+        named[name or Path(path).absolute().name] = str(Path(path).absolute())
+    return named
+
+
+def parse_settings(argv: list[str] | None = None) -> Settings:
+    """Read the command line, over the configuration file if one is named.
+
+    Raises
+    ------
+    BrainfmError
+        Two settings contradict each other, or a file that was named is not there.
+    """
+    typed = {k: v for k, v in vars(get_parser().parse_args(argv)).items() if v is not None}
+    config_file = typed.pop('config_file', None)
+    found = read_toml(config_file) if config_file else {}
+    if 'derivatives' in typed:
+        typed['derivatives'] = named_paths(typed['derivatives'])
+    settings = Settings(**{**found, **typed})
+    if settings.omp_nthreads is None:
+        settings = dataclasses.replace(settings, omp_nthreads=settings.nprocs)
+    _check(settings)
+    return settings
+
+
+def _check(settings: Settings) -> None:
+    inside = settings.bids_dir.resolve()
+    for name, path in (('output', settings.output_dir), ('work', settings.work_dir)):
+        resolved = path.resolve()
+        # <dataset>/derivatives/... is where BIDS wants outputs; anything else inside is not
+        allowed = name == 'output' and resolved.is_relative_to(inside / 'derivatives')
+        if resolved.is_relative_to(inside) and not allowed:
+            raise BrainfmError(
+                f'The {name} folder {path} lies inside the input {settings.bids_dir}: '
+                f'choose one outside it.'
+            )
+    if settings.scale not in SCALINGS:
+        raise BrainfmError(
+            f'The setting scale = {settings.scale!r} is not one of {", ".join(SCALINGS)}.'
+        )
+    if settings.scale == 'cohort' and settings.scale_stats is None:
+        raise BrainfmError('--scale cohort needs the fitted statistics: add --scale-stats FILE.')
+    if settings.scale_stats is not None and settings.scale != 'cohort':
+        raise BrainfmError('--scale-stats is used by --scale cohort only: add --scale cohort.')
+    for option, path in (
+        ('--scale-stats', settings.scale_stats),
+        ('--bids-filter-file', settings.bids_filter_file),
+        ('--use-plugin', settings.use_plugin),
+    ):
+        if path is not None and not path.is_file():
+            raise BrainfmError(f'{option} {path} does not exist: check the path.')

@@ -1,0 +1,185 @@
+"""The main command: ``bids_brainfm bids_dir output_dir participant``."""
+
+import logging
+import sys
+import time
+import uuid
+from datetime import datetime
+from pathlib import Path
+
+from bids_brainfm.cli.parser import parse_settings
+from bids_brainfm.config import Settings
+from bids_brainfm.errors import BrainfmError
+
+LOGGER = logging.getLogger('bids_brainfm')
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command.
+
+    Returns
+    -------
+    int
+        0: everything is written; 1: some runs failed (named at the end), the others are written;
+        2: nothing could be run (one sentence on standard error says why).
+    """
+    try:
+        settings = parse_settings(argv)
+        return run(settings)
+    except BrainfmError as error:
+        print(f'bids_brainfm: error: {error}', file=sys.stderr)
+        return 2
+
+
+def run(settings: Settings) -> int:
+    """Do what the settings say; returns the exit code."""
+    if settings.reports_only:
+        return write_reports(settings)
+    from importlib.metadata import version
+
+    from bids_brainfm.workflows.plan import make_plan
+
+    plan = make_plan(settings, version('bids-brainfm'))
+    start_log(settings)
+    return carry_out(plan)
+
+
+def write_reports(settings: Settings) -> int:
+    """Write the reports again, from what stands in the output folder."""
+    from bids_brainfm.interfaces.report import WriteReport
+
+    known = sorted(p.name.removeprefix('sub-') for p in settings.output_dir.glob('sub-*/'))
+    subjects = settings.participant_label or known
+    unknown = sorted(set(subjects) - set(known))
+    if unknown or not known:
+        raise BrainfmError(
+            f'{settings.output_dir} has no outputs of {", ".join(unknown) or "any participant"} '
+            f'to report on: run without --reports-only first.'
+        )
+    start_log(settings)
+    for subject in subjects:
+        node = WriteReport(output=settings.output_dir, subject=subject, software=software())
+        LOGGER.info('Report: %s', node.run().outputs.report)
+    return 0
+
+
+def software() -> dict[str, str]:
+    """Versions for the report."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ('bids_brainfm', 'torch', 'nipype', 'nibabel')}
+
+
+def start_log(settings: Settings) -> Path:
+    """Open this run's folder of logs, with its settings, and send the log there and to stderr."""
+    stamp = datetime.now().strftime('%Y%m%d-%H%M%S')
+    folder = settings.output_dir / 'logs' / f'{stamp}_{uuid.uuid4().hex[:8]}'
+    folder.mkdir(parents=True)
+    (folder / 'bids_brainfm.toml').write_text(settings.to_toml())
+    LOGGER.setLevel(logging.DEBUG if settings.verbose else logging.INFO)
+    LOGGER.propagate = False
+    for handler in list(LOGGER.handlers):
+        LOGGER.removeHandler(handler)
+    form = logging.Formatter('%(asctime)s %(levelname)s %(message)s', '%Y-%m-%d %H:%M:%S')
+    for handler in (
+        logging.FileHandler(folder / 'bids_brainfm.log'),
+        _Terminal(),
+    ):
+        handler.setFormatter(form)
+        LOGGER.addHandler(handler)
+    return folder
+
+
+class _Terminal(logging.Handler):
+    """Write log lines to standard error, above a progress bar where there is one."""
+
+    def emit(self, record):
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def carry_out(plan) -> int:
+    """Write the dataset's own files, run the graph, and tell how it went."""
+    from bids_brainfm.bids.writing import write_dataset_files
+    from bids_brainfm.reports.methods import write_methods
+    from bids_brainfm.workflows.execution import execute
+    from bids_brainfm.workflows.participant import init_participant_wf
+
+    settings, started = plan.settings, time.monotonic()
+    write_dataset_files(settings.output_dir, plan.version, plan.datasets)
+    workflow = init_participant_wf(plan, software())
+    citation = write_methods(settings.output_dir, workflow.visit_desc(), plan.citations)
+    if settings.boilerplate_only:
+        LOGGER.info('Methods text written: %s', citation)
+        return 0
+    if settings.write_graph:
+        write_graph(workflow, settings)
+    announce(plan)
+    crashed = None
+    try:
+        execute(workflow, plan)
+    except Exception as error:  # what is written is kept, so tell about it all the same
+        crashed = error
+        LOGGER.debug('Traceback', exc_info=True)
+    return conclude(plan, crashed, time.monotonic() - started)
+
+
+def write_graph(workflow, settings: Settings) -> None:
+    """Write the graph as a DOT file, and as SVG where Graphviz is installed."""
+    import shutil
+
+    path = settings.work_dir / 'bids_brainfm_wf' / 'graph.dot'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if shutil.which('dot'):
+        workflow.write_graph(str(path), graph2use='colored', format='svg', simple_form=True)
+        path = path.with_suffix('.svg')
+    else:
+        import networkx
+
+        graph = workflow._create_flat_graph()
+        plain = networkx.DiGraph((a.fullname, b.fullname) for a, b in graph.edges)
+        lines = [f'  "{a}" -> "{b}";' for a, b in plain.edges]
+        path.write_text('\n'.join(['digraph {', *lines, '}']) + '\n')
+    LOGGER.info('Graph written: %s', path)
+
+
+def announce(plan) -> None:
+    """Say what is about to happen."""
+    for atlas in plan.atlases:
+        LOGGER.info(
+            '%d runs of %d participants in atlas %s, %d parcel series to make',
+            len(atlas.runs), len({run.subject for run in atlas.runs}), atlas.name,
+            len(atlas.todo),
+        )  # fmt: skip
+        for model in atlas.models:
+            task = model.task
+            LOGGER.info(
+                '%s: %d runs to encode on %s in %s; weights: %s',
+                task.spec.card.name, len(model.todo), task.device, task.precision,
+                task.spec.weights,
+            )  # fmt: skip
+
+
+def conclude(plan, crashed: Exception | None, seconds: float) -> int:
+    """Say what is written and what failed; returns the exit code."""
+    output = plan.settings.output_dir
+    failures = plan.read_failures()
+    for sentence in failures:
+        LOGGER.error('Failed: %s', sentence)
+    if crashed is not None:
+        LOGGER.error('Stopped: %s (see %s/logs)', crashed, output)
+    for subject in plan.subjects:
+        report = output / f'sub-{subject}.html'
+        if report.is_file():
+            LOGGER.info('Report: %s', report)
+    runs = {run.name for atlas in plan.atlases for run in atlas.runs}
+    LOGGER.info(
+        '%s after %.1f s: %d runs, %d failures; outputs in %s',
+        'Finished' if crashed is None else 'Stopped', seconds, len(runs), len(failures), output,
+    )  # fmt: skip
+    return 1 if failures or crashed else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""Settings of one run of the command: one frozen dataclass, TOML both ways, passed explicitly."""
+
+import dataclasses
+import json
+import os
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bids_brainfm.errors import BrainfmError
+
+
+def available_cpus() -> int:
+    """Number of CPUs this process may use: the Slurm allocation where there is one."""
+    allocated = os.environ.get('SLURM_CPUS_PER_TASK', '')
+    return int(allocated) if allocated.isdigit() else len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one run of ``bids_brainfm`` was asked to do.
+
+    Every field but the first two has a default, and the name of its command line option.
+    Labels are without their prefix (``01``, not ``sub-01``). ``mem`` is in GB, ``stride`` in
+    samples at the model's TR.
+    """
+
+    bids_dir: Path
+    output_dir: Path
+    analysis_level: str = 'participant'
+
+    participant_label: tuple[str, ...] = ()
+    session_label: tuple[str, ...] = ()
+    task_id: tuple[str, ...] = ()
+    run_id: tuple[str, ...] = ()
+    space: str | None = None
+    bids_filter_file: Path | None = None
+    derivatives: dict[str, str] = field(default_factory=dict)
+    bids_database_dir: Path | None = None
+
+    model: tuple[str, ...] = ('brainlm-111m',)
+    denoise: str = 'card'
+    min_coverage: float = 0.5
+    scale: str = 'card'
+    scale_stats: Path | None = None
+    stride: int | None = None
+    short_runs: str = 'refuse'
+    tokens: bool = False
+    random_weights: bool = False
+
+    device: str = 'auto'
+    precision: str | None = None
+    batch_size: int = 8
+    nprocs: int = field(default_factory=available_cpus)
+    omp_nthreads: int | None = None
+    mem: float | None = None
+    use_plugin: Path | None = None
+    work_dir: Path = Path('work')
+    clean_workdir: bool = False
+    write_graph: bool = False
+    stop_on_first_crash: bool = False
+    reports_only: bool = False
+    boilerplate_only: bool = False
+    offline: bool = False
+    verbose: int = 0
+
+    def __post_init__(self):
+        """Bring what TOML and the command line give into the declared types."""
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if value is None:
+                continue
+            if 'Path' in str(item.type):
+                value = Path(value).absolute()
+            elif 'tuple' in str(item.type):
+                value = tuple(str(v) for v in ([value] if isinstance(value, str) else value))
+            object.__setattr__(self, item.name, value)
+
+    def to_toml(self) -> str:
+        """TOML text that :func:`read_toml` reads back to equal settings."""
+        lines = []
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if value is None:
+                continue
+            if isinstance(value, dict):
+                pairs = ', '.join(f'{json.dumps(k)} = {json.dumps(v)}' for k, v in value.items())
+                text = f'{{{pairs}}}'
+            else:
+                text = json.dumps(str(value) if isinstance(value, Path) else value)
+            lines.append(f'{item.name} = {text}')
+        return '\n'.join(lines) + '\n'
+
+
+def read_toml(path: Path) -> dict:
+    """Settings found in a TOML file, to be overridden by the command line.
+
+    Raises
+    ------
+    BrainfmError
+        The file is missing, is not TOML, or names a setting that does not exist.
+    """
+    try:
+        found = tomllib.loads(Path(path).read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise BrainfmError(f'--config-file {path} cannot be read: {error}.') from None
+    known = {item.name for item in dataclasses.fields(Settings)}
+    unknown = sorted(set(found) - known)
+    if unknown:
+        raise BrainfmError(
+            f'--config-file {path} has the unknown setting {", ".join(unknown)}; '
+            f'the settings are: {", ".join(sorted(known))}.'
+        )
+    return found

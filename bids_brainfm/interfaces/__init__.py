@@ -1,0 +1,1 @@
+"""Nipype nodes: unpack inputs, call the rooms below, write files."""

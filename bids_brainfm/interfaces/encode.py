@@ -1,0 +1,299 @@
+"""From parcel series to embeddings: one model, many runs, one load of the weights."""
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from nipype.interfaces.base import (
+    BaseInterfaceInputSpec,
+    SimpleInterface,
+    TraitedSpec,
+    traits,
+)
+
+from bids_brainfm.bids import writing
+from bids_brainfm.bids.reading import BoldRun
+from bids_brainfm.interfaces.outcome import Outcome, attempt
+from bids_brainfm.interfaces.series import (
+    FILL_RULE,
+    embedding_columns,
+    read_series,
+    report_name,
+    series_paths,
+)
+from bids_brainfm.models.spec import SEED, ModelSpec
+from bids_brainfm.signals.contract import Contract, prepare
+
+LOGGER = logging.getLogger('bids_brainfm')
+
+
+@dataclass(frozen=True)
+class EncodeTask:
+    """How one model encodes, for all runs.
+
+    Attributes
+    ----------
+    spec : ModelSpec
+    contract : Contract
+    home : Path
+        Where fetched atlases are kept.
+    device, precision : str
+        As resolved: ``cpu`` or ``cuda``, ``float32`` or ``bfloat16``.
+    batch_size, threads : int
+        Windows at once; CPU threads.
+    tokens : bool
+        Whether to write token embeddings.
+    output : Path
+        The output dataset.
+    version : str
+        Version of this program, for the sidecars.
+    """
+
+    spec: ModelSpec
+    contract: Contract
+    home: Path
+    device: str
+    precision: str
+    batch_size: int
+    threads: int
+    tokens: bool
+    output: Path
+    version: str
+
+
+def embedding_path(output: Path, run: BoldRun, atlas: str, label: str) -> Path:
+    """Path of the table of embeddings of a run."""
+    return writing.derivative_path(output, run, 'embedding', '.tsv', atlas=atlas, desc=label)
+
+
+def embedding_current(
+    output: Path, run: BoldRun, atlas: str, label: str, inputs: dict, tokens: bool
+) -> bool:
+    """Whether a run's embeddings stand and fit the inputs."""
+    path = embedding_path(output, run, atlas, label)
+    if tokens and not path.with_suffix('.h5').is_file():
+        return False
+    return writing.is_current(path.with_suffix('.json'), path, inputs)
+
+
+def load_encoder(task: EncodeTask, xyz: np.ndarray):
+    """Build the network of a task and give it its weights."""
+    import torch
+
+    from bids_brainfm.models.encoder import Encoder, ascending_y
+    from bids_brainfm.models.weights import build, initialise, load_checkpoint
+
+    torch.set_num_threads(task.threads)
+    spec = task.spec
+    network = build(spec.card.config)
+    if spec.checkpoint is None:
+        initialise(network, SEED)
+    else:
+        load_checkpoint(network, spec.checkpoint)
+    order = ascending_y(xyz) if spec.card.parcel_order == 'ascending-y' else None
+    return Encoder(network, spec.card.name, order, xyz, task.device, task.precision)
+
+
+def encode_all(runs: list[BoldRun], task: EncodeTask, stop: bool = False) -> list[Outcome]:
+    """Encode runs whose parcel series are written, and write their embeddings.
+
+    Parameters
+    ----------
+    runs : list of BoldRun
+    task : EncodeTask
+    stop : bool
+        Whether the first failure is raised.
+
+    Returns
+    -------
+    list of Outcome
+        One a run.
+    """
+    from tqdm import tqdm
+
+    from bids_brainfm.atlases.atlas import load_atlas
+    from bids_brainfm.models.encoder import encode_runs
+
+    atlas = load_atlas(task.spec.card.atlas, task.home)
+    encoder = load_encoder(task, atlas.xyz)
+    step = f'desc-{task.spec.label}'
+    outcomes, prepared = [], {}
+
+    def windows_of_runs():
+        for run in runs:
+
+            def work(run=run):
+                series = read_series(series_paths(task.output, run, atlas.name)['series'])
+                prepared[run.name] = prepare(series, task.contract, atlas.xyz, atlas.name)
+
+            outcome = attempt(task.output, run, step, work, stop)
+            if outcome.error:
+                LOGGER.error('%s', outcome.error)
+                outcomes.append(outcome)
+                bar.update()
+            else:
+                yield run, prepared[run.name][0].data
+
+    started = time.monotonic()
+    with tqdm(
+        total=len(runs), desc=f'Encoding with {task.spec.label}', unit='run', disable=None
+    ) as bar:
+        for run, encoding in encode_runs(encoder, windows_of_runs(), task.batch_size, task.tokens):
+            windows, donors = prepared.pop(run.name)
+
+            def work(run=run, windows=windows, donors=donors, encoding=encoding):
+                write_embedding(run, task, atlas, windows, donors, encoding)
+
+            outcomes.append(attempt(task.output, run, step, work, stop))
+            bar.update()
+            LOGGER.info(
+                '[%d/%d] %s: %d windows encoded with %s (%.1f s since the start)',
+                len(outcomes), len(runs), run.name, len(windows.data), task.spec.card.name,
+                time.monotonic() - started,
+            )  # fmt: skip
+    return outcomes
+
+
+def write_embedding(run, task: EncodeTask, atlas, windows, donors, encoding) -> None:
+    """Write one run's embeddings: table, tokens on request, figures, sidecar."""
+    from bids_brainfm.reports import figures
+    from bids_brainfm.reports.report import figure_path
+
+    spec, card = task.spec, task.spec.card
+    path = embedding_path(task.output, run, atlas.name, spec.label)
+    shares = (windows.onset, windows.duration, windows.real, windows.flagged)
+    header, index = embedding_columns(*shares, encoding.summary.shape[1])
+    writing.write_matrix(path, encoding.summary, header, index)
+    if task.tokens:
+        write_tokens(path.with_suffix('.h5'), encoding, windows, atlas)
+    series = series_paths(task.output, run, atlas.name)['series']
+    source = writing.read_sidecar(series.with_suffix('.json'))
+    recorded = source['NumberOfVolumes'] * source['RepetitionTime']
+    pictures = {
+        'windows': figures.windows(*shares, recorded),
+        'embedding': figures.embedding(encoding.summary, windows.onset),
+    }
+    name = report_name(run, atlas.name)
+    for what, figure in pictures.items():
+        figures.save(figure, figure_path(task.output, name, what, spec.label))
+    filled = {atlas.names[i]: atlas.names[donor] for i, donor in enumerate(donors) if donor >= 0}
+    warnings = []
+    if not spec.trained:
+        warnings.append(
+            f'{spec.label} is untrained (random weights): its embeddings are a control, '
+            f'not a result.'
+        )
+    if filled:
+        warnings.append(f'{len(filled)} parcels were filled before encoding with {FILL_RULE}.')
+    if windows.left_over > 0:
+        warnings.append(
+            f'The last {windows.left_over:.1f} s of the run are in no window of {spec.label} '
+            f'(--short-runs pad would add one).'
+        )
+    if (windows.real < 1).any():
+        warnings.append(
+            f'{(windows.real < 1).sum()} window(s) of {spec.label} are not all recorded signal '
+            f'(--short-runs {task.contract.short_runs}).'
+        )
+    resampled = abs(source['RepetitionTime'] / card.tr - 1) >= 1e-3
+    writing.write_json(
+        path.with_suffix('.json'),
+        {
+            'Description': f'Embedding of each window of the run by {card.name}: the state of the '
+            f'class token after the last normalisation.',
+            'Sources': [writing.own_uri(task.output, series), *source['Sources']],
+            'InputFiles': source['InputFiles'],
+            'SoftwareVersion': task.version,
+            'Model': {
+                'Name': card.name,
+                'Description': card.description,
+                'Trained': spec.trained,
+                'Weights': spec.weights,
+                'WeightsSHA256': spec.sha256,
+                'License': card.licence,
+                'Source': card.source,
+                'Citation': card.citation,
+                'Architecture': card.config,
+            },
+            'Pooling': 'class token',
+            'ParcelOrder': card.parcel_order,
+            'EmbeddingSize': encoding.summary.shape[1],
+            'NumberOfWindows': len(windows.data),
+            'WindowLength': card.window * card.tr,
+            'WindowSamples': card.window,
+            'WindowStride': (task.contract.stride or card.window) * card.tr,
+            'WindowOnsets': windows.onset,
+            'SamplingFrequency': 1 / card.tr,
+            'RepetitionTime': source['RepetitionTime'],
+            'Resampled': resampled,
+            'ResamplingMethod': 'polyphase with anti-aliasing filter' if resampled else None,
+            'Scaling': task.contract.scaling,
+            'DividedBy': task.contract.divide_by if task.contract.scaling != 'none' else None,
+            'ScaleStatistics': task.contract.stats,
+            'ShortRuns': task.contract.short_runs,
+            'LeftOver': windows.left_over,
+            'Denoising': source['Denoising'],
+            'ShareFlagged': windows.flagged,
+            'ShareReal': windows.real,
+            'FilledParcels': filled,
+            'FillRule': FILL_RULE,
+            'Precision': task.precision,
+            'Device': task.device,
+            'Space': run.space,
+            'Atlas': source['Atlas'],
+            'Warnings': warnings,
+            'window': {'Description': 'Number of the window, from 0'},
+            'onset': {'Description': "Start of the window since the run's start", 'Units': 's'},
+            'duration': {'Description': 'Recorded signal in the window', 'Units': 's'},
+            'real': {'Description': 'Share of samples that were recorded'},
+            'flagged': {'Description': 'Share of recorded samples from flagged volumes'},
+        },
+    )
+
+
+def write_tokens(path: Path, encoding, windows, atlas) -> None:
+    """Write token and parcel embeddings as HDF5.
+
+    Datasets: ``tokens`` (windows, tokens, dimensions) in canonical order without the class token,
+    ``parcels`` (windows, parcels, dimensions) where the model has one token or more a parcel,
+    ``onset`` (windows,) in seconds and ``parcel_names``.
+    """
+    import h5py
+
+    with writing.atomic(path) as temporary, h5py.File(temporary, 'w') as file:
+        file['onset'] = windows.onset
+        file['parcel_names'] = list(atlas.names)
+        for name in ('tokens', 'parcels'):
+            values = getattr(encoding, name)
+            if values is not None:
+                file.create_dataset(name, data=values, compression='gzip', compression_opts=1)
+
+
+class _EncodeInputSpec(BaseInterfaceInputSpec):
+    runs = traits.List(traits.Any(), mandatory=True, desc='BoldRun of each run')
+    series = traits.List(traits.Any(), desc='Outcome of the parcel series that were made now')
+    task = traits.Any(mandatory=True, desc='EncodeTask')
+    stop = traits.Bool(False, usedefault=True, desc='raise where a run fails')
+
+
+class _EncodeOutputSpec(TraitedSpec):
+    outcomes = traits.Any(desc='list of Outcome')
+
+
+class EncodeRuns(SimpleInterface):
+    """Write the embeddings of many runs by one model."""
+
+    input_spec = _EncodeInputSpec
+    output_spec = _EncodeOutputSpec
+    # What is done is known from the outputs, which may have been deleted, not from the work folder
+    _always_run = True
+
+    def _run_interface(self, runtime):
+        failed = {outcome.run for outcome in self.inputs.series or [] if outcome.error}
+        runs = [run for run in self.inputs.runs if run.name not in failed]
+        self._results['outcomes'] = (
+            encode_all(runs, self.inputs.task, self.inputs.stop) if runs else []
+        )
+        return runtime

@@ -1,0 +1,79 @@
+"""What a node says about a run: that it is done, or in one sentence why not.
+
+A run that fails must not stop the others, so failures travel through the graph as outcomes, not
+as exceptions, and stand in the participant's log folder until the run succeeds.
+"""
+
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from bids_brainfm.bids.reading import BoldRun
+from bids_brainfm.bids.writing import func_folder, write_text
+from bids_brainfm.errors import BrainfmError
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Result of one step for one run.
+
+    Attributes
+    ----------
+    run : str
+        Name of the run.
+    step : str
+        What was done, e.g. ``atlas-A424`` or ``desc-brainlm111m``.
+    error : str or None
+        One sentence, None where the step succeeded.
+    """
+
+    run: str
+    step: str
+    error: str | None = None
+
+
+def failure_path(output: Path, run: BoldRun, step: str) -> Path:
+    """File that says why a step failed for a run."""
+    return func_folder(output, run, 'log') / f'failed-{run.name}_{step}.txt'
+
+
+def attempt(output: Path, run: BoldRun, step: str, work, stop: bool = False) -> Outcome:
+    """Do some work for a run and tell how it went.
+
+    Parameters
+    ----------
+    output : Path
+        The output dataset.
+    run : BoldRun
+    step : str
+        Names the work in the log folder.
+    work : callable
+        Takes no argument; raises where it fails.
+    stop : bool
+        Whether a failure is raised after it was recorded.
+    """
+    path = failure_path(output, run, step)
+    try:
+        work()
+    except Exception as error:
+        if isinstance(error, BrainfmError):
+            sentence, details = str(error), ''
+        elif isinstance(error, MemoryError):
+            sentence, details = 'there is not enough memory: ask for more, or lower --nprocs.', ''
+        else:
+            sentence = f'unexpected {type(error).__name__}: {error} (details in {path}).'
+            details = '\n' + traceback.format_exc()
+        if not sentence.startswith(run.name):
+            sentence = f'{run.name}: {sentence}'
+        write_text(path, sentence + '\n' + details)
+        if stop:
+            raise
+        return Outcome(run.name, step, sentence)
+    path.unlink(missing_ok=True)
+    return Outcome(run.name, step)
+
+
+def read_failures(output: Path, subject: str) -> list[str]:
+    """Sentences of all steps that failed for a participant and have not succeeded since."""
+    folder = output / f'sub-{subject}' / 'log'
+    return [p.read_text().partition('\n')[0] for p in sorted(folder.glob('failed-*.txt'))]

@@ -1,0 +1,128 @@
+"""From the derivatives of a participant to the report: everything is read back from disk."""
+
+from pathlib import Path
+
+from nipype.interfaces.base import (
+    BaseInterfaceInputSpec,
+    SimpleInterface,
+    TraitedSpec,
+    traits,
+)
+
+from bids_brainfm.bids.writing import read_sidecar
+from bids_brainfm.interfaces.outcome import read_failures
+from bids_brainfm.models.connectome import LABEL as CONNECTOME
+
+
+def collect_runs(output: Path, subject: str) -> list[dict]:
+    """What the sidecars of a participant say, in the form of ``reports.report.write_report``."""
+    runs = {}
+    for path in sorted((output / f'sub-{subject}').glob('**/*_stat-mean_timeseries.json')):
+        sidecar = read_sidecar(path)
+        if sidecar is not None:
+            runs[path.name.partition('_stat-')[0]] = _series_facts(sidecar)
+    for path in sorted((output / f'sub-{subject}').glob('**/*_embedding.json')):
+        name, _, rest = path.name.partition('_desc-')
+        label = rest.removesuffix('_embedding.json')
+        sidecar = read_sidecar(path)
+        if sidecar is not None and label != CONNECTOME and name in runs:
+            runs[name]['models'].append(_model_facts(label, sidecar))
+            runs[name]['warnings'] += sidecar['Warnings']
+    listed = [{'name': name} | facts for name, facts in runs.items()]
+    return listed + _failed(output, subject, listed)
+
+
+def _series_facts(sidecar: dict) -> dict:
+    denoising = sidecar['Denoising']
+    n_confounds = len(denoising['ConfoundRegressors'])
+    inputs = {
+        'BOLD': sidecar['Sources'][0],
+        'Space': f'{sidecar["Space"]}, atlas image: {sidecar["Atlas"]["Provenance"]}',
+        'Volumes': f'{sidecar["NumberOfVolumes"]} at a repetition time of '
+        f'{sidecar["RepetitionTime"]:g} s',
+        'Left out at the start': f'{sidecar["StartTime"]:g} s (not in steady state)',
+        'Flagged volumes': f'{sidecar["NumberOfVolumesFlagged"]}'
+        + (' (interpolated)' if sidecar['FlaggedVolumesInterpolated'] else ''),
+        'Denoising': f'{denoising["Name"]}, {n_confounds} confounds regressed out',
+        'Mean brain signal': f'{sidecar["BrainMean"]:.1f} (BOLD units)',
+        'Parcels below coverage': f'{len(sidecar["ParcelsBelowMinimumCoverage"])} '
+        f'(limit {sidecar["MinimumCoverage"]:g})',
+    }
+    return {
+        'inputs': inputs,
+        'models': [],
+        'atlas': {
+            'name': sidecar['Atlas']['Name'],
+            'licence': sidecar['Atlas']['License'],
+            'citation': sidecar['Atlas']['Citation'],
+        },
+        'warnings': list(sidecar['Warnings']),
+        'failure': None,
+    }
+
+
+def _model_facts(label: str, sidecar: dict) -> dict:
+    model = sidecar['Model']
+    resampled = f', resampled to {1 / sidecar["SamplingFrequency"]:g} s'
+    divided = sidecar.get('DividedBy')
+    return {
+        'label': label,
+        'name': model['Name'],
+        'trained': model['Trained'],
+        'licence': model['License'],
+        'citation': ' '.join(model['Citation']),
+        'windows': sidecar['NumberOfWindows'],
+        'facts': {
+            'Weights': model['Weights'],
+            'Input': f'{sidecar["WindowSamples"]} samples ({sidecar["WindowLength"]:g} s) a window'
+            + (resampled if sidecar['Resampled'] else ''),
+            'Scaling': sidecar['Scaling'] + (f', divided by {divided:g}' if divided else ''),
+            'Embedding': f'{sidecar["EmbeddingSize"]} dimensions ({sidecar["Pooling"]})',
+            'Filled parcels': len(sidecar['FilledParcels']),
+            'Ran on': f'{sidecar["Device"]}, {sidecar["Precision"]}',
+        },
+    }
+
+
+def _failed(output: Path, subject: str, listed: list[dict]) -> list[dict]:
+    """Failures on record: on their own, or with the run that they belong to."""
+    alone = []
+    for sentence in read_failures(output, subject):
+        name, _, reason = sentence.partition(': ')
+        own = [run for run in listed if run['name'].startswith(f'{name}_space-')]
+        if own:
+            own[0]['failure'] = reason or sentence
+        else:
+            facts = {'name': name, 'inputs': {}, 'models': [], 'atlas': None, 'warnings': []}
+            alone.append(facts | {'failure': reason or sentence})
+    return alone
+
+
+class _ReportInputSpec(BaseInterfaceInputSpec):
+    output = traits.Any(mandatory=True, desc='output dataset')
+    subject = traits.Str(mandatory=True)
+    software = traits.Dict()
+    after = traits.List(traits.Any(), desc='what has to be written before')
+
+
+class _ReportOutputSpec(TraitedSpec):
+    report = traits.Any(desc='path of the report')
+
+
+class WriteReport(SimpleInterface):
+    """Write the report of one participant."""
+
+    input_spec = _ReportInputSpec
+    output_spec = _ReportOutputSpec
+    _always_run = True
+
+    def _run_interface(self, runtime):
+        from bids_brainfm.reports.methods import read_methods
+        from bids_brainfm.reports.report import write_report
+
+        inputs = self.inputs
+        runs = collect_runs(inputs.output, inputs.subject)
+        self._results['report'] = write_report(
+            inputs.output, inputs.subject, runs, read_methods(inputs.output), inputs.software
+        )
+        return runtime

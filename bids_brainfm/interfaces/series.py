@@ -1,0 +1,323 @@
+"""From a BOLD file to the derivatives of its parcel series."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from nipype.interfaces.base import (
+    BaseInterfaceInputSpec,
+    SimpleInterface,
+    TraitedSpec,
+    traits,
+)
+
+from bids_brainfm.bids import writing
+from bids_brainfm.bids.reading import BoldRun, repetition_time
+from bids_brainfm.errors import BrainfmError
+from bids_brainfm.interfaces.outcome import attempt
+from bids_brainfm.models.connectome import LABEL, connectome, connectome_vector
+from bids_brainfm.signals.series import ParcelSeries
+
+FILL_RULE = 'the series of the nearest parcel (by centroid) with enough coverage'
+
+
+@dataclass(frozen=True)
+class SeriesTask:
+    """How parcel series are made, for all runs of one atlas.
+
+    Attributes
+    ----------
+    atlas : str
+        Name or card of the atlas.
+    home : Path
+        Where fetched atlases are kept.
+    denoise : str
+        Name or file of the denoising preset.
+    min_coverage : float
+        Share of a parcel below which it is n/a.
+    output : Path
+        The output dataset.
+    version : str
+        Version of this program, for the sidecars.
+    """
+
+    atlas: str
+    home: Path
+    denoise: str
+    min_coverage: float
+    output: Path
+    version: str
+
+
+def series_paths(output: Path, run: BoldRun, atlas: str) -> dict[str, Path]:
+    """Paths of the derivatives that come from the parcel series of a run."""
+
+    def path(suffix, **entities):
+        return writing.derivative_path(output, run, suffix, '.tsv', atlas=atlas, **entities)
+
+    return {
+        'coverage': path('bold', stat='coverage'),
+        'relmat': path('relmat', stat='pearsoncorrelation'),
+        'connectome': path('embedding', desc=LABEL),
+        # last, since what is made from the series looks for it
+        'series': path('timeseries', stat='mean'),
+    }
+
+
+def report_name(run: BoldRun, atlas: str) -> str:
+    """What the report calls a run: its name, space and atlas."""
+    return f'{run.name}_space-{run.space}_atlas-{atlas}'
+
+
+def series_current(output: Path, run: BoldRun, atlas: str) -> bool:
+    """Whether all derivatives of the parcel series stand and fit the inputs."""
+    inputs = writing.input_fingerprints(run)
+    return all(
+        writing.is_current(path.with_suffix('.json'), path, inputs)
+        for path in series_paths(output, run, atlas).values()
+    )
+
+
+def read_series(path: Path) -> ParcelSeries:
+    """Read parcel series back from their derivative.
+
+    Parameters
+    ----------
+    path : Path
+        ``..._stat-mean_timeseries.tsv``; its sidecar and the coverage stand beside it.
+    """
+    import pandas as pd
+
+    data, _ = writing.read_matrix(path)
+    coverage_name = path.name.replace('_stat-mean_timeseries', '_stat-coverage_bold')
+    coverage = pd.read_csv(path.with_name(coverage_name), sep='\t')['coverage'].to_numpy()
+    sidecar = writing.read_sidecar(path.with_suffix('.json'))
+    flagged = np.zeros(len(data), dtype=bool)
+    flagged[sidecar['FlaggedVolumes']] = True
+    return ParcelSeries(
+        data=data,
+        tr=sidecar['RepetitionTime'],
+        coverage=coverage,
+        flagged=flagged,
+        brain_mean=sidecar['BrainMean'],
+        start=sidecar['StartTime'],
+    )
+
+
+def make_series(run: BoldRun, task: SeriesTask) -> None:
+    """Parcellate and denoise one run and write what comes from it.
+
+    Raises
+    ------
+    BrainfmError
+        The run's files are missing, damaged or contradict each other.
+    """
+    from bids_brainfm.atlases.atlas import load_atlas
+    from bids_brainfm.atlases.export import export_atlas
+    from bids_brainfm.signals.denoise import denoise, load_preset, read_confounds
+    from bids_brainfm.signals.parcellate import parcellate
+
+    tr = repetition_time(run)
+    atlas = load_atlas(task.atlas, task.home)
+    preset = load_preset(task.denoise)
+    if run.mask is None and not run.is_cifti:
+        raise BrainfmError(
+            f'{run.name}: the brain mask of {run.bold.name} (desc-brain_mask) is missing: copy it '
+            f'from the fMRIPrep output.'
+        )
+    if run.confounds is None and preset.needs_confounds:
+        raise BrainfmError(
+            f'{run.name}: there is no desc-confounds_timeseries.tsv, which denoising '
+            f'"{preset.name}" needs: copy it from the fMRIPrep output, or use --denoise none.'
+        )
+    image = atlas.image_for(run.space, voxel_size(run.bold))
+    found = parcellate(run.bold, image.path, atlas.n_parcels, run.mask)
+
+    warnings = []
+    if found.header_tr and abs(found.header_tr - tr) > 1e-3 * tr:
+        warnings.append(
+            f'The header gives a repetition time of {found.header_tr:g} s, the sidecar {tr:g} s; '
+            f'the sidecar was used.'
+        )
+    if found.n_nonfinite:
+        warnings.append(
+            f'{found.n_nonfinite} voxels hold NaN or infinite values and were left out.'
+        )
+    n_volumes = len(found.data)
+    if preset.needs_confounds:
+        confounds = read_confounds(run.confounds, run.confounds_json, preset, n_volumes)
+        data = denoise(found.data, confounds)
+        flagged, dummy = confounds.flagged[confounds.dummy :], confounds.dummy
+        names = list(confounds.names)
+    else:
+        data, flagged, dummy, names = found.data, np.zeros(n_volumes, dtype=bool), 0, []
+    covered = found.coverage >= task.min_coverage
+    series = np.where(covered, data, np.nan).astype(np.float32)
+    if not covered.all():
+        warnings.append(
+            f'{(~covered).sum()} of {len(covered)} parcels have less than '
+            f'{task.min_coverage:.0%} of their volume in the field of view and are n/a: '
+            f'{_some([atlas.names[i] for i in np.flatnonzero(~covered)])}.'
+        )
+    if dummy:
+        warnings.append(f'{dummy} non-steady-state volumes at the start were left out.')
+
+    uri = writing.own_uri(task.output, export_atlas(task.output, atlas, image))
+    common = {
+        'Sources': [run.uri(path) for path in run.companions().values()] + [uri],
+        'InputFiles': writing.input_fingerprints(run),
+        'SoftwareVersion': task.version,
+    }
+    details = {
+        'RepetitionTime': tr,
+        'SamplingFrequency': 1 / tr,
+        'StartTime': dummy * tr,
+        'NumberOfVolumes': n_volumes,
+        'NumberOfVolumesDiscardedByNonsteadyStatesDetector': dummy,
+        'NumberOfVolumesFlagged': int(flagged.sum()),
+        'FlaggedVolumes': np.flatnonzero(flagged),
+        'FlaggedVolumesInterpolated': bool(preset.needs_confounds),
+        'Denoising': {
+            'Name': preset.name,
+            'Description': preset.description,
+            'ConfoundRegressors': names,
+            'DegreesOfFreedomLost': len(names) + 1 if names else 0,
+            'MeanAddedBack': bool(names),
+        },
+        'Atlas': {
+            'Name': atlas.name,
+            'Image': image.path.name,
+            'Provenance': image.provenance,
+            'License': atlas.licence,
+            'Citation': ' '.join(atlas.citation),
+        },
+        'Space': run.space,
+        'Resolution': run.entities.get('res'),
+        'Sampling': found.sampling,
+        'BrainMean': found.brain_mean,
+        'MinimumCoverage': task.min_coverage,
+        'ParcelsBelowMinimumCoverage': [atlas.names[i] for i in np.flatnonzero(~covered)],
+        'Warnings': warnings,
+    }
+    paths = series_paths(task.output, run, atlas.name)
+    relmat = connectome(series)
+    _write_tables(paths, series, found.coverage, relmat, atlas.names, (n_volumes - dummy) * tr, tr)
+    own = {name: writing.own_uri(task.output, path) for name, path in paths.items()}
+    from_series = common | {'Sources': [own['series'], *common['Sources']]}
+    sidecars = {
+        'coverage': common
+        | {
+            'Description': 'Share of each parcel inside the field of view of this run.',
+            'Node': {'Description': f'Parcel of {atlas.name}'},
+            'coverage': {'Description': 'Share of the parcel with signal', 'Units': 'arbitrary'},
+        },
+        'relmat': from_series
+        | {
+            'Description': 'Functional connectivity between parcels.',
+            'RelationshipMeasure': 'Pearson correlation',
+            'Weighted': True,
+            'Directed': False,
+            'ValidDiagonal': True,
+            'StorageFormat': 'Full',
+        },
+        'connectome': from_series
+        | {
+            'Description': 'Functional connectivity as an embedding of the whole run: the '
+            'baseline to compare model embeddings with.',
+            'Model': {
+                'Name': LABEL,
+                'Description': 'Pearson correlations of all pairs of parcels',
+            },
+            'Pooling': 'upper triangle of the relmat, row by row, without the diagonal',
+            'Warnings': warnings,
+        },
+        'series': common
+        | {'Description': f'Mean BOLD signal of each parcel of {atlas.name}, in BOLD units.'}
+        | details,
+    }
+    _draw(run, task.output, atlas, found, data, series, relmat, flagged, dummy, tr, task)
+    for name, path in paths.items():
+        writing.write_json(path.with_suffix('.json'), sidecars[name])
+
+
+def _write_tables(paths, series, coverage, relmat, names, duration, tr) -> None:
+    writing.write_table(paths['coverage'], {'Node': list(names), 'coverage': coverage})
+    writing.write_matrix(paths['relmat'], relmat, ['Node', *names], list(names))
+    vector = connectome_vector(relmat)
+    header, index = embedding_columns([0.0], [duration], [1.0], [0.0], len(vector))
+    writing.write_matrix(paths['connectome'], vector[None], header, index)
+    writing.write_matrix(paths['series'], series, list(names))
+
+
+def embedding_columns(onset, duration, real, flagged, size: int) -> tuple[list[str], list[str]]:
+    """Header and first columns of an embedding table: one row a window.
+
+    >>> embedding_columns([0.0], [147.0], [1.0], [0.05], 2)[1]
+    ['0\\t0\\t147\\t1\\t0.05']
+    """
+    width = len(str(size))
+    header = ['window', 'onset', 'duration', 'real', 'flagged']
+    header += [f'dim{i:0{width}d}' for i in range(size)]
+    rows = zip(onset, duration, real, flagged, strict=True)
+    return header, [f'{i}\t' + '\t'.join(f'{v:.7g}' for v in row) for i, row in enumerate(rows)]
+
+
+def _draw(run, output, atlas, found, data, series, relmat, flagged, dummy, tr, task) -> None:
+    from bids_brainfm.reports import figures
+    from bids_brainfm.reports.report import figure_path
+
+    after = np.where(found.coverage >= task.min_coverage, data, np.nan)
+    order = np.lexsort((atlas.xyz[:, 1], atlas.xyz[:, 0] > 0))
+    pictures = {
+        'carpet': figures.carpet(found.data[dummy:], after, tr, flagged, order),
+        'coverage': figures.coverage(atlas.xyz, found.coverage, task.min_coverage),
+        'connectivity': figures.connectivity(relmat),
+    }
+    for what, figure in pictures.items():
+        figures.save(figure, figure_path(output, report_name(run, atlas.name), what))
+
+
+def voxel_size(bold: Path) -> float | None:
+    """Geometric mean of the voxel's edges in mm, None for grayordinates."""
+    import nibabel as nib
+
+    if bold.name.endswith('.dtseries.nii'):
+        return None
+    try:
+        return float(np.prod(nib.load(bold).header.get_zooms()[:3]) ** (1 / 3))
+    except Exception:  # the reader of the volumes says better what is wrong with the file
+        return None
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    return ', '.join(names[:most]) + (f' and {len(names) - most} more' * (len(names) > most))
+
+
+class _SeriesInputSpec(BaseInterfaceInputSpec):
+    run = traits.Any(mandatory=True, desc='BoldRun')
+    task = traits.Any(mandatory=True, desc='SeriesTask')
+    stop = traits.Bool(False, usedefault=True, desc='raise where a run fails')
+
+
+class _SeriesOutputSpec(TraitedSpec):
+    outcome = traits.Any(desc='Outcome')
+
+
+class MakeSeries(SimpleInterface):
+    """Write the parcel series of one run."""
+
+    input_spec = _SeriesInputSpec
+    output_spec = _SeriesOutputSpec
+    # What is done is known from the outputs, which may have been deleted, not from the work folder
+    _always_run = True
+
+    def _run_interface(self, runtime):
+        run, task = self.inputs.run, self.inputs.task
+        self._results['outcome'] = attempt(
+            task.output,
+            run,
+            f'atlas-{Path(task.atlas).stem}',
+            lambda: make_series(run, task),
+            self.inputs.stop,
+        )
+        return runtime

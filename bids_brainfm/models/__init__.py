@@ -1,0 +1,1 @@
+"""Architectures in plain PyTorch, model cards, weights, and the connectome baseline."""

@@ -1,0 +1,150 @@
+"""Model cards: YAML files that say what a model is and what shape of input it expects."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+
+from bids_brainfm.errors import BrainfmError
+
+PARCEL_ORDERS = ('atlas', 'ascending-y')
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a model is and what it expects.
+
+    Attributes
+    ----------
+    name : str
+        What ``--model`` takes, e.g. ``brainlm-111m``.
+    label : str
+        BIDS label in output names (letters and digits), e.g. ``brainlm111m``.
+    description : str
+        One sentence.
+    config : dict
+        Architecture in the form of the checkpoint's ``config.json``; ``model_type`` names the
+        family. A checkpoint's own ``config.json`` replaces it.
+    atlas : str
+        Name of the atlas, or path of an atlas card.
+    parcel_order : {'atlas', 'ascending-y'}
+        Order of the rows that the network expects.
+    tr : float
+        Repetition time in seconds.
+    window : int
+        Samples per window.
+    scaling : str
+        Method of :func:`bids_brainfm.signals.scale.scale`.
+    divide_by : float
+        Constant by which the scaled values are divided.
+    denoising : str
+        Name of a denoising preset.
+    trained : bool
+        Whether there are trained weights; if not, outputs say "untrained" in plain sight.
+    licence, source : str
+        Of the weights.
+    citation : list of str
+    weights : list of dict
+        Files of the checkpoint: ``name``, and ``url`` and ``sha256`` where known. Empty for a
+        model that comes with this package.
+    """
+
+    name: str
+    label: str
+    description: str
+    config: dict = field(hash=False)
+    atlas: str
+    parcel_order: str
+    tr: float
+    window: int
+    scaling: str
+    divide_by: float
+    denoising: str
+    trained: bool
+    licence: str
+    source: str
+    citation: list[str] = field(hash=False)
+    weights: list[dict] = field(hash=False, default_factory=list)
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the model comes with this package."""
+        return not self.weights
+
+    def __post_init__(self):
+        if not self.label.isalnum():
+            raise BrainfmError(
+                f'Model card {self.name}: label {self.label!r} goes into file names, so it may '
+                f'have letters and digits only.'
+            )
+        if self.parcel_order not in PARCEL_ORDERS:
+            raise BrainfmError(
+                f'Model card {self.name}: parcel_order {self.parcel_order!r} is not one of '
+                f'{", ".join(PARCEL_ORDERS)}.'
+            )
+        if not (self.tr > 0 and self.window > 0 and self.divide_by > 0):
+            raise BrainfmError(
+                f'Model card {self.name}: tr, window and divide_by must be above zero.'
+            )
+
+
+def model_names() -> list[str]:
+    """Names of the cards that come with this package.
+
+    >>> 'brainlm-111m' in model_names()
+    True
+    """
+    folder = files('bids_brainfm') / 'data' / 'models'
+    return sorted(entry.name.removesuffix('.yml') for entry in folder.iterdir())
+
+
+def load_card(name: str | Path) -> ModelCard:
+    """Load a card by its name, or a user's own by its path.
+
+    Raises
+    ------
+    BrainfmError
+        No such card, or it lacks a field or has an unknown one.
+
+    Examples
+    --------
+    >>> load_card('brainlm-111m').window
+    200
+    """
+    import yaml
+
+    path = Path(name)
+    if str(name) in model_names():
+        source = files('bids_brainfm') / 'data' / 'models' / f'{name}.yml'
+    elif path.suffix in ('.yml', '.yaml'):
+        if not path.is_file():
+            raise BrainfmError(f'The model card {path} does not exist: check the path.')
+        source = path
+    else:
+        raise BrainfmError(
+            f'There is no model {name}: the models are {", ".join(model_names())}, or give the '
+            f'path of a card of your own (.yml).'
+        )
+    try:
+        content = yaml.safe_load(source.read_text())
+        given = set(content)
+    except (yaml.YAMLError, TypeError, UnicodeDecodeError) as error:
+        raise BrainfmError(f'The model card {name} is not a YAML mapping: {error}.') from None
+    fields = dataclasses.fields(ModelCard)
+    needed = {f.name for f in fields if f.default_factory is dataclasses.MISSING} | {'citation'}
+    wrong = sorted(needed - given) + sorted(given - {f.name for f in fields})
+    if wrong:
+        raise BrainfmError(
+            f'The model card {name} lacks or does not know: {", ".join(wrong)}; a card has the '
+            f'fields {", ".join(f.name for f in fields)}.'
+        )
+    card = ModelCard(**content)
+    if source is path and not card.atlas.isidentifier():
+        # an atlas card beside the user's own model card
+        card = dataclasses.replace(card, atlas=str(path.absolute().parent / card.atlas))
+    return card
+
+
+def checkpoint_dir(card: ModelCard, home: Path) -> Path:
+    """Folder where the weights of a card are kept."""
+    return home / 'models' / card.name

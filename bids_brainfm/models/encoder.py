@@ -1,0 +1,299 @@
+"""Windows in, embeddings out: one loaded network, run over the windows of many runs."""
+
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import nn
+
+from bids_brainfm.errors import BrainfmError
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What an encoder says about the windows of one run, all float32.
+
+    Attributes
+    ----------
+    summary : (W, D)
+        The embedding of each window: the class token after the final LayerNorm.
+    parcels : (W, P, D) or None
+        Mean of each parcel's tokens, parcels in atlas order; None where a token spans several
+        parcels.
+    tokens : (W, N, D) or None
+        All tokens in their canonical order, without the class token. For a model with tokens
+        per parcel: parcel by parcel in atlas order, in time within a parcel. For a ViT: row by
+        row of its grid, parcels in the model's order.
+    attention : (W, P) or None
+        Share of the class token's attention in the last layer that falls on each parcel (mean
+        over heads, sum over the parcel's tokens), in atlas order; None as for ``parcels``.
+    """
+
+    summary: np.ndarray
+    parcels: np.ndarray | None = None
+    tokens: np.ndarray | None = None
+    attention: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        """Number of windows."""
+        return len(self.summary)
+
+    def part(self, start: int, stop: int) -> 'Encoding':
+        """Return the windows from ``start`` up to ``stop``."""
+        return self._map(lambda name: getattr(self, name)[start:stop])
+
+    @staticmethod
+    def join(parts: 'list[Encoding]') -> 'Encoding':
+        """Put windows one after the other."""
+        return parts[0]._map(lambda name: np.concatenate([getattr(part, name) for part in parts]))
+
+    def _map(self, make: Callable[[str], np.ndarray]) -> 'Encoding':
+        names = [field.name for field in fields(self) if getattr(self, field.name) is not None]
+        return Encoding(**{name: make(name) for name in names})
+
+
+class Encoder:
+    """A network ready to encode windows that come in atlas order.
+
+    On the CPU every window passes the network alone: batching gains no time there, and the
+    result cannot depend on what else is in the batch. In float32 it is the same to the last bit
+    each time.
+
+    Parameters
+    ----------
+    network : nn.Module
+        With weights. It is moved to ``device``, and its weights to ``precision``: the encoder
+        takes it over.
+    order : (P,) int, optional
+        Row permutation: row i of the model's input is parcel ``order[i]`` of the atlas.
+    xyz : (P, 3) float, optional
+        Parcel centres in mm, atlas order; only the legacy family uses them, and needs them.
+    device : torch.device
+    precision : {'float32', 'bfloat16'}
+        Of weights and activations; outputs are float32 always.
+    name : str
+        The model's name, for messages.
+
+    Raises
+    ------
+    BrainfmError
+        Coordinates are needed and not given, or ``order`` or ``xyz`` do not fit the model.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        order: np.ndarray | None = None,
+        xyz: np.ndarray | None = None,
+        device: torch.device | str = 'cpu',
+        precision: str = 'float32',
+        name: str = 'the model',
+    ):
+        self.name = name
+        self.device = torch.device(device)
+        self.precision = precision
+        self.dtype = getattr(torch, precision)
+        self.network = network.eval().requires_grad_(False).to(self.device, self.dtype)
+        self.shape = network.window_shape
+        self.order = None if order is None else np.asarray(order)
+        self.xyz = None if xyz is None else np.asarray(xyz, np.float32)
+        parcels = self.shape[0]
+        if self.order is not None and sorted(self.order) != list(range(parcels)):
+            raise BrainfmError(
+                f'The parcel order of {name} is not a permutation of {parcels} parcels; give the '
+                'order that belongs to the model and its atlas.'
+            )
+        self._place = ()
+        if network.needs_xyz:
+            if self.xyz is None or self.xyz.shape != (parcels, 3):
+                raise BrainfmError(
+                    f'{name} needs the coordinates of its {parcels} parcels (x, y, z in mm), '
+                    f'but got {None if self.xyz is None else self.xyz.shape}; give an atlas with '
+                    'coordinates.'
+                )
+            rows = self.xyz if self.order is None else self.xyz[self.order]
+            self._place = (torch.from_numpy(rows)[None].to(self.device, self.dtype),)
+
+    def encode(self, windows: np.ndarray, tokens: bool = False) -> Encoding:
+        """Encode windows, unmasked and with tokens in their own order.
+
+        Parameters
+        ----------
+        windows : (B, P, T) float32
+            Scaled windows, parcels in atlas order.
+        tokens : bool
+            Whether to return all tokens.
+
+        Returns
+        -------
+        Encoding
+            Of B windows.
+
+        Raises
+        ------
+        BrainfmError
+            The windows do not have the model's shape.
+        """
+        self.check(windows)
+        step = 1 if self.device.type == 'cpu' else len(windows)
+        return Encoding.join(
+            [self._pass(windows[i : i + step], tokens) for i in range(0, len(windows), step)]
+        )
+
+    def check(self, windows: np.ndarray, run: Hashable = None) -> None:
+        """Refuse windows that do not have the model's shape, naming the run if given."""
+        if windows.ndim != 3 or windows.shape[1:] != self.shape or not len(windows):
+            where = f'the windows of {run}' if run is not None else 'the windows'
+            raise BrainfmError(
+                f'{self.name} takes windows of {self.shape[0]} parcels × {self.shape[1]} time '
+                f'points, but {where} have shape {windows.shape}; use the atlas and the window '
+                'length of the model.'
+            )
+
+    @torch.inference_mode()
+    def _pass(self, windows: np.ndarray, tokens: bool) -> Encoding:
+        """Encode windows in one pass of the network."""
+        if self.order is not None:
+            windows = windows[:, self.order]
+        signal = torch.from_numpy(np.ascontiguousarray(windows, np.float32))
+        signal = signal.to(self.device, self.dtype)
+        per_parcel = self.network.tokens_per_parcel
+        hidden, row = self.network.encode(signal, *self._place, return_attention=bool(per_parcel))
+        hidden = hidden.float()
+        found = {'summary': hidden[:, 0]}
+        if per_parcel:
+            by_parcel = hidden[:, 1:].unflatten(1, (-1, per_parcel))
+            found['parcels'] = self._atlas_order(by_parcel.mean(2))
+            found['attention'] = self._atlas_order(row[:, 1:].unflatten(1, (-1, per_parcel)).sum(2))
+            if tokens:
+                found['tokens'] = self._atlas_order(by_parcel).flatten(1, 2)
+        elif tokens:
+            found['tokens'] = hidden[:, 1:]
+        # Copied, so that a summary does not hold the memory of all tokens.
+        return Encoding(**{name: x.cpu().numpy().copy() for name, x in found.items()})
+
+    def _atlas_order(self, x: torch.Tensor) -> torch.Tensor:
+        """Put dimension 1, parcels in the model's order, back into atlas order."""
+        return x if self.order is None else x[:, np.argsort(self.order)]
+
+
+def encode_runs(
+    encoder: Encoder,
+    runs: Iterable[tuple[Hashable, np.ndarray]],
+    batch_size: int,
+    tokens: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[tuple[Hashable, Encoding]]:
+    """Encode the windows of many runs, in batches that cross from one run to the next.
+
+    Parameters
+    ----------
+    encoder : Encoder
+    runs : iterable of (key, (W, P, T) float32)
+        Taken one by one as batches need them, so it may be a generator that reads files.
+    batch_size : int
+        Windows per batch.
+    tokens : bool
+        Whether to return all tokens.
+    progress : callable, optional
+        Called after each batch with the number of windows done so far.
+
+    Yields
+    ------
+    key, Encoding
+        Each run in turn, as soon as its last window is encoded. Memory holds one batch and the
+        runs it touches.
+
+    Raises
+    ------
+    BrainfmError
+        Windows of a run do not have the model's shape.
+    """
+    waiting = []  # windows of the batch being filled, (key, number of windows in the run, piece)
+    parts = []  # of the run whose windows are not all encoded yet
+    done = 0
+
+    def flush() -> Iterator[tuple[Hashable, Encoding]]:
+        nonlocal waiting, parts, done
+        encoded = encoder.encode(np.concatenate([piece for *_, piece in waiting]), tokens)
+        start = 0
+        for key, total, piece in waiting:
+            parts.append(encoded.part(start, start + len(piece)))
+            start += len(piece)
+            if sum(map(len, parts)) == total:
+                yield key, Encoding.join(parts)
+                parts = []
+        done += len(encoded)
+        waiting = []
+        if progress:
+            progress(done)
+
+    for key, windows in runs:
+        encoder.check(windows, key)
+        start = 0
+        while start < len(windows):
+            room = batch_size - sum(len(piece) for *_, piece in waiting)
+            piece = windows[start : start + room]
+            waiting.append((key, len(windows), piece))
+            start += len(piece)
+            if len(piece) == room:
+                yield from flush()
+    if waiting:
+        yield from flush()
+
+
+def ascending_y(xyz: np.ndarray) -> np.ndarray:
+    """Return parcels from posterior to anterior, as the BrainLM ViT models take them.
+
+    The sort is stable, so parcels with the same Y stay in atlas order; A424 has only 77
+    different Y, and an unstable sort would give other rows on other machines.
+
+    Parameters
+    ----------
+    xyz : (P, 3) float
+        Parcel centres in mm.
+
+    Returns
+    -------
+    (P,) int
+        Row i of the model's input is parcel ``order[i]``.
+
+    Examples
+    --------
+    >>> ascending_y(np.array([[0, 5, 0], [0, -3, 0], [1, 5, 1]])).tolist()
+    [1, 0, 2]
+    """
+    return np.argsort(np.asarray(xyz)[:, 1], kind='stable')
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device that ``auto``, ``cpu`` or ``cuda`` stands for.
+
+    Raises
+    ------
+    BrainfmError
+        ``cuda`` is asked for and this machine or this PyTorch has none.
+    """
+    if name not in ('auto', 'cpu', 'cuda'):
+        raise BrainfmError(f'The device {name!r} is not known; choose auto, cpu or cuda.')
+    present = torch.cuda.is_available()
+    if name == 'cuda' and not present:
+        raise BrainfmError(
+            'A CUDA device is asked for, but PyTorch finds none here; choose --device cpu or '
+            'auto, or install a PyTorch built for your GPU.'
+        )
+    return torch.device('cuda' if present and name != 'cpu' else 'cpu')
+
+
+def resolve_precision(name: str | None, device: torch.device) -> str:
+    """Return the precision to compute in: float32 on the CPU, bfloat16 on a GPU by default.
+
+    >>> resolve_precision(None, torch.device('cpu'))
+    'float32'
+    """
+    if name is None:
+        return 'float32' if device.type == 'cpu' else 'bfloat16'
+    if name not in ('float32', 'bfloat16'):
+        raise BrainfmError(f'The precision {name!r} is not known; choose float32 or bfloat16.')
+    return name

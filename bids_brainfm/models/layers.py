@@ -1,0 +1,152 @@
+"""What the transformer families share: attention, and the angles of sin-cos position tables."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bids_brainfm.errors import BrainfmError
+
+
+def boxed(**children: nn.Module) -> nn.Module:
+    """Return an empty module that only gives its children a place in the state dict.
+
+    Official checkpoints nest single layers in boxes (``attention.output.dense.weight``).
+
+    >>> list(boxed(dense=nn.Linear(2, 3)).state_dict())
+    ['dense.weight', 'dense.bias']
+    """
+    box = nn.Module()
+    for name, child in children.items():
+        box.add_module(name, child)
+    return box
+
+
+def angles(length: int, channels: int) -> Tensor:
+    """Return the angles of a sinusoidal position table (Vaswani et al. 2017, section 3.5).
+
+    Parameters
+    ----------
+    length : int
+        Number of positions.
+    channels : int
+        Channels of the table, half of them sines and half cosines.
+
+    Returns
+    -------
+    (length, channels // 2) float64
+        position × 10000 ** (-2i / channels)
+    """
+    frequencies = 10000.0 ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
+    return torch.arange(length, dtype=torch.float64)[:, None] * frequencies
+
+
+def gelu(x: Tensor) -> Tensor:
+    """Exact GELU, in place where no gradient is asked for.
+
+    The widest tensor of a layer is then not written twice: fresh memory costs more than the
+    arithmetic.
+    """
+    return F.gelu(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
+
+
+def convolve_tokens(x: Tensor, kernel: Tensor) -> Tensor:
+    """Convolve along tokens with one kernel per head, zeros beyond both ends.
+
+    Written as a product with a banded matrix over chunks of tokens, which takes about a tenth of
+    the time of PyTorch's depth-wise convolution for so few channels and so long a kernel.
+
+    Parameters
+    ----------
+    x : (B, heads, N, d)
+    kernel : (heads, K)
+        K odd; cross-correlation, as convolution layers have it.
+
+    Returns
+    -------
+    (B, heads, N, d)
+
+    Examples
+    --------
+    >>> x, kernel = torch.rand(1, 2, 100, 3), torch.rand(2, 65)
+    >>> expected = F.conv2d(x, kernel[:, None, :, None], padding=(32, 0), groups=2)
+    >>> torch.allclose(convolve_tokens(x, kernel), expected, atol=1e-5)
+    True
+    """
+    (heads, span), tokens = kernel.shape, x.shape[2]
+    chunk = 64
+    reach = chunk + span - 1
+    # Rows one longer than the band is wide, read as rows of its width, each start one further on.
+    band = F.pad(kernel, (0, chunk)).repeat(1, chunk)[:, : chunk * reach]
+    band = band.view(heads, 1, chunk, reach)
+    padded = F.pad(x, (0, 0, span // 2, span // 2 + -tokens % chunk))
+    chunks = padded.unfold(2, reach, chunk).transpose(3, 4)  # (B, heads, N / chunk, reach, d)
+    return (band @ chunks).flatten(2, 3)[:, :, :tokens]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention without its output projection.
+
+    Parameters
+    ----------
+    hidden, heads : int
+        Width, and the number of heads it is split into.
+    bias : bool
+        Whether query, key and value have a bias.
+    kernel : int, optional
+        Tokens spanned by a depth-wise convolution of the values over the token axis, one kernel
+        per head, which is added to the context (Xiong et al. 2021, Nyströmformer).
+    """
+
+    def __init__(self, hidden: int, heads: int, bias: bool = True, kernel: int | None = None):
+        super().__init__()
+        if hidden % heads:
+            raise BrainfmError(
+                f'The configuration asks for a width of {hidden} in {heads} attention heads, '
+                'which does not divide; correct hidden_size or num_attention_heads.'
+            )
+        self.heads = heads
+        self.query = nn.Linear(hidden, hidden, bias=bias)
+        self.key = nn.Linear(hidden, hidden, bias=bias)
+        self.value = nn.Linear(hidden, hidden, bias=bias)
+        if kernel:
+            # Holds the weight under its official name; convolve_tokens uses it.
+            self.conv = nn.Conv2d(heads, heads, (kernel, 1), groups=heads, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the context (B, N, H) of tokens (B, N, H)."""
+        q, k, v = (self.split(project(x)) for project in (self.query, self.key, self.value))
+        context = F.scaled_dot_product_attention(q, k, v)
+        if hasattr(self, 'conv'):
+            context = context + convolve_tokens(v, self.conv.weight[:, 0, :, 0])
+        return context.transpose(1, 2).flatten(2)
+
+    def split(self, x: Tensor) -> Tensor:
+        """(B, N, H) -> (B, heads, N, H / heads)"""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def cls_row(self, x: Tensor) -> Tensor:
+        """Return how the first token attends to all tokens.
+
+        Only this row of the attention map is computed. The key bias adds the same to every score
+        of a row, so softmax cancels it; the key weights are applied to the one query instead of
+        to all tokens.
+
+        Parameters
+        ----------
+        x : (B, N, H)
+            Tokens as ``forward`` gets them.
+
+        Returns
+        -------
+        (B, N) float32
+            Attention weights, mean over heads; each row sums to 1.
+        """
+        x = x.float()
+        query = F.linear(
+            x[:, 0],
+            self.query.weight.float(),
+            None if self.query.bias is None else self.query.bias.float(),
+        ).unflatten(-1, (self.heads, -1))
+        key = self.key.weight.float().unflatten(0, (self.heads, -1))
+        asked = torch.einsum('bhd,hdc->bhc', query, key) / query.shape[-1] ** 0.5
+        return (asked @ x.transpose(1, 2)).softmax(-1).mean(1)

@@ -1,0 +1,108 @@
+"""Which tokens a masked autoencoder sees, and how far it misses the ones it does not see.
+
+A selection of tokens is written as ``keep``: the indices (B, K) of the tokens that are encoded,
+in the order in which they are encoded.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def keep_lowest(noise: Tensor, ratio: float) -> Tensor:
+    """Select the tokens with the lowest noise (He et al. 2022, masked autoencoders).
+
+    Parameters
+    ----------
+    noise : (B, N)
+        One number per token; uniform draws give random masking.
+    ratio : float
+        Share of tokens to mask, 0 to 1.
+
+    Returns
+    -------
+    (B, floor(N (1 - ratio))) int64
+        Tokens to keep, lowest noise first.
+
+    Examples
+    --------
+    >>> keep_lowest(torch.tensor([[0.9, 0.1, 0.5, 0.3]]), 0.5)
+    tensor([[1, 3]])
+    >>> [keep_lowest(torch.rand(1, n), r).shape[1] for n, r in [(4240, 0.2), (729, 0.75)]]
+    [3392, 182]
+    """
+    # Stable, so that tied noise gives the same tokens on every machine.
+    order = torch.argsort(noise, dim=1, stable=True)
+    return order[:, : int(noise.shape[1] * (1 - ratio))]
+
+
+def keep_visible(masked: Tensor) -> Tensor:
+    """Select the tokens that are not masked, in their own order.
+
+    Parameters
+    ----------
+    masked : (B, N) bool
+        The same number of tokens must be masked in every row.
+
+    Returns
+    -------
+    (B, K) int64
+
+    Examples
+    --------
+    >>> keep_visible(torch.tensor([[False, True, False]]))
+    tensor([[0, 2]])
+    """
+    return torch.nonzero(~masked)[:, 1].view(len(masked), -1)
+
+
+def masked_tokens(keep: Tensor, n_tokens: int) -> Tensor:
+    """Return which tokens are masked, (B, N) bool, given those kept, (B, K).
+
+    >>> masked_tokens(torch.tensor([[0, 2]]), 3)
+    tensor([[False,  True, False]])
+    """
+    masked = torch.ones(len(keep), n_tokens, dtype=torch.bool, device=keep.device)
+    return masked.scatter(1, keep, False)
+
+
+def take(x: Tensor, keep: Tensor) -> Tensor:
+    """Return the tokens ``keep`` (B, K) of ``x`` (B, N, H) as (B, K, H)."""
+    return x.gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def put_back(x: Tensor, keep: Tensor, mask_token: Tensor, n_tokens: int) -> Tensor:
+    """Put tokens (B, K, H) back in their places among mask tokens: (B, N, H)."""
+    places = keep[..., None].expand(-1, -1, x.shape[-1])
+    return mask_token.expand(len(x), n_tokens, -1).scatter(1, places, x)
+
+
+def masked_loss(
+    prediction: Tensor,
+    target: Tensor,
+    points: Tensor,
+    kind: str = 'mse',
+    normalise: bool = False,
+) -> Tensor:
+    """Return the mean error over masked points.
+
+    Parameters
+    ----------
+    prediction, target : (B, P, T)
+        Signals in the model's scale.
+    points : (B, P, T) bool
+        Points to score; none gives NaN, as in the official implementation.
+    kind : {'mse', 'mae'}
+        Squared or absolute error.
+    normalise : bool
+        Standardise each parcel's target over its time points first (``norm_pix_loss``).
+
+    Returns
+    -------
+    () tensor
+    """
+    if normalise:
+        variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
+        target = (target - mean) / (variance + 1e-6).sqrt()
+    error = {'mse': F.mse_loss, 'mae': F.l1_loss}[kind]
+    return error(prediction[points], target[points])

@@ -1,0 +1,279 @@
+"""Checkpoints in the Hugging Face layout: a folder with ``config.json`` and the weights.
+
+Loading is strict: a checkpoint fits its network to the last tensor or is refused in one
+sentence, because a network that keeps some random weights still gives plausible numbers.
+"""
+
+import hashlib
+import json
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from bids_brainfm.errors import BrainfmError
+from bids_brainfm.models.brainlm_legacy import BrainLMLegacy
+from bids_brainfm.models.brainlm_vitmae import BrainLMViT
+
+FAMILIES = {family.model_type: family for family in (BrainLMViT, BrainLMLegacy)}
+
+WEIGHTS_FILES = ('model.safetensors', 'pytorch_model.bin')
+
+# A key that only one kind of checkpoint has, and what to call that kind.
+SIGNATURES = {
+    'vit.embeddings.patch_embeddings.projection.weight': 'a ViT-MAE BrainLM (vit_mae)',
+    'vit.embeddings.xyz_embedding_projection.weight': 'a legacy 13M BrainLM (brainlm_mae)',
+    'target_encoder': 'a Brain-JEPA',
+}
+
+
+def read_config(folder: str | Path) -> dict:
+    """Read ``config.json`` of a checkpoint folder.
+
+    Raises
+    ------
+    BrainfmError
+        The file is absent, is not a JSON object, or does not name a ``model_type``.
+    """
+    path = Path(folder) / 'config.json'
+    try:
+        config = json.loads(path.read_text(encoding='utf-8'))
+    except OSError as error:
+        raise BrainfmError(
+            f'{path} cannot be read ({error.strerror}); give the folder that holds the '
+            "checkpoint's config.json and weights."
+        ) from error
+    except ValueError as error:
+        raise BrainfmError(f'{path} is not valid JSON ({error}); fetch it again.') from error
+    if not isinstance(config, dict):
+        raise BrainfmError(f'{path} holds no JSON object; fetch it again.')
+    if 'model_type' not in config:
+        raise BrainfmError(
+            f'{path} has no model_type, so the family of the model is unknown; fetch it again or '
+            f'add {" or ".join(FAMILIES)}.'
+        )
+    return config
+
+
+def build(config: dict) -> nn.Module:
+    """Build the network that a configuration describes, without weights.
+
+    The network stands on the meta device: it has names and shapes but no memory and no values
+    until ``load_checkpoint`` or ``initialise`` gives it some.
+
+    Parameters
+    ----------
+    config : dict
+        As in a checkpoint's ``config.json``.
+
+    Returns
+    -------
+    BrainLMViT or BrainLMLegacy
+        In evaluation mode.
+
+    Raises
+    ------
+    BrainfmError
+        The family is unknown, a size is missing, or sizes do not fit each other.
+    """
+    model_type = config.get('model_type')
+    if model_type not in FAMILIES:
+        raise BrainfmError(
+            f'The configuration has model_type {model_type!r}, which is not known here; '
+            f'known are {" and ".join(FAMILIES)}.'
+        )
+    if config.get('hidden_act', 'gelu') != 'gelu':
+        raise BrainfmError(
+            f'The configuration has hidden_act {config["hidden_act"]!r}; only gelu is supported.'
+        )
+    try:
+        with torch.device('meta'):
+            return FAMILIES[model_type](config).eval()
+    except KeyError as error:
+        raise BrainfmError(
+            f'The configuration of a {model_type} model lacks {error.args[0]!r}; add it to '
+            'config.json.'
+        ) from error
+
+
+def weights_file(folder: str | Path) -> Path:
+    """Return the weights file of a checkpoint folder, safetensors before pickle.
+
+    Raises
+    ------
+    BrainfmError
+        There is none.
+    """
+    for name in WEIGHTS_FILES:
+        if (Path(folder) / name).is_file():
+            return Path(folder) / name
+    raise BrainfmError(
+        f'{folder} holds no weights: neither {" nor ".join(WEIGHTS_FILES)} is there; fetch the '
+        'checkpoint or give its folder.'
+    )
+
+
+def load_checkpoint(module: nn.Module, folder: str | Path) -> Path:
+    """Give a network the weights of a checkpoint folder, strictly.
+
+    The file is mapped, not read: weights cost memory once, and only when they are used.
+
+    Parameters
+    ----------
+    module : nn.Module
+        From ``build``.
+    folder : path
+        Holds ``model.safetensors`` or ``pytorch_model.bin``.
+
+    Returns
+    -------
+    Path
+        The file that was loaded.
+
+    Raises
+    ------
+    BrainfmError
+        No weights file, a damaged one, one that would run code, or one that does not fit.
+    """
+    path = weights_file(folder)
+    state = _read_safetensors(path) if path.suffix == '.safetensors' else _read_pickle(path)
+    _check_fit(module, state, path)
+    module.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+    return path
+
+
+def initialise(module: nn.Module, seed: int) -> nn.Module:
+    """Give a network the official random initialisation, the same on every machine.
+
+    Xavier-uniform matrices, zero biases, unit LayerNorm, N(0, 0.02) class and mask tokens, the
+    token convolution as PyTorch has it, fixed position tables.
+
+    Parameters
+    ----------
+    module : nn.Module
+        From ``build``; changed in place.
+    seed : int
+
+    Returns
+    -------
+    nn.Module
+        The same network.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tables = module.position_tables()
+    state = {
+        name: tables[name] if name in tables else _draw(name, tensor.shape, generator)
+        for name, tensor in module.state_dict().items()
+    }
+    module.load_state_dict(state, assign=True)
+    return module
+
+
+def sha256(path: str | Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits."""
+    with Path(path).open('rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Draw one tensor of the official initialisation by its name in the state dict."""
+    if name.endswith('_token'):
+        # In double precision, where PyTorch draws normals by the same code on every processor.
+        return 0.02 * torch.randn(shape, generator=generator, dtype=torch.float64).float()
+    if name.endswith('bias'):
+        return torch.zeros(shape)
+    if len(shape) == 1:
+        return torch.ones(shape)
+    fan_out, fan_in = shape[0], shape[1:].numel()
+    bound = fan_in**-0.5 if name.endswith('conv.weight') else (6 / (fan_in + fan_out)) ** 0.5
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework='pt') as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    """Read ``torch.save`` output by an unpickler that makes tensors and nothing else."""
+    with path.open('rb') as file:
+        zipped = file.read(2) == b'PK'
+    if zipped and not zipfile.is_zipfile(path):
+        raise _damaged(path, 'the archive has no end')
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        if 'nsupported global' in str(error) or 'not allowed' in str(error):
+            raise BrainfmError(
+                f'{path} is refused: it holds more than tensors and would run code on loading; '
+                'get the checkpoint from its official source, as model.safetensors if there is '
+                'one.'
+            ) from error
+        raise _damaged(path, error) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise _damaged(path, error) from error
+    if not isinstance(state, dict):
+        raise _damaged(path, 'no state dict in it')
+    return state
+
+
+def _damaged(path: Path, reason: object) -> BrainfmError:
+    first = str(reason).strip().splitlines()[0][:120] if str(reason).strip() else 'it ends early'
+    return BrainfmError(
+        f'{path} ({path.stat().st_size} bytes) is not a readable weights file ({first}): it is '
+        'truncated or damaged; fetch it again.'
+    )
+
+
+def _check_fit(module: nn.Module, state: dict, path: Path) -> None:
+    """Refuse a state dict that is not, name by name and shape by shape, the network's own."""
+    wanted = module.state_dict()
+    for key, family in SIGNATURES.items():
+        if key in state and key not in wanted:
+            raise BrainfmError(
+                f'{path} holds {family} checkpoint, but its configuration says '
+                f'{module.model_type}; give the folder of one model with its own config.json.'
+            )
+    missing = [name for name in wanted if name not in state]
+    extra = [name for name in state if name not in wanted]
+    if missing or extra:
+        faults = [f'lacks {_some(missing)}'] * bool(missing)
+        faults += [f'has unexpected {_some(extra)}'] * bool(extra)
+        raise BrainfmError(
+            f'{path} does not fit its config.json: it {" and ".join(faults)}; give a complete '
+            f'checkpoint of this {module.model_type} model.'
+        )
+    wrong = [
+        f'{name} is {_shape(state[name])} where {_shape(tensor)} is expected'
+        for name, tensor in wanted.items()
+        if _shape(state[name]) != _shape(tensor)
+    ]
+    if wrong:
+        more = f' (and {len(wrong) - 1} more)' if len(wrong) > 1 else ''
+        raise BrainfmError(
+            f'{path} does not fit its config.json: {wrong[0]}{more}; correct the sizes in '
+            'config.json or give the checkpoint that belongs to it.'
+        )
+
+
+def _some(names: list[str]) -> str:
+    """Count names and quote the first few.
+
+    >>> _some(['a', 'b', 'c', 'd'])
+    '4 tensors (a, b, c, ...)'
+    """
+    dots = ', ...' if len(names) > 3 else ''
+    return f'{len(names)} tensor{"s" * (len(names) > 1)} ({", ".join(names[:3])}{dots})'
+
+
+def _shape(tensor: object) -> str:
+    """Return 512×20 for such a tensor, its type for anything else."""
+    if not isinstance(tensor, Tensor):
+        return f'a {type(tensor).__name__}'
+    return '×'.join(map(str, tensor.shape))

@@ -1,0 +1,627 @@
+"""The report's pictures: arrays in, one Matplotlib figure out.
+
+A picture is a function named after what it shows; `save` writes any of them as SVG. Figures are
+made with Matplotlib's objects, not with pyplot, so that nothing global is left behind and no
+display is needed. Colours are Okabe and Ito's (https://jfly.uni-koeln.de/color/), grey scales,
+and diverging or perceptually uniform maps that survive colour blindness.
+"""
+
+import base64
+import io
+import re
+from contextlib import contextmanager
+from functools import wraps
+
+import numpy as np
+
+from bids_brainfm.bids.writing import write_text
+
+BLUE, ORANGE, VERMILLION = '#0072B2', '#E69F00', '#D55E00'
+INK, GREY, PALE = '#333333', '#999999', '#ECECEC'
+# Missing parcels: a grey outside diverging maps; in a grey-scale carpet grey means a value.
+MISSING, MISSING_IN_GREY = '#BDBDBD', '#BFD9EA'
+WIDTH = 9.0  # inches, the width of the page's column
+
+STYLE = {
+    'font.size': 9,
+    'axes.titlesize': 9.5,
+    'axes.titlelocation': 'left',
+    'axes.titleweight': 'bold',
+    'axes.labelsize': 9,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'axes.edgecolor': INK,
+    'axes.labelcolor': INK,
+    'axes.titlecolor': INK,
+    'axes.linewidth': 0.7,
+    'text.color': INK,
+    'xtick.color': INK,
+    'ytick.color': INK,
+    'xtick.labelsize': 8,
+    'ytick.labelsize': 8,
+    'legend.fontsize': 8,
+    'legend.frameon': False,
+    'image.interpolation': 'none',  # rasters keep their own pixels, the viewer scales them
+    'svg.hashsalt': 'bids_brainfm',  # ids inside the SVG are the same in every process
+}
+
+
+@contextmanager
+def _style():
+    """Our look on top of Matplotlib's defaults, whatever the user's matplotlibrc says."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        yield
+
+
+def _styled(draw):
+    @wraps(draw)
+    def styled(*args, **kwargs):
+        with _style():
+            return draw(*args, **kwargs)
+
+    return styled
+
+
+def save(figure, path):
+    """Write a figure as SVG, atomically; equal figures give equal bytes.
+
+    Parameters
+    ----------
+    figure : matplotlib.figure.Figure
+    path : path-like
+        Ends in ``.svg``; its folder is made if need be.
+
+    Returns
+    -------
+    pathlib.Path
+    """
+    drawn = io.StringIO()
+    with _style():
+        figure.savefig(drawn, format='svg', dpi=150, metadata={'Date': None, 'Creator': None})
+    figure.set_layout_engine('none')  # it would move things a little in a second save
+    text = re.sub(
+        r'(data:image/png;base64,)\s*([A-Za-z0-9+/=\s]+)',
+        lambda match: match[1] + _with_palette(match[2]),
+        drawn.getvalue(),
+    )
+    # Matplotlib hashes a clip's place to its id, and the layout solver wavers in the 15th digit
+    ids = dict.fromkeys(re.findall(r'<clipPath id="(\w+)"', text))
+    numbered = {identity: f'clip{number}' for number, identity in enumerate(ids)}
+    text = re.sub(r'\bp[0-9a-f]{10}\b', lambda match: numbered.get(match[0], match[0]), text)
+    return write_text(path, text)
+
+
+def _with_palette(encoded):
+    """The same PNG (base64) with one byte per pixel where 256 colours do: half the size."""
+    from PIL import Image
+
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))).convert('RGBA'))
+    codes, index = np.unique(pixels.view(np.uint32), return_inverse=True)
+    if len(codes) > 256:
+        return ''.join(encoded.split())
+    colours = codes[:, None].view(np.uint8)
+    image = Image.fromarray(index.reshape(pixels.shape[:2]).astype(np.uint8))
+    image.putpalette(colours[:, :3].tobytes())
+    packed = io.BytesIO()
+    image.save(packed, format='png', optimize=True, transparency=colours[:, 3].tobytes())
+    return base64.b64encode(packed.getvalue()).decode('ascii')
+
+
+def _figure(height):
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(WIDTH, height), layout='constrained', facecolor='white')
+
+
+def _colours(name, levels, bad):
+    """A colour map of few levels: rasters compress better, colour bars have fewer pieces."""
+    from matplotlib import colormaps
+
+    return colormaps[name].resampled(levels).with_extremes(bad=bad)
+
+
+def shrink(values, rows, columns):
+    """Average neighbouring rows and columns until at most so many are left.
+
+    Parameters
+    ----------
+    values : (N, M) float
+        May hold NaN, which the averages leave out; all NaN stays NaN.
+    rows, columns : int
+        Largest size of the answer.
+
+    Returns
+    -------
+    (n, m) float
+
+    Examples
+    --------
+    >>> shrink(np.array([[1.0, 3.0, 5.0, np.nan]]), rows=1, columns=2)
+    array([[2., 5.]])
+    """
+    for axis, limit in enumerate((rows, columns)):
+        size = values.shape[axis]
+        step = -(-size // limit)
+        if step > 1:
+            starts = np.arange(0, size, step)
+            there = np.isfinite(values)
+            count = np.add.reduceat(there, starts, axis=axis, dtype=float)
+            total = np.add.reduceat(np.where(there, values, 0.0), starts, axis=axis)
+            values = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+    return values
+
+
+def _z(series):
+    """Each parcel (column) minus its mean, over its SD; constant parcels become 0."""
+    centred = series - series.mean(0)
+    spread = centred.std(0)
+    return centred / np.where(spread > 1e-6 * (np.abs(series).max(0) + 1e-12), spread, np.inf)
+
+
+@_styled
+def carpet(before, after, tr, flagged, order=None, *, order_label='atlas order', start=0.0):
+    """Parcel series before and after denoising, with their frame-to-frame change above.
+
+    Each parcel is z-scored in each panel, so that a panel shows structure, not amplitude; the
+    share of variance that denoising left is in the lower panel's title. The trace is the root
+    mean square over parcels of the change from volume to volume, in percent of the mean signal
+    (DVARS on parcels, after Power et al. 2012, doi:10.1016/j.neuroimage.2011.10.018).
+
+    Parameters
+    ----------
+    before, after : (T, P) float
+        Parcel series in BOLD units; a missing parcel is NaN throughout.
+    tr : float
+        Repetition time in seconds.
+    flagged : (T,) bool
+        Volumes marked as outliers.
+    order : (P,) int, optional
+        Order of the parcels from top to bottom.
+    order_label : str
+        What that order is.
+    start : float
+        Time of the first row in seconds since the run's first volume.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    before, after = np.asarray(before, float), np.asarray(after, float)
+    flagged = np.asarray(flagged, bool)
+    volumes, parcels = before.shape
+    order = np.arange(parcels) if order is None else np.asarray(order)
+    end = start + volumes * tr
+
+    figure = _figure(6.2)
+    trace, upper, lower = figure.subplots(
+        3, 1, sharex=True, gridspec_kw={'height_ratios': [1, 2.3, 2.3]}
+    )
+    with np.errstate(invalid='ignore', divide='ignore'):
+        level = before.mean(0)
+        kept = after.var(0) / before.var(0)
+    missing = np.isnan(before).all(0) | np.isnan(after).all(0)
+    seen = ~missing & (np.abs(level) > 1e-6)
+    moment = start + tr * np.arange(1, volumes)
+    for series, colour, label in ((before, GREY, 'before'), (after, BLUE, 'after')):
+        square = (np.diff(series[:, seen], axis=0) / level[seen]) ** 2
+        change = np.sqrt(square.sum(1) / max(seen.sum(), 1))
+        trace.plot(moment, 100 * change, color=colour, linewidth=0.8, label=label)
+    for volume in np.flatnonzero(flagged):
+        trace.axvspan(
+            start + volume * tr, start + (volume + 1) * tr, color=ORANGE, alpha=0.55, linewidth=0
+        )
+    trace.set_ylim(bottom=0)
+    trace.set_ylabel('change (%)')
+    trace.set_title(
+        f'Change from volume to volume; {flagged.sum()} of {volumes} volumes flagged (orange)'
+    )
+    trace.legend(loc='upper right', ncols=2, borderaxespad=0)
+
+    titles = [f'Before denoising: {parcels} parcels']
+    if missing.any():
+        titles[0] += f', {missing.sum()} without usable signal (marked at the right)'
+    if np.array_equal(before, after, equal_nan=True):
+        titles.append('After: unchanged')
+    elif np.isfinite(kept).any():
+        share = np.median(kept[np.isfinite(kept)])
+        titles.append(f'After denoising: {share:.0%} of the variance left (median over parcels)')
+    else:
+        titles.append('After denoising')
+    for axes, series, title in zip((upper, lower), (before, after), titles, strict=True):
+        picture = axes.imshow(
+            shrink(_z(series)[:, order].T, rows=240, columns=900),
+            cmap=_colours('gray', 24, MISSING_IN_GREY),
+            vmin=-2.5,
+            vmax=2.5,
+            aspect='auto',
+            extent=(start, end, parcels, 0),
+        )
+        rows = np.flatnonzero(missing[order]) + 0.5
+        axes.plot(
+            np.full(len(rows), end), rows, '<', color=BLUE, markersize=3.5, clip_on=False,
+            markeredgewidth=0,
+        )  # fmt: skip
+        axes.set_title(title)
+        axes.set_ylabel(f'parcel\n({order_label})')
+    lower.set_xlabel('time (s)')
+    lower.set_xlim(start, end)
+    bar = figure.colorbar(
+        picture, ax=[upper, lower], extend='both', shrink=0.6, aspect=25, pad=0.01
+    )
+    bar.set_label('z within parcel')
+    return figure
+
+
+MARGIN = 18.0  # mm around the outermost centroids, more than the outline needs
+
+
+def _silhouette(axes, points):
+    """The outline of a cloud of centroids (N, 2) in mm: a smooth band about 9 mm around it."""
+    low, high = points.min(0) - MARGIN, points.max(0) + MARGIN
+    grid = [np.arange(a, b, 2.0) for a, b in zip(low, high, strict=True)]
+    squared = [(g[:, None] - points[:, i]) ** 2 for i, g in enumerate(grid)]
+    bump = [np.exp(-s / (2 * 6.0**2)) for s in squared]
+    density = bump[1] @ bump[0].T
+    axes.contourf(*grid, density, levels=[0.32, np.inf], colors=[PALE])
+    axes.contour(*grid, density, levels=[0.32], colors=[GREY], linewidths=0.8)
+
+
+@_styled
+def coverage(xyz, coverage, min_coverage):
+    """Share of each parcel with signal, at the parcels' centroids and as a histogram.
+
+    Parameters
+    ----------
+    xyz : (P, 3) float
+        Centroids in mm, RAS+; rows with NaN are not drawn.
+    coverage : (P,) float
+        Share of the parcel's voxels with signal, 0 to 1.
+    min_coverage : float
+        Parcels below are ringed: they are missing downstream.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    xyz, coverage = np.asarray(xyz, float), np.asarray(coverage, float)
+    low = coverage < min_coverage
+    drawn = np.isfinite(xyz).all(1)
+    size = np.ptp(xyz[drawn], axis=0) + 2 * MARGIN
+    middle = (xyz[drawn].max(0) + xyz[drawn].min(0)) / 2
+    height = size[1:].max()  # of every view, so that all have one scale
+    first = np.argsort(-coverage[drawn], kind='stable')  # low coverage on top of high
+
+    figure = _figure(3.1)
+    grid = figure.add_gridspec(1, 4, width_ratios=[*size[[1, 0, 0]], 0.75 * size[0]])
+    figure.suptitle(
+        f'{low.sum()} of {low.size} parcels below {min_coverage:.0%} coverage'
+        + (' (ringed)' if low.any() else ''),
+        x=0.01, ha='left', fontsize=9.5, fontweight='bold',
+    )  # fmt: skip
+    views = (
+        ('from the left', 1, 2, ('P', 'A')),
+        ('from behind', 0, 2, ('L', 'R')),
+        ('from above', 0, 1, ('L', 'R')),
+    )
+    maps = []
+    for column, (title, across, up, ends) in enumerate(views):
+        maps.append(axes := figure.add_subplot(grid[column]))
+        points = xyz[drawn][:, [across, up]]
+        _silhouette(axes, points)
+        dots = axes.scatter(
+            *points[first].T, c=coverage[drawn][first], cmap=_colours('viridis', 20, MISSING),
+            vmin=0, vmax=1, s=9, linewidths=0, rasterized=len(points) > 500,
+        )  # fmt: skip
+        ringed = points[low[drawn]]
+        axes.scatter(*ringed.T, s=34, facecolors='none', edgecolors=VERMILLION, linewidths=1.1)
+        axes.set_xlim(middle[across] + size[across] * np.array([-0.5, 0.5]))
+        axes.set_ylim(middle[up] + height * np.array([-0.5, 0.5]))
+        axes.set_aspect('equal')
+        axes.set_axis_off()
+        axes.set_title(title, loc='center', fontweight='normal')
+        for end, x in zip(ends, (0.03, 0.97), strict=True):
+            axes.text(x, 0.06, end, transform=axes.transAxes, ha='center', color=GREY)
+    figure.colorbar(dots, ax=maps, shrink=0.7, aspect=18, label='coverage', pad=0.02)
+
+    axes = figure.add_subplot(grid[3])
+    counts, edges = np.histogram(coverage, bins=20, range=(0, 1))
+    colours = [VERMILLION if edge < min_coverage - 1e-9 else BLUE for edge in edges[:-1]]
+    axes.bar(edges[:-1], counts, width=0.05, align='edge', color=colours, linewidth=0)
+    axes.axvline(min_coverage, color=INK, linewidth=0.8, linestyle='--')
+    axes.set_xlim(0, 1)
+    axes.set_xticks([0, 0.5, 1])
+    axes.set_yscale('log')  # a few low parcels must be seen beside hundreds of good ones
+    axes.set_ylim(bottom=0.7)
+    axes.yaxis.set_major_formatter('{x:.0f}')
+    axes.set_xlabel('coverage')
+    axes.set_ylabel('parcels (log scale)')
+    return figure
+
+
+@_styled
+def windows(onset, duration, real, flagged, run_duration, motion=None, tr=None):
+    """Where the windows lie in the run, and how much of each was recorded and flagged.
+
+    Parameters
+    ----------
+    onset : (W,) float
+        Seconds since the run's first volume.
+    duration : (W,) float
+        Seconds of recorded signal in the window.
+    real : (W,) float
+        Share of samples that were recorded, not padded or repeated.
+    flagged : (W,) float
+        Share of the recorded samples that come from flagged volumes.
+    run_duration : float
+        Seconds.
+    motion : (T,) float, optional
+        Framewise displacement in mm; NaN where undefined.
+    tr : float, optional
+        Seconds between the entries of `motion`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    onset, duration, real, flagged = (
+        np.asarray(a, float) for a in (onset, duration, real, flagged)
+    )
+    count = len(onset)
+    length = duration / np.where(real > 0, real, 1.0)
+    last = float((onset + duration).max()) if count else 0.0
+    # Resampling leaves a fraction of a sample at the end, which is nothing to report.
+    left_over = run_duration - last if run_duration - last > 0.005 * run_duration else 0.0
+    shown = motion is not None and tr is not None
+    bars = float(np.clip(0.26 * count, 0.7, 3.6))
+    figure = _figure(1.0 + bars + 0.9 * shown)
+    grid = figure.add_gridspec(
+        1 + shown, 2, width_ratios=[3.4, 1], height_ratios=[0.8] * shown + [bars]
+    )
+    lanes = figure.add_subplot(grid[-1, 0])
+    row = np.arange(count)
+    even = np.where(row % 2, 0.75, 1.0)
+    for each in row:
+        lanes.barh(each, duration[each], 0.78, onset[each], color=BLUE, alpha=even[each])
+    padded = real < 1
+    lanes.barh(
+        row[padded], (length - duration)[padded], 0.78, (onset + duration)[padded],
+        facecolor='white', edgecolor=GREY, hatch='////', linewidth=0.6,
+    )  # fmt: skip
+    if left_over:
+        lanes.axvspan(last, run_duration, color=PALE, linewidth=0, zorder=0)
+    lanes.axvline(run_duration, color=INK, linewidth=0.8, linestyle='--', zorder=0)
+    lanes.set_xlim(0, max(run_duration, float((onset + length).max()) if count else 0) * 1.01)
+    lanes.set_ylim(count - 0.4, -0.6)
+    _whole_numbers(lanes.yaxis)
+    lanes.set_xlabel('time since the first volume (s)')
+    lanes.set_ylabel('window')
+    plural = 'window' if count == 1 else 'windows'
+    lanes.set_title(
+        f'{count} {plural} in {run_duration:.0f} s, '
+        + (f'{left_over:.0f} s in no window (grey)' if left_over else 'nothing left over')
+    )
+
+    shares = figure.add_subplot(grid[-1, 1], sharey=lanes)
+    shares.barh(row - 0.2, 100 * flagged, 0.38, color=ORANGE, label='flagged')
+    shares.barh(
+        row + 0.2, 100 * (1 - real), 0.38,
+        facecolor='white', edgecolor=GREY, hatch='////', linewidth=0.6, label='padded',
+    )  # fmt: skip
+    if count <= 12:
+        for each in row:
+            for shift, share in ((-0.2, flagged[each]), (0.2, 1 - real[each])):
+                if share > 0:
+                    label = f'{share:.0%}' if share >= 0.01 else '<1%'
+                    shares.text(100 * share + 2, each + shift, label, va='center', fontsize=7)
+    if not flagged.any() and not padded.any():
+        shares.text(
+            0.5, 0.5, 'none', transform=shares.transAxes, ha='center', va='center', color=GREY
+        )
+    shares.set_xlim(0, 115)
+    shares.set_xticks([0, 50, 100])
+    shares.set_xlabel('share of samples (%)')
+    shares.tick_params(labelleft=False)
+    shares.legend(
+        loc='lower right', bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0, columnspacing=1
+    )
+
+    if shown:
+        trace = figure.add_subplot(grid[0, 0], sharex=lanes)
+        moment = tr * np.arange(len(motion))
+        trace.plot(moment, motion, color=INK, linewidth=0.7)
+        trace.set_ylim(bottom=0)
+        trace.set_ylabel('FD (mm)')
+        trace.set_title('Framewise displacement')
+        trace.tick_params(labelbottom=False)
+    return figure
+
+
+def _whole_numbers(axis):
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
+
+
+def principal_components(summary):
+    """Scores and share of variance of the principal components over windows.
+
+    The sign of a component is arbitrary; here its largest weight is positive.
+
+    Parameters
+    ----------
+    summary : (W, D) float
+
+    Returns
+    -------
+    scores : (W, min(W, D)) float
+    explained : (min(W, D),) float
+        Shares of the total variance; zeros where the windows are all alike.
+
+    Examples
+    --------
+    >>> scores, explained = principal_components(np.array([[0.0, 0], [1, 0], [2, 0]]))
+    >>> scores[:, 0].round(6).tolist(), explained.round(6).tolist()
+    ([-1.0, 0.0, 1.0], [1.0, 0.0])
+    """
+    centred = summary - summary.mean(0)
+    left, size, weights = np.linalg.svd(centred, full_matrices=False)
+    largest = np.abs(weights).argmax(1)
+    sign = np.sign(weights[np.arange(len(size)), largest])
+    total = (size**2).sum()
+    alike = total <= 1e-12 * (summary**2).sum()
+    return left * size * sign, np.zeros_like(size) if alike else size**2 / total
+
+
+@_styled
+def embedding(summary, onset, runs=None):
+    """Embedding of each window: PCA over windows and the likeness of each pair of windows.
+
+    With one or two windows, which no PCA can spread out, the values themselves are drawn.
+
+    Parameters
+    ----------
+    summary : (W, D) float
+        One embedding per window.
+    onset : (W,) float
+        Seconds since the run's first volume.
+    runs : (W,) str, optional
+        Run of each window, marked by the shape of its dot.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    summary, onset = np.asarray(summary, float), np.asarray(onset, float)
+    if len(summary) < 3:
+        return _few_windows(summary, onset)
+    figure = _figure(3.7)
+    axes, beside = figure.subplots(1, 2, gridspec_kw={'width_ratios': [1.5, 1]})
+
+    scores, explained = principal_components(summary)
+    second = scores[:, 1] if scores.shape[1] > 1 else np.zeros(len(scores))
+    labels = np.zeros(len(summary), str) if runs is None else np.asarray(runs)
+    for label, marker in zip(np.unique(labels), 'osD^vP*X' * len(labels), strict=False):
+        own = labels == label
+        axes.plot(scores[own, 0], second[own], color=GREY, linewidth=0.6, zorder=1)
+        dots = axes.scatter(
+            scores[own, 0], second[own], c=onset[own], cmap=_colours('viridis', 64, MISSING),
+            marker=marker, s=42,
+            vmin=onset.min(), vmax=onset.max(), edgecolors='white', linewidths=0.6,
+            label=str(label) or None, zorder=2,
+        )  # fmt: skip
+    if runs is not None:
+        axes.legend()
+    if len(summary) <= 20:
+        for window, place in enumerate(zip(scores[:, 0], second, strict=True)):
+            axes.annotate(
+                str(window), place, xytext=(5, 4), textcoords='offset points', fontsize=7
+            )
+    axes.margins(0.1)
+    axes.set_xlabel(f'component 1 ({explained[0]:.0%} of variance)')
+    axes.set_ylabel(f'component 2 ({explained[1]:.0%})' if len(explained) > 1 else '')
+    axes.set_title(
+        f'PCA over {len(summary)} windows of {summary.shape[1]} dimensions'
+        if explained.any()
+        else 'All windows have the same embedding'
+    )
+    figure.colorbar(dots, ax=axes, label='window onset (s)', aspect=30, pad=0.01)
+
+    centred = summary - summary.mean(1, keepdims=True)
+    size = np.linalg.norm(centred, axis=1, keepdims=True)
+    unit = centred / np.where(size > 0, size, 1)
+    likeness = np.clip(unit @ unit.T, -1, 1)
+    off = likeness[~np.eye(len(likeness), dtype=bool)]
+    picture = beside.imshow(
+        shrink(likeness, 450, 450), cmap=_colours('cividis', 64, MISSING),
+        vmin=off.min(), vmax=max(off.max(), off.min() + 1e-6),
+        extent=(-0.5, len(summary) - 0.5, len(summary) - 0.5, -0.5),
+    )  # fmt: skip
+    _whole_numbers(beside.xaxis)
+    _whole_numbers(beside.yaxis)
+    beside.set_xlabel('window')
+    beside.set_ylabel('window')
+    beside.set_title('Likeness of windows')
+    bar = figure.colorbar(picture, ax=beside, shrink=0.8, aspect=25, pad=0.02)
+    bar.set_label('correlation of embeddings')
+    bar.formatter.set_useOffset(False)
+    return figure
+
+
+def _few_windows(summary, onset):
+    figure = _figure(2.2)
+    axes = figure.subplots()
+    dimensions = np.arange(summary.shape[1])
+    for window, (values, begin) in enumerate(zip(summary, onset, strict=True)):
+        axes.plot(
+            dimensions, values, color=(BLUE, ORANGE)[window], linewidth=0.7,
+            label=f'window {window} (from {begin:.0f} s)',
+        )  # fmt: skip
+    axes.axhline(0, color=GREY, linewidth=0.5, zorder=0)
+    axes.set_xlim(0, max(summary.shape[1] - 1, 1))
+    axes.set_xlabel('embedding dimension')
+    axes.set_ylabel('value')
+    alike = ''
+    if len(summary) == 2 and summary.std(1).all():
+        alike = f'; their correlation is {np.corrcoef(summary)[0, 1]:.3f}'
+    plural = 'One window' if len(summary) == 1 else 'Two windows'
+    axes.set_title(f'{plural}: too few for a PCA, so these are the values{alike}')
+    axes.legend(
+        loc='upper right', ncols=2, frameon=True, framealpha=0.9, edgecolor='none',
+        borderaxespad=0.3,
+    )  # fmt: skip
+    return figure
+
+
+@_styled
+def connectivity(relmat, order=None, *, order_label='atlas order'):
+    """Functional connectivity: the matrix and the distribution of its values.
+
+    Parameters
+    ----------
+    relmat : (P, P) float
+        Pearson correlations; rows and columns of missing parcels are NaN.
+    order : (P,) int, optional
+        Order of the parcels.
+    order_label : str
+        What that order is.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    relmat = np.asarray(relmat, float)
+    parcels = len(relmat)
+    order = np.arange(parcels) if order is None else np.asarray(order)
+    missing = int(np.isnan(np.where(np.eye(parcels, dtype=bool), np.nan, relmat)).all(1).sum())
+    figure = _figure(5.4)
+    axes, beside = figure.subplots(1, 2, gridspec_kw={'width_ratios': [2.4, 1]})
+    picture = axes.imshow(
+        shrink(relmat[np.ix_(order, order)], 450, 450), cmap=_colours('RdBu_r', 51, MISSING),
+        vmin=-1, vmax=1, extent=(0, parcels, parcels, 0),
+    )  # fmt: skip
+    axes.set_xlabel(f'parcel ({order_label})')
+    axes.set_ylabel('parcel')
+    axes.set_title(
+        f'{parcels} parcels' + (f', {missing} without signal (grey)' if missing else '')
+    )
+    figure.colorbar(picture, ax=axes, shrink=0.8, aspect=30, pad=0.02, label='Pearson r')
+
+    values = relmat[np.triu_indices(parcels, 1)]
+    values = values[np.isfinite(values)]
+    counts, edges = np.histogram(values, bins=50, range=(-1, 1))
+    density = counts / max(counts.sum(), 1)
+    beside.bar(edges[:-1], 100 * density, width=0.04, align='edge', color=BLUE, linewidth=0)
+    beside.axvline(0, color=INK, linewidth=0.8)
+    beside.set_xlim(-1, 1)
+    beside.set_xlabel('Pearson r')
+    beside.set_ylabel('pairs of parcels (%)')
+    if values.size:
+        beside.axvline(np.median(values), color=VERMILLION, linewidth=1, linestyle='--')
+        beside.set_title(f'Median r = {np.median(values):.2f}')
+    beside.set_anchor('S')
+    beside.set_box_aspect(1.2)
+    return figure

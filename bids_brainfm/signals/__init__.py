@@ -1,0 +1,1 @@
+"""BOLD file to parcel series, denoised, resampled, scaled, windows; NumPy in, NumPy out."""

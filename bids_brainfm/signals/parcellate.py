@@ -1,0 +1,401 @@
+"""BOLD file -> one mean series per parcel.
+
+The run is streamed and reduced as it comes. Everything is linear, so scaling (slope, intercept)
+and the removal of voxels without signal are done on the sums at the end.
+"""
+
+from dataclasses import dataclass
+
+import nibabel as nib
+import numpy as np
+
+from bids_brainfm.errors import BrainfmError
+from bids_brainfm.signals.stream import frames, grayordinates, load_image, open_bold
+
+# Where a voxel centre lies exactly between two voxels of the other grid, rounding must not depend
+# on the direction in which a grid counts: LAS and RAS copies of the same data would then differ.
+# So points are moved a little in millimetres (not in voxels) before rounding.
+_TIE_BREAK_MM = 1e-3
+_DENSITIES = {91282: '91k', 170494: '170k'}
+
+
+@dataclass(frozen=True)
+class Parcellation:
+    """Parcel means of one run.
+
+    Attributes
+    ----------
+    data : (T, P) float32
+        Mean over the voxels of each parcel that vary over the run, in BOLD units; NaN where a
+        parcel has none.
+    coverage : (P,) float32
+        Share of each parcel that lies inside the run's box and varies, 0 to 1.
+    brain_mean : float
+        Mean over the brain mask's voxels and all volumes, in BOLD units; without a mask, over
+        the voxels of the atlas that vary.
+    sampling : str
+        ``'atlas-to-run'`` (atlas label nearest to each run voxel), ``'run-to-atlas'`` (run voxel
+        nearest to each atlas voxel) or ``'grayordinates'``.
+    header_tr : float
+        Repetition time in the file's header in seconds, 0 where absent.
+    n_nonfinite : int
+        Voxels of the atlas left out because they hold NaN or infinite values.
+    """
+
+    data: np.ndarray
+    coverage: np.ndarray
+    brain_mean: float
+    sampling: str
+    header_tr: float
+    n_nonfinite: int
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Which voxels of a run make which parcel.
+
+    Attributes
+    ----------
+    voxels : (N,) int
+        Flat indices into a volume in Fortran order, grouped by parcel.
+    weights : (N,) float64
+        Weight of each of them in its parcel.
+    parcels : (K,) int
+        The parcels that have voxels, ascending, counted from 0.
+    starts : (K,) int
+        Where each one's voxels begin.
+    inside : (P,) float64
+        Share of each parcel's atlas voxels inside the run's box.
+    direction : str
+        ``'atlas-to-run'`` or ``'run-to-atlas'``.
+    """
+
+    voxels: np.ndarray
+    weights: np.ndarray
+    parcels: np.ndarray
+    starts: np.ndarray
+    inside: np.ndarray
+    direction: str
+
+
+def parcellate(bold_path, atlas_path, n_parcels, mask_path=None) -> Parcellation:
+    """Mean series of every parcel of an atlas.
+
+    A voxel that is constant over the run is outside the field of view and counts against the
+    parcel's coverage, not into its mean. A voxel with a NaN or infinite value anywhere is left
+    out altogether; only then is the file read twice.
+
+    Parameters
+    ----------
+    bold_path : path-like
+        A 4-D NIfTI file or a CIFTI dense series (``.dtseries.nii``).
+    atlas_path : path-like
+        Label image (1 to `n_parcels`, 0 elsewhere) in the run's space, on any grid and in any
+        orientation; for CIFTI a ``.dlabel.nii`` on the run's grayordinates.
+    n_parcels : int
+        Number of parcels P of the atlas.
+    mask_path : path-like, optional
+        Brain mask on the run's grid (volumes only).
+
+    Returns
+    -------
+    Parcellation
+
+    Raises
+    ------
+    BrainfmError
+        A file cannot be read, mask or grayordinates are not the run's, the atlas does not lie in
+        the run's box, or the run is constant.
+    """
+    bold = open_bold(bold_path)
+    if bold.is_cifti:
+        return _from_grayordinates(bold, atlas_path, n_parcels)
+    sampler = make_sampler(load_image(atlas_path), n_parcels, bold.shape[:3], bold.affine)
+    if not sampler.voxels.size:
+        raise BrainfmError(
+            f'No parcel of {atlas_path} lies inside the box of {bold.path}; '
+            'check that the atlas is in the space of the run.'
+        )
+    mask = None if mask_path is None else _brain_mask(mask_path, bold)
+    return _from_volumes(bold, sampler, mask)
+
+
+def make_sampler(atlas_img, n_parcels, shape, affine) -> Sampler:
+    """Find the voxels of each parcel on a run's grid, by affine and nearest neighbour.
+
+    Every run voxel takes the atlas label at its centre. Where a coarse grid would so lose a
+    parcel, at least half of which lies inside the run's box, the other direction is taken for all
+    parcels: every atlas voxel takes the run voxel it lies in, and a run voxel's weight is the
+    number of atlas voxels in it.
+
+    Parameters
+    ----------
+    atlas_img : nibabel image
+        3-D label image, 1 to `n_parcels`, 0 elsewhere.
+    n_parcels : int
+        Number of parcels P.
+    shape : (3,) tuple of int
+        The run's grid.
+    affine : (4, 4) array
+        The run's voxel indices to millimetres.
+
+    Returns
+    -------
+    Sampler
+
+    Raises
+    ------
+    BrainfmError
+        If the image is not 3-D or holds other values than the labels.
+    """
+    labels = _labels(atlas_img, n_parcels)
+    if labels.ndim != 3:
+        name = atlas_img.get_filename() or 'The atlas'
+        raise BrainfmError(
+            f'{name} has shape {labels.shape}; an atlas for volumes is a 3-D image of labels.'
+        )
+    atlas_shape, labels = labels.shape, labels.ravel(order='F')
+
+    labelled = np.flatnonzero(labels)
+    of_atlas = labels[labelled] - 1
+    in_run = _nearest_voxel(
+        np.unravel_index(labelled, atlas_shape, order='F'), atlas_img.affine, shape, affine
+    )
+    total = np.bincount(of_atlas, minlength=n_parcels)
+    inside = np.bincount(of_atlas, in_run >= 0, minlength=n_parcels) / np.maximum(total, 1)
+
+    # Axes reversed, so that the open grid unrolls in Fortran order like the volumes on disk.
+    grid = [axis.T for axis in np.ogrid[tuple(slice(n) for n in shape)]]
+    in_atlas = _nearest_voxel(grid, affine, atlas_shape, atlas_img.affine).ravel()
+    sampled = np.where(in_atlas >= 0, labels[in_atlas], 0)
+    voxel = np.flatnonzero(sampled)
+    parcel, direction = sampled[voxel] - 1, 'atlas-to-run'
+
+    if ((np.bincount(parcel, minlength=n_parcels) == 0) & (inside >= 0.5)).any():
+        parcel, voxel = of_atlas[in_run >= 0], in_run[in_run >= 0]
+        direction = 'run-to-atlas'
+
+    n_voxels = int(np.prod(shape))
+    pairs, weights = np.unique(parcel.astype(np.int64) * n_voxels + voxel, return_counts=True)
+    parcels, starts = np.unique(pairs // n_voxels, return_index=True)
+    return Sampler(pairs % n_voxels, weights.astype(float), parcels, starts, inside, direction)
+
+
+def _labels(image, n_parcels):
+    """Labels of an atlas image, checked, as an array of the smallest fitting integer type."""
+    labels = np.asanyarray(image.dataobj)
+    if labels.ndim == 4 and labels.shape[3] == 1:
+        labels = labels[..., 0]
+    low, high = labels.min(), labels.max()
+    whole = labels.astype(np.int32)
+    if not (low >= 0 and 0 < high <= n_parcels and (whole == labels).all()):
+        raise BrainfmError(
+            f'{image.get_filename() or "The atlas"} holds values from {low:g} to {high:g}; '
+            f'labels must be whole numbers from 1 to {n_parcels}, and 0 where there is no parcel.'
+        )
+    return whole
+
+
+def _nearest_voxel(ijk, affine, shape, to_affine):
+    """Flat Fortran-order index of the voxel of another grid nearest to each voxel; -1 outside.
+
+    Parameters
+    ----------
+    ijk : three int arrays that broadcast together
+        Voxel indices on the one grid.
+    affine, to_affine : (4, 4) array
+        Both grids' voxel indices to millimetres.
+    shape : (3,) tuple of int
+        The other grid.
+    """
+    nudge = np.eye(4)
+    nudge[:3, 3] = _TIE_BREAK_MM
+    step = np.linalg.inv(to_affine) @ nudge @ affine
+    flat, inside, stride = 0, True, 1
+    for axis, length in enumerate(shape):
+        place = sum(step[axis, i] * ijk[i] for i in range(3)) + step[axis, 3]
+        place = np.rint(place).astype(np.int64)
+        inside = inside & (place >= 0) & (place < length)
+        flat = flat + stride * place
+        stride *= length
+    return np.where(inside, flat, -1)
+
+
+def _brain_mask(mask_path, bold):
+    """(V,) float32 brain mask on the run's grid, 1 inside, in Fortran order."""
+    image = load_image(mask_path)
+    if image.shape != bold.shape[:3] or not np.allclose(image.affine, bold.affine, atol=1e-3):
+        raise BrainfmError(
+            f'The mask {mask_path} is on another grid {image.shape} than the run {bold.path} '
+            f'{bold.shape[:3]}; give the brain mask of the same space and resolution.'
+        )
+    mask = (np.asanyarray(image.dataobj) > 0).ravel(order='F').astype(np.float32)
+    if not mask.any():
+        raise BrainfmError(f'The mask {mask_path} is empty; run fMRIPrep again for this run.')
+    return mask
+
+
+def _from_volumes(bold, sampler, mask):
+    none = np.array([], int)
+    sums, brain_sum, constant, first, nonfinite = _stream(bold, sampler, mask, none)
+    if nonfinite.size:
+        sums, brain_sum, constant, first, _ = _stream(bold, sampler, mask, nonfinite)
+    weight = np.add.reduceat(sampler.weights, sampler.starts)
+    used = np.add.reduceat(sampler.weights * ~constant, sampler.starts)
+    sums -= np.add.reduceat(sampler.weights * constant * first, sampler.starts)
+    if mask is None:
+        brain = sums.sum(), used.sum()
+    else:
+        brain = brain_sum, np.count_nonzero(mask) - np.count_nonzero(mask[nonfinite])
+
+    n_parcels = sampler.inside.size
+    by_parcel = np.zeros((len(sums), n_parcels))
+    share, n_used = np.zeros((2, n_parcels))
+    by_parcel[:, sampler.parcels] = sums
+    share[sampler.parcels], n_used[sampler.parcels] = used / weight, used
+    return _finish(
+        bold,
+        by_parcel,
+        n_used,
+        coverage=share * sampler.inside,
+        brain=brain,
+        sampling=sampler.direction,
+        n_nonfinite=np.isin(nonfinite, sampler.voxels).sum(),
+    )
+
+
+def _stream(bold, sampler, mask, nonfinite):
+    """One pass over the volumes.
+
+    Parameters
+    ----------
+    mask : (V,) float32 or None
+        Brain mask.
+    nonfinite : (M,) int
+        Flat indices of voxels to read as zero throughout, which makes them constant.
+
+    Returns
+    -------
+    sums : (T, K) float64
+        Weighted sum of each parcel's voxels, constant ones included.
+    brain_sum : float
+        Sum over the mask and all volumes.
+    constant : (N,) bool
+        Voxels of the sampler that never changed.
+    first : (N,) float64
+        Their values in the first volume.
+    nonfinite : (M,) int
+        Flat indices of voxels with NaN or infinite values, in the volumes where one of these
+        reached a sum.
+    """
+    weights = sampler.weights if (sampler.weights != 1).any() else None
+    values = np.empty(sampler.voxels.size, bold.dtype)
+    sums = np.empty((bold.n_volumes, sampler.starts.size))
+    bad = np.zeros(int(np.prod(bold.shape[:3])), bool)
+    unchanged = np.arange(values.size)
+    brain_sum = 0.0
+    for t, frame in enumerate(frames(bold)):
+        frame[nonfinite] = 0
+        np.take(frame, sampler.voxels, out=values, mode='clip')  # 'clip' writes without a copy
+        if t == 0:
+            first = values.astype(float)
+        # Nearly every voxel has changed after a few volumes, so this soon costs nothing.
+        unchanged = unchanged[values[unchanged] == first[unchanged]]
+        weighted = values if weights is None else values * weights
+        np.add.reduceat(weighted, sampler.starts, dtype=float, out=sums[t])
+        # A product with the mask as numbers is several times faster than picking its voxels.
+        in_brain = 0.0 if mask is None else float(frame @ mask)
+        brain_sum += in_brain
+        if not (np.isfinite(sums[t]).all() and np.isfinite(in_brain)):
+            bad |= ~np.isfinite(frame)
+    constant = np.zeros(values.size, bool)
+    constant[unchanged] = True
+    return sums, brain_sum, constant, first, np.flatnonzero(bad)
+
+
+def _from_grayordinates(bold, atlas_path, n_parcels):
+    labels = _matching_labels(atlas_path, n_parcels, bold)
+    sums, n_used = np.zeros((n_parcels, bold.n_volumes)), np.zeros(n_parcels)
+    start, brain_sum, n_brain, n_nonfinite = 0, 0.0, 0, 0
+    for block in grayordinates(bold):
+        label = labels[start : start + len(block)]
+        start += len(block)
+        finite = np.isfinite(block).all(axis=1)
+        n_nonfinite += np.count_nonzero(~finite & (label > 0))
+        usable = finite & (block != block[:, :1]).any(axis=1)
+        brain_sum += block[usable].sum(dtype=float)
+        n_brain += np.count_nonzero(usable)
+
+        rows = np.flatnonzero(usable & (label > 0))
+        if rows.size:
+            rows = rows[np.argsort(label[rows], kind='stable')]
+            found, starts, counts = np.unique(label[rows], return_index=True, return_counts=True)
+            sums[found - 1] += np.add.reduceat(block[rows], starts, axis=0, dtype=float)
+            n_used[found - 1] += counts
+    total = np.bincount(labels, minlength=n_parcels + 1)[1:]
+    return _finish(
+        bold,
+        sums.T,
+        n_used,
+        coverage=n_used / np.maximum(total, 1),
+        brain=(brain_sum, n_brain),
+        sampling='grayordinates',
+        n_nonfinite=n_nonfinite,
+    )
+
+
+def _matching_labels(atlas_path, n_parcels, bold):
+    """(G,) labels of a dlabel file whose grayordinates are those of the run."""
+    image = load_image(atlas_path)
+    if not isinstance(image, nib.Cifti2Image):
+        raise BrainfmError(
+            f'{bold.path} is a CIFTI series but the atlas {atlas_path} is not a .dlabel.nii file.'
+        )
+    axis = image.header.get_axis(1)
+    if axis != bold.axis:
+        run, atlas = (
+            f'{len(a)} grayordinates ({_DENSITIES.get(len(a), "no standard density")})'
+            for a in (bold.axis, axis)
+        )
+        raise BrainfmError(
+            f'{bold.path} has {run} and the atlas {atlas_path} has {atlas}, which are not the '
+            'same vertices and voxels; run fMRIPrep with --cifti-output 91k.'
+        )
+    return _labels(image, n_parcels)[0]
+
+
+def _finish(bold, sums, n_used, coverage, brain, sampling, n_nonfinite):
+    """Sums to means in BOLD units.
+
+    Parameters
+    ----------
+    sums : (T, P) float64
+        Over the usable voxels, as stored.
+    n_used : (P,) float64
+        Weight of the usable voxels.
+    brain : tuple of float
+        Sum over the brain and all volumes, number of its voxels.
+    """
+    if not n_used.any():
+        why = 'finite and ' if n_nonfinite else ''
+        raise BrainfmError(
+            f'{bold.path} is constant: no voxel of the atlas is {why}changing over its '
+            f'{bold.n_volumes} volumes; run fMRIPrep again for this run.'
+        )
+    with np.errstate(invalid='ignore'):
+        means = sums / n_used  # 0 / 0 is the NaN of a parcel without signal
+    brain_sum, n_brain = brain
+    if not n_brain:
+        raise BrainfmError(
+            f'{bold.path} has NaN or infinite values in every voxel of the brain mask; '
+            'run fMRIPrep again for this run.'
+        )
+    brain_mean = brain_sum / (n_brain * bold.n_volumes)
+    return Parcellation(
+        data=(means * bold.slope + bold.inter).astype(np.float32),
+        coverage=coverage.astype(np.float32),
+        brain_mean=float(brain_mean * bold.slope + bold.inter),
+        sampling=sampling,
+        header_tr=bold.tr,
+        n_nonfinite=int(n_nonfinite),
+    )

@@ -1,0 +1,96 @@
+"""Parcel series to another repetition time."""
+
+from fractions import Fraction
+
+import numpy as np
+
+_LARGEST_FACTOR = 1000
+_SAME_RATE = 1e-3
+
+
+def resample(data, tr, target_tr) -> np.ndarray:
+    """Resample in time, with an anti-aliasing filter.
+
+    Sample k of the result is the signal at ``k * target_tr``; nothing is extrapolated beyond the
+    last volume. Rates that differ by less than one part in a thousand are left alone.
+
+    Parameters
+    ----------
+    data : (T, P) array
+        Parcel series; NaN columns stay NaN.
+    tr, target_tr : float
+        Present and wanted repetition time in seconds.
+
+    Returns
+    -------
+    (T2, P) float32
+
+    Notes
+    -----
+    Polyphase filtering (`scipy.signal.resample_poly`) with the ratio as a fraction of numbers up
+    to 1000. The mean is taken out before and added after it: BOLD fluctuates by a percent around
+    a high level, and the filter's ripple on that level would look like signal. At both ends the
+    series is continued by point reflection, which keeps its level and slope.
+
+    Examples
+    --------
+    >>> resample(np.full((100, 1), 9000.0), tr=2.0, target_tr=0.735)[[0, -1], 0]
+    array([9000., 9000.], dtype=float32)
+    """
+    from scipy.signal import resample_poly
+
+    data = np.asarray(data)
+    if _same_rate(tr, target_tr) or len(data) < 2:
+        return data.astype(np.float32)
+    ratio = _ratio(tr, target_tr)
+    series = data.astype(float)
+    mean = series.mean(axis=0)
+    fine = resample_poly(
+        series - mean, ratio.numerator, ratio.denominator, axis=0, padtype='antireflect'
+    )
+    return (fine[: _length(len(data), tr, target_tr)] + mean).astype(np.float32)
+
+
+def nearest_volume(n_volumes, tr, target_tr) -> np.ndarray:
+    """Volume nearest in time to each sample of the resampled series.
+
+    Parameters
+    ----------
+    n_volumes : int
+        Volumes T before resampling.
+    tr, target_tr : float
+        Present and wanted repetition time in seconds.
+
+    Returns
+    -------
+    (T2,) int
+        To carry a property of volumes (such as being flagged) over to samples.
+
+    Examples
+    --------
+    >>> nearest_volume(3, tr=2.0, target_tr=1.0)
+    array([0, 0, 1, 2, 2])
+    """
+    if _same_rate(tr, target_tr) or n_volumes < 2:
+        return np.arange(n_volumes)
+    return np.rint(np.arange(_length(n_volumes, tr, target_tr)) * target_tr / tr).astype(int)
+
+
+def _same_rate(tr, target_tr):
+    return abs(tr / target_tr - 1) < _SAME_RATE
+
+
+def _length(n_volumes, tr, target_tr):
+    """Samples up to the time of the last volume (with room for rounding)."""
+    return int((n_volumes - 1) * tr / target_tr + 1e-6) + 1
+
+
+def _ratio(tr, target_tr):
+    """New over old sampling rate, as a fraction of numbers up to 1000.
+
+    >>> _ratio(2.0, 0.735), _ratio(0.735, 2.2142)
+    (Fraction(400, 147), Fraction(324, 976))
+    """
+    if tr > target_tr:
+        return 1 / Fraction(target_tr / tr).limit_denominator(_LARGEST_FACTOR)
+    return Fraction(tr / target_tr).limit_denominator(_LARGEST_FACTOR)

@@ -1,0 +1,1 @@
+"""Nipype graphs; the methods text stands beside the nodes it describes."""

@@ -1,0 +1,140 @@
+"""Run a graph: which Nipype plugin, how progress is told, what happens when a worker is killed."""
+
+import logging
+import time
+from concurrent.futures.process import BrokenProcessPool
+
+from nipype import config
+from nipype import logging as nipype_logging
+from nipype.pipeline.plugins.linear import LinearPlugin
+from nipype.pipeline.plugins.multiproc import MultiProcPlugin
+
+from bids_brainfm.config import Settings
+from bids_brainfm.errors import BrainfmError
+from bids_brainfm.workflows.plan import Plan
+
+LOGGER = logging.getLogger('bids_brainfm')
+
+
+class _MultiProc(MultiProcPlugin):
+    """Nipype's plugin, which waits for ever when the system kills a worker; this one says so."""
+
+    killed = False
+
+    def _async_callback(self, args):
+        try:
+            super()._async_callback(args)
+        except BrokenProcessPool:
+            self.killed = True
+
+    def _get_result(self, taskid):
+        if self.killed:
+            raise BrainfmError(
+                'A worker process was killed, most often because memory ran out: ask for more '
+                'memory, or lower --nprocs; runs that are written are kept.'
+            )
+        return super()._get_result(taskid)
+
+
+class Progress:
+    """Tell on the log, node by node, how far the parcel series are."""
+
+    def __init__(self, total: int):
+        self.total, self.done = total, 0
+        self.started: dict[str, float] = {}
+
+    def __call__(self, node, status: str) -> None:
+        """Take Nipype's report on a node."""
+        if not node.name.startswith('series_'):
+            return
+        if status == 'start':
+            self.started[node.name] = time.monotonic()
+            return
+        self.done += 1
+        run = node.inputs.run.name
+        outcome = node.result.outputs.outcome if status == 'end' else None
+        head = f'[{self.done}/{self.total}]'
+        if outcome is None:
+            LOGGER.error('%s %s: parcel series failed', head, run)
+        elif outcome.error:
+            LOGGER.error('%s %s', head, outcome.error)
+        else:
+            took = time.monotonic() - self.started[node.name]
+            LOGGER.info('%s %s: parcel series written (%.1f s)', head, run, took)
+
+
+def execute(workflow, plan: Plan) -> None:
+    """Run the graph to its end.
+
+    Raises
+    ------
+    BrainfmError
+        A worker was killed.
+    RuntimeError
+        A node crashed where the settings ask to stop.
+    """
+    settings = plan.settings
+    crashes = settings.output_dir / 'logs'
+    config.update_config(
+        {
+            'execution': {
+                'crashdump_dir': str(crashes),
+                'crashfile_format': 'txt',
+                'stop_on_first_crash': str(settings.stop_on_first_crash).lower(),
+                'poll_sleep_duration': '0.1',  # the default of 2 s a node is most of a short job
+                'check_version': 'false',
+                'remove_unnecessary_outputs': 'false',
+            },
+            'monitoring': {'enabled': 'false'},
+        }
+    )
+    nipype_logging.update_logging(config)
+    level = logging.INFO if settings.verbose else logging.ERROR
+    for name in ('nipype.workflow', 'nipype.interface', 'nipype.utils'):
+        logging.getLogger(name).setLevel(level)
+    workflow.config['execution'] = dict(config._sections['execution'])
+    progress = Progress(sum(len(atlas.todo) for atlas in plan.atlases))
+    workflow.run(plugin=_plugin(settings, progress), updatehash=False)
+
+
+def _plugin(settings: Settings, progress: Progress):
+    """Plugin of ``--use-plugin``, or workers on this machine, or none for one CPU or one run."""
+    if settings.use_plugin is not None:
+        return _from_file(settings, progress)
+    args = {'status_callback': progress}
+    if settings.nprocs == 1 or progress.total <= 1:
+        return LinearPlugin(args)
+    args |= {
+        'n_procs': settings.nprocs,
+        'raise_insufficient': False,
+        # workers start clean: no lock, thread or CUDA state of this process comes along
+        'mp_context': 'forkserver',
+    }
+    if settings.mem is not None:
+        args['memory_gb'] = settings.mem
+    return _MultiProc(args)
+
+
+def _from_file(settings: Settings, progress: Progress):
+    import importlib
+
+    import yaml
+
+    try:
+        content = yaml.safe_load(settings.use_plugin.read_text())
+        name, args = content['plugin'], content.get('plugin_args') or {}
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise BrainfmError(
+            f'--use-plugin {settings.use_plugin} is not YAML with plugin and plugin_args '
+            f'({error}): see docs/hpc.md.'
+        ) from None
+    plugins = importlib.import_module('nipype.pipeline.plugins')
+    if name == 'MultiProc':
+        return _MultiProc(args | {'status_callback': progress})
+    plugin = getattr(plugins, f'{name}Plugin', None)
+    if plugin is None:
+        raise BrainfmError(
+            f'--use-plugin {settings.use_plugin} names {name!r}, which is no Nipype plugin: use '
+            f'MultiProc, Linear or SLURM.'
+        )
+    return plugin(args | {'status_callback': progress})

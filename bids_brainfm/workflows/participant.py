@@ -1,0 +1,134 @@
+"""The graph of the participant level.
+
+A node per run and atlas makes parcel series, in parallel. A node per model encodes all runs with
+one load of the weights. A node per participant writes the report. Nodes hand on outcomes, and the
+data go through the derivatives themselves, so that a run killed anywhere goes on where it was.
+"""
+
+from nipype.interfaces.utility import Merge
+from nipype.pipeline import engine as pe
+from niworkflows.engine.workflows import LiterateWorkflow
+
+from bids_brainfm.interfaces.encode import EncodeRuns
+from bids_brainfm.interfaces.report import WriteReport
+from bids_brainfm.interfaces.series import FILL_RULE, MakeSeries
+from bids_brainfm.workflows.plan import AtlasPlan, ModelPlan, Plan
+
+
+def node_name(*parts: str) -> str:
+    """Name of a node: letters, digits and underscores only.
+
+    >>> node_name('series', 'sub-01_task-rest')
+    'series_sub_01_task_rest'
+    """
+    return '_'.join(''.join(c if c.isalnum() else '_' for c in part) for part in parts)
+
+
+def init_participant_wf(plan: Plan, software: dict) -> LiterateWorkflow:
+    """Build the graph of everything that is left to do.
+
+    Parameters
+    ----------
+    plan : Plan
+    software : dict of str to str
+        Versions, for the reports.
+
+    Returns
+    -------
+    LiterateWorkflow
+        Its ``visit_desc()`` is the methods text.
+    """
+    settings = plan.settings
+    workflow = LiterateWorkflow('bids_brainfm_wf', base_dir=str(settings.work_dir))
+    workflow.__desc__ = (
+        'Preprocessed BOLD series were taken from fMRIPrep (Esteban et al. 2019) derivatives and '
+        f'passed through bids_brainfm {plan.version}, which is built on Nipype (Gorgolewski et '
+        'al. 2011), PyBIDS (Yarkoni et al. 2019), NiBabel and PyTorch.\n\n'
+    )
+    all_encoded = pe.Node(Merge(max(1, sum(len(a.models) for a in plan.atlases))), 'all_encoded')
+    workflow.add_nodes([all_encoded])
+    number = 0
+    for atlas in plan.atlases:
+        series_wf = init_series_wf(atlas, settings)
+        workflow.add_nodes([series_wf])
+        for model in atlas.models:
+            number += 1
+            encode_wf = init_encode_wf(model, settings)
+            workflow.connect(
+                [
+                    (series_wf, encode_wf, [('outcomes.out', 'encode.series')]),
+                    (encode_wf, all_encoded, [('encode.outcomes', f'in{number}')]),
+                ]
+            )
+    for subject in plan.subjects:
+        report = pe.Node(
+            WriteReport(output=settings.output_dir, subject=subject, software=software),
+            name=node_name('report', subject),
+            run_without_submitting=True,
+        )
+        workflow.connect(all_encoded, 'out', report, 'after')
+    return workflow
+
+
+def init_series_wf(atlas: AtlasPlan, settings) -> LiterateWorkflow:
+    """Build the graph that makes the parcel series of one atlas."""
+    from bids_brainfm.signals.denoise import load_preset
+
+    preset = load_preset(atlas.task.denoise)
+    workflow = LiterateWorkflow(node_name('series', atlas.name, 'wf'))
+    workflow.__desc__ = (
+        f'The mean BOLD signal of each parcel of the {atlas.name} atlas was computed over the '
+        'voxels (or grayordinates) of the parcel that vary over the run; the atlas was matched to '
+        'the data by its affine, by nearest neighbour. Parcels with less than '
+        f'{settings.min_coverage:.0%} of their volume in the field of view were set to n/a. '
+        f'{preset.description.strip()} '
+        'Functional connectivity (Pearson correlation between the denoised parcel series) was '
+        'computed as the baseline to compare embeddings with.\n\n'
+    )
+    outcomes = pe.Node(Merge(max(1, len(atlas.todo))), 'outcomes')
+    workflow.add_nodes([outcomes])
+    for i, run in enumerate(atlas.todo, 1):
+        make = pe.Node(
+            MakeSeries(run=run, task=atlas.task, stop=settings.stop_on_first_crash),
+            name=node_name('series', run.name),
+            mem_gb=0.5,
+        )
+        workflow.connect(make, 'outcome', outcomes, f'in{i}')
+    return workflow
+
+
+def init_encode_wf(model: ModelPlan, settings) -> LiterateWorkflow:
+    """Build the graph that encodes the runs with one model."""
+    task, card = model.task, model.task.spec.card
+    contract = task.contract
+    scaling = {
+        'none': 'were not scaled',
+        'run-robust': 'were scaled for each run (whole-brain mean to 10000, each parcel demeaned '
+        'and divided by its interquartile range, and clipped)',
+        'global-z': 'were standardised with one mean and standard deviation for the whole run',
+        'parcel-z': 'were standardised for each parcel',
+        'cohort': 'were scaled by statistics fitted on a cohort',
+    }[contract.scaling]
+    if contract.scaling != 'none' and contract.divide_by != 1:
+        scaling += f' and divided by {contract.divide_by:g}'
+    weights = '' if task.spec.trained else ' with random, untrained weights'
+    workflow = LiterateWorkflow(node_name('encode', task.spec.label, 'wf'))
+    workflow.__desc__ = (
+        f'For {card.name} ({card.description}), parcels without signal were filled with '
+        f'{FILL_RULE}. Series were resampled to {card.tr:g} s with an anti-aliasing filter where '
+        f'their repetition time differs, {scaling}, and cut into windows of {card.window} samples '
+        f'({card.window * card.tr:.1f} s) every {contract.stride or card.window} samples. Every '
+        f'window was encoded without masking by {card.name}{weights}; its embedding is the class '
+        f'token after the last normalisation.\n\n'
+    )
+    encode = pe.Node(
+        EncodeRuns(runs=model.todo, task=task, stop=settings.stop_on_first_crash),
+        name='encode',
+        n_procs=settings.omp_nthreads,
+        mem_gb=4,
+        # In this process: weights are loaded once, and progress is seen. A cluster's plugin
+        # sends it to a compute node instead.
+        run_without_submitting=settings.use_plugin is None,
+    )
+    workflow.add_nodes([encode])
+    return workflow

@@ -1,0 +1,333 @@
+"""What a run of the command has to do, settled before anything starts.
+
+Everything that can be missing or contradictory is found here: weights, atlases, inputs, settings
+that do not fit the outputs already there.
+"""
+
+import dataclasses
+import json
+import re
+import shutil
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bids_brainfm.bids import reading, writing
+from bids_brainfm.bids.reading import BoldRun
+from bids_brainfm.config import Settings
+from bids_brainfm.errors import BrainfmError
+from bids_brainfm.interfaces.encode import EncodeTask, embedding_current
+from bids_brainfm.interfaces.outcome import read_failures
+from bids_brainfm.interfaces.series import SeriesTask, series_current
+
+# The card's own space first; fMRIPrep's default comes last, where the atlas is a warped one
+SPACES = ('MNI152NLin6Asym', 'fsLR', 'MNI152NLin2009cAsym')
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """One model: how it encodes, and the runs that it has yet to encode."""
+
+    task: EncodeTask
+    todo: list[BoldRun]
+
+
+@dataclass(frozen=True)
+class AtlasPlan:
+    """One atlas: its runs, those whose series are yet to be made, and its models."""
+
+    name: str
+    citation: tuple[str, ...]
+    task: SeriesTask
+    runs: list[BoldRun]
+    todo: list[BoldRun]
+    models: list[ModelPlan]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a run of the command does."""
+
+    settings: Settings
+    version: str
+    datasets: dict[str, Path]
+    atlases: list[AtlasPlan]
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def subjects(self) -> list[str]:
+        """Participants to report on."""
+        runs = {run.subject for atlas in self.atlases for run in atlas.runs}
+        return sorted(runs | {_subject(sentence) for sentence in self.failures})
+
+    @property
+    def citations(self) -> list[str]:
+        """What to cite for the models and atlases."""
+        return [
+            citation
+            for atlas in self.atlases
+            for source in (*(model.task.spec.card for model in atlas.models), atlas)
+            for citation in source.citation
+        ]
+
+    def read_failures(self) -> list[str]:
+        """Failures on record for the runs of this plan."""
+        names = {run.name for atlas in self.atlases for run in atlas.runs}
+        recorded = [
+            sentence
+            for subject in sorted({run.subject for a in self.atlases for run in a.runs})
+            for sentence in read_failures(self.settings.output_dir, subject)
+        ]
+        return self.failures + [s for s in recorded if s.partition(':')[0] in names]
+
+
+def _subject(name: str) -> str:
+    """Participant that a run's name, or a sentence that starts with it, is about.
+
+    >>> _subject('sub-01_task-rest: no BOLD'), _subject('sub-01')
+    ('01', '01')
+    """
+    return re.match('sub-([a-zA-Z0-9+]+)', name)[1]
+
+
+def resolve_models(settings: Settings, home: Path, version: str) -> list[EncodeTask]:
+    """Resolve every model that was asked for.
+
+    Raises
+    ------
+    BrainfmError
+        One sentence with all that is missing.
+    """
+    from bids_brainfm.models.encoder import resolve_device, resolve_precision
+    from bids_brainfm.models.spec import find_checkpoint, resolve_model
+
+    missing = []
+    for text in settings.model:
+        try:
+            find_checkpoint(text, home, settings.random_weights)
+        except BrainfmError as error:
+            missing.append(str(error))
+    if missing:
+        raise BrainfmError(' '.join(missing))
+    device = resolve_device(settings.device)
+    tasks = []
+    for text in settings.model:
+        spec = resolve_model(text, home, settings.random_weights)
+        tasks.append(
+            EncodeTask(
+                spec=spec,
+                contract=_contract(settings, spec.card),
+                home=home,
+                device=str(device),
+                precision=str(resolve_precision(settings.precision, device)),
+                batch_size=settings.batch_size,
+                threads=settings.omp_nthreads,
+                tokens=settings.tokens,
+                output=settings.output_dir,
+                version=version,
+            )
+        )
+    labels = [task.spec.label for task in tasks]
+    twice = {label for label in labels if labels.count(label) > 1}
+    if twice:
+        raise BrainfmError(
+            f'--model names {", ".join(sorted(twice))} twice, and both would write the same '
+            f'files: name it once.'
+        )
+    return tasks
+
+
+def _contract(settings: Settings, card):
+    from bids_brainfm.signals.contract import Contract
+
+    return Contract(
+        tr=card.tr,
+        window=card.window,
+        scaling=card.scaling if settings.scale == 'card' else settings.scale,
+        divide_by=card.divide_by,
+        stride=settings.stride,
+        short_runs=settings.short_runs,
+        min_coverage=settings.min_coverage,
+        stats=settings.scale_stats,
+    )
+
+
+def make_plan(settings: Settings, version: str) -> Plan:
+    """Find the runs, the models and the atlases, and what is left to do.
+
+    Raises
+    ------
+    BrainfmError
+        Nothing can be run; the sentence says why.
+    """
+    from bids_brainfm.atlases.atlas import home
+
+    place = home()
+    datasets = reading.find_datasets(settings.bids_dir, settings.derivatives)
+    prepare_folders(settings)
+    tasks = resolve_models(settings, place, version)
+    layouts = {name: _index(settings, name, root) for name, root in datasets.items()}
+    failures: dict[str, str] = {}
+    plans = []
+    for atlas in dict.fromkeys(task.spec.card.atlas for task in tasks):
+        of_atlas = [task for task in tasks if task.spec.card.atlas == atlas]
+        plans.append(_plan_atlas(settings, version, place, atlas, of_atlas, layouts, failures))
+    if not any(plan.runs for plan in plans):
+        raise BrainfmError(_nothing(settings, datasets, list(failures.values())))
+    plan = Plan(settings, version, datasets, plans, list(failures.values()))
+    absent = sorted(set(settings.participant_label) - set(plan.subjects))
+    sentences = [f'sub-{label}: no BOLD run matches what was asked for.' for label in absent]
+    return dataclasses.replace(plan, failures=plan.failures + sentences)
+
+
+def prepare_folders(settings: Settings) -> None:
+    """Make the work and output folders, or say why that cannot be.
+
+    Raises
+    ------
+    BrainfmError
+        A folder cannot be written, or the output holds another dataset.
+    """
+    if settings.clean_workdir and settings.work_dir.is_dir():
+        for entry in settings.work_dir.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    for folder in (settings.output_dir, settings.work_dir):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f'.bids_brainfm_{id(settings)}'
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise BrainfmError(
+                f'The folder {folder} cannot be written ({error.strerror}): check its '
+                f'permissions, or choose another one.'
+            ) from None
+    description = settings.output_dir / 'dataset_description.json'
+    if description.exists():
+        generators = reading.read_description(settings.output_dir).get('GeneratedBy') or [{}]
+        if generators[0].get('Name') != 'bids_brainfm':
+            raise BrainfmError(
+                f'{settings.output_dir} already holds another dataset (by '
+                f'{generators[0].get("Name", "unknown software")}): choose an output folder of '
+                f'its own.'
+            )
+
+
+def _index(settings: Settings, name: str, root: Path):
+    database = settings.bids_database_dir
+    if database is None:
+        # an index of an earlier run may be out of date
+        database = settings.work_dir / 'bids_db'
+        shutil.rmtree(database / name, ignore_errors=True)
+    (database / name).mkdir(parents=True, exist_ok=True)
+    return reading.index(root, settings.participant_label, database / name)
+
+
+def _plan_atlas(settings, version, home, atlas_name, tasks, layouts, failures) -> AtlasPlan:
+    from bids_brainfm.atlases.atlas import load_atlas
+    from bids_brainfm.signals.denoise import load_preset
+
+    atlas = load_atlas(atlas_name, home)
+    present = {image.space for image in atlas.images}
+    spaces = tuple(space for space in SPACES if space in present)
+    spaces += tuple(sorted(present - set(SPACES)))
+    if settings.space is not None:
+        if settings.space not in present:
+            raise BrainfmError(
+                f'--space {settings.space}: the atlas {atlas.name} is at hand for '
+                f'{", ".join(spaces)} only; choose one of these.'
+            )
+        spaces = (settings.space,)
+    asked = {task.spec.card.denoising for task in tasks}
+    if settings.denoise == 'card' and len(asked) > 1:
+        raise BrainfmError(
+            f'The models of atlas {atlas.name} ask for different denoising '
+            f'({", ".join(sorted(asked))}): choose one with --denoise.'
+        )
+    denoise = asked.pop() if settings.denoise == 'card' else settings.denoise
+    preset = load_preset(denoise)
+    output = settings.output_dir
+    series = SeriesTask(atlas_name, home, denoise, settings.min_coverage, output, version)
+
+    filters = reading.read_filters(settings.bids_filter_file)
+    for entity, labels in (
+        ('session', settings.session_label),
+        ('task', settings.task_id),
+        ('run', settings.run_id),
+    ):
+        if labels:
+            filters[entity] = labels
+    runs = []
+    for name, layout in layouts.items():
+        found, without = reading.find_runs(layout, name, spaces, filters)
+        runs += found
+        failures |= without
+    twice = [name for name, count in Counter(run.name for run in runs).items() if count > 1]
+    if twice:
+        raise BrainfmError(
+            f'{", ".join(twice[:3])} is in more than one of the --derivatives datasets, and both '
+            f'would write the same files: name one dataset.'
+        )
+    _claim(settings, atlas.name, preset, tasks)
+    todo = [run for run in runs if not series_current(output, run, atlas.name)]
+    models = [ModelPlan(task, _to_encode(output, runs, todo, atlas.name, task)) for task in tasks]
+    return AtlasPlan(atlas.name, atlas.citation, series, runs, todo, models)
+
+
+def _to_encode(output, runs, todo, atlas: str, task: EncodeTask) -> list[BoldRun]:
+    return [
+        run
+        for run in runs
+        if run in todo
+        or not embedding_current(
+            output, run, atlas, task.spec.label, writing.input_fingerprints(run), task.tokens
+        )
+    ]
+
+
+def _claim(settings: Settings, atlas: str, preset, tasks: list[EncodeTask]) -> None:
+    """Hold the outputs to one set of settings."""
+    from bids_brainfm.models.weights import sha256
+
+    writing.claim_settings(
+        settings.output_dir,
+        f'atlas-{atlas}',
+        {'denoise': dataclasses.asdict(preset), 'min_coverage': settings.min_coverage},
+        f'*_atlas-{atlas}_stat-mean_timeseries.tsv',
+    )
+    for task in tasks:
+        contract = dataclasses.asdict(task.contract)
+        if contract['stats'] is not None:
+            contract['stats'] = f'sha256 {sha256(contract["stats"])}'
+        writing.claim_settings(
+            settings.output_dir,
+            f'desc-{task.spec.label}',
+            contract
+            | {
+                'weights': task.spec.weights,
+                'config': json.dumps(task.spec.card.config, sort_keys=True),
+                'parcel_order': task.spec.card.parcel_order,
+                'atlas': atlas,
+                'precision': task.precision,
+            },
+            f'*_desc-{task.spec.label}_embedding.tsv',
+        )
+
+
+def _nothing(settings: Settings, datasets: dict, failures: list[str]) -> str:
+    """Why there is no run at all."""
+    if failures:
+        more = f' ({len(failures) - 1} more runs likewise)' if len(failures) > 1 else ''
+        return f'{failures[0]}{more}'
+    asked = {
+        '--participant-label': settings.participant_label,
+        '--session-label': settings.session_label,
+        '--task-id': settings.task_id,
+        '--run-id': settings.run_id,
+        '--bids-filter-file': [settings.bids_filter_file] if settings.bids_filter_file else (),
+    }
+    filters = [f'{flag} {" ".join(map(str, v))}' for flag, v in asked.items() if v]
+    where = ', '.join(str(root) for root in datasets.values())
+    if filters:
+        return f'No BOLD run in {where} matches {" and ".join(filters)}: check these options.'
+    return f'There is no BOLD run in {where}: give the folder that fMRIPrep wrote.'

@@ -1,0 +1,225 @@
+"""The command as a user runs it, on the simulated dataset."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from bids_brainfm.config import Settings
+
+STEM = 'sub-01_task-rest_space-MNI152NLin2009cAsym_atlas-Demo424'
+
+
+@pytest.fixture(scope='module')
+def done(simulated, tmp_path_factory):
+    """Output of one run over the simulated dataset, by the command in a process of its own."""
+    place = tmp_path_factory.mktemp('done')
+    command = [sys.executable, '-m', 'bids_brainfm.cli.run', simulated, place / 'out']
+    command += ['participant', '--model', 'brainlm-demo', '--tokens', '-w', place / 'work']
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return place / 'out', ended.stderr
+
+
+def tree(folder: Path) -> dict[str, float]:
+    """Every file below a folder but the logs, and when it was written."""
+    return {
+        str(p.relative_to(folder)): p.stat().st_mtime_ns
+        for p in folder.rglob('*')
+        if p.is_file() and 'logs' not in p.parts
+    }
+
+
+def test_outputs_are_those_of_the_list(done):
+    """Every expected file is there, and no other."""
+    expected = (Path(__file__).parent / 'expected_outputs.txt').read_text().split()
+    found = [re.sub(r'logs/\d[^/]*/', 'logs/RUN/', str(p)) for p in tree_with_logs(done[0])]
+    assert sorted(found) == sorted(expected)
+
+
+def tree_with_logs(folder):
+    return [p.relative_to(folder) for p in folder.rglob('*') if p.is_file()]
+
+
+def test_validator_is_content(done):
+    """No error and no warning from the real BIDS validator."""
+    validator = Path(sys.executable).with_name('bids-validator-deno')
+    ended = subprocess.run(
+        [validator, done[0], '--format', 'json'], capture_output=True, text=True, check=False
+    )
+    issues = json.loads(ended.stdout)['issues']['issues']
+    assert issues == []
+    assert ended.returncode == 0
+
+
+def test_progress_is_told(done):
+    """The terminal and the log file say how far the work is."""
+    out, stderr = done
+    log = next((out / 'logs').glob('*/bids_brainfm.log')).read_text()
+    for text in (stderr, log):
+        assert '[1/2] ' in text
+        assert '[2/2] sub-02_task-rest' in text
+        assert 'Finished' in text
+    assert 'sub-01.html' in stderr
+
+
+def test_untrained_is_in_plain_sight(done):
+    """Card, sidecar and report of the demonstration model say that it is untrained."""
+    sidecar = json.loads(
+        (done[0] / f'sub-01/func/{STEM}_desc-brainlmdemo_embedding.json').read_text()
+    )
+    assert sidecar['Model']['Trained'] is False
+    assert 'untrained' in sidecar['Model']['Weights']
+    assert any('untrained' in warning for warning in sidecar['Warnings'])
+    assert 'Untrained' in (done[0] / 'sub-01.html').read_text()
+
+
+def test_embedding_is_what_python_gives(done):
+    """The table holds the numbers of the same steps from Python."""
+    from bids_brainfm.atlases.atlas import home, load_atlas
+    from bids_brainfm.interfaces.series import read_series
+    from bids_brainfm.models.cards import load_card
+    from bids_brainfm.models.encoder import Encoder, ascending_y
+    from bids_brainfm.models.spec import SEED
+    from bids_brainfm.models.weights import build, initialise
+    from bids_brainfm.signals.contract import Contract, prepare
+
+    func = done[0] / 'sub-01' / 'func'
+    card, atlas = load_card('brainlm-demo'), load_atlas('Demo424', home())
+    series = read_series(func / f'{STEM}_stat-mean_timeseries.tsv')
+    contract = Contract(card.tr, card.window, card.scaling, card.divide_by)
+    windows, _ = prepare(series, contract, atlas.xyz, atlas.name)
+    network = initialise(build(card.config), SEED)
+    encoding = Encoder(network, card.name, ascending_y(atlas.xyz)).encode(windows.data)
+    table = pd.read_csv(func / f'{STEM}_desc-brainlmdemo_embedding.tsv', sep='\t')
+    assert list(table.columns[:5]) == ['window', 'onset', 'duration', 'real', 'flagged']
+    np.testing.assert_allclose(table.iloc[:, 5:], encoding.summary, atol=1e-5)
+
+
+def test_connectome_is_the_relmat(done):
+    """The baseline's row is the upper triangle of the correlation of the written series."""
+    func = done[0] / 'sub-01' / 'func'
+    series = pd.read_csv(func / f'{STEM}_stat-mean_timeseries.tsv', sep='\t')
+    relmat = pd.read_csv(
+        func / f'{STEM}_stat-pearsoncorrelation_relmat.tsv', sep='\t', index_col='Node'
+    )
+    np.testing.assert_allclose(relmat, series.corr(), atol=1e-5)
+    row = pd.read_csv(func / f'{STEM}_desc-connectome_embedding.tsv', sep='\t').iloc[0, 5:]
+    np.testing.assert_allclose(row, relmat.to_numpy()[np.triu_indices(424, 1)], atol=1e-6)
+
+
+def test_tokens(done):
+    """Token embeddings have the canonical shape."""
+    import h5py
+
+    with h5py.File(done[0] / f'sub-01/func/{STEM}_desc-brainlmdemo_embedding.h5') as file:
+        assert file['tokens'].shape == (1, 27 * 27, 64)
+        assert len(file['parcel_names']) == 424
+
+
+def test_settings_are_kept(done):
+    """The run's TOML reads back to its settings."""
+    text = next((done[0] / 'logs').glob('*/bids_brainfm.toml')).read_text()
+    settings = Settings(**tomllib.loads(text))
+    assert settings.tokens
+    assert settings.model == ('brainlm-demo',)
+
+
+def test_second_run_does_nothing_new(simulated, done, tmp_path, app, capfd):
+    """Unchanged outputs are left alone, and a changed input or a lost output is done again."""
+    out = Path(shutil.copytree(done[0], tmp_path / 'out'))
+    before = tree(out)
+    assert app(simulated, out, '--tokens') == 0
+    assert tree(out) == before
+    assert '0 parcel series to make' in capfd.readouterr().err
+
+    lost = out / 'sub-02' / 'func' / f'{STEM.replace("01", "02")}_desc-brainlmdemo_embedding.tsv'
+    content = lost.read_bytes()
+    lost.unlink()
+    assert app(simulated, out, '--tokens') == 0
+    assert lost.read_bytes() == content
+    changed = {name for name, when in tree(out).items() if before.get(name) != when}
+    assert all('sub-02' in name for name in changed)
+
+
+def test_changed_input_is_done_again(dataset, done, tmp_path, app):
+    """A run whose BOLD file is another one is made anew, and only this one."""
+    out = Path(shutil.copytree(done[0], tmp_path / 'out'))
+    assert app(dataset, out) == 0  # a copy: other dates, so all is done again
+    before = tree(out)
+    next(dataset.glob('sub-02/func/*_bold.nii.gz')).touch()
+    assert app(dataset, out) == 0
+    changed = {name for name, when in tree(out).items() if before.get(name) != when}
+    assert f'sub-02/func/{STEM.replace("01", "02")}_stat-mean_timeseries.tsv' in changed
+    assert not any(name.startswith('sub-01/func') for name in changed)
+
+
+@pytest.mark.parametrize(
+    ('options', 'difference'),
+    [
+        (['--scale', 'parcel-z'], "scaling was 'run-robust' and is now 'parcel-z'"),
+        (['--denoise', 'none'], 'denoise was'),
+        (['--stride', '100'], 'stride was None and is now 100'),
+    ],
+)
+def test_other_settings_are_not_mixed_in(
+    simulated, done, tmp_path, app, capfd, options, difference
+):
+    """Outputs of other settings are refused with the difference, and nothing changes."""
+    out = Path(shutil.copytree(done[0], tmp_path / 'out'))
+    before = tree(out)
+    assert app(simulated, out, *options) == 2
+    assert difference in capfd.readouterr().err
+    assert tree(out) == before
+
+
+def test_control_stands_beside(simulated, done, tmp_path, app):
+    """A second model goes into the same output without touching the first one's files."""
+    out = Path(shutil.copytree(done[0], tmp_path / 'out'))
+    card = tmp_path / 'mine.yml'
+    text = (Path(__file__).parents[1] / 'bids_brainfm/data/models/brainlm-demo.yml').read_text()
+    card.write_text(
+        text.replace('name: brainlm-demo', 'name: mine').replace('brainlmdemo', 'mine')
+    )
+    before = tree(out)
+    assert app(simulated, out, '--model', card, '--participant-label', 'sub-02') == 0
+    assert next(out.glob('sub-02/func/*desc-mine_embedding.tsv')).is_file()
+    after = tree(out)
+    assert all(after[name] == when for name, when in before.items() if name.startswith('sub-01'))
+
+
+def test_reports_only_and_boilerplate_only(simulated, done, tmp_path, app):
+    """The report comes back as it was from the outputs alone; the methods text needs no run."""
+    out = Path(shutil.copytree(done[0], tmp_path / 'out'))
+    report = out / 'sub-01.html'
+    content = report.read_bytes()
+    report.unlink()
+    assert app(simulated, out, '--reports-only') == 0
+    assert report.read_bytes() == content
+
+    assert app(simulated, tmp_path / 'new', '--boilerplate-only') == 0
+    text = (tmp_path / 'new' / 'logs' / 'CITATION.md').read_text()
+    assert 'brainlm-demo' in text
+    assert 'Demo424' in text
+    assert 'fMRIPrep' in text
+    assert not list((tmp_path / 'new').glob('sub-*'))
+
+
+def test_config_file_is_overridden_by_what_is_typed(simulated, tmp_path, app):
+    """A TOML file gives settings; the command line wins; a typo in it is refused."""
+    config = tmp_path / 'my.toml'
+    config.write_text('participant_label = ["01"]\nscale = "parcel-z"\n')
+    out = tmp_path / 'out'
+    assert app(simulated, out, '--config-file', config, '--scale', 'global-z') == 0
+    sidecar = json.loads((out / f'sub-01/func/{STEM}_desc-brainlmdemo_embedding.json').read_text())
+    assert sidecar['Scaling'] == 'global-z'
+    assert not (out / 'sub-02').exists()
+    config.write_text('scael = "parcel-z"\n')
+    assert app(simulated, out, '--config-file', config) == 2

@@ -1,0 +1,256 @@
+"""Whatever is wrong with an input is said in one sentence, and the other runs are written."""
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+
+
+def copy_participant(dataset: Path, label: str) -> Path:
+    """Another participant, equal to the first; returns the folder of functional files."""
+    func = dataset / f'sub-{label}' / 'func'
+    func.mkdir(parents=True)
+    for path in (dataset / 'sub-01' / 'func').iterdir():
+        shutil.copy(path, func / path.name.replace('sub-01', f'sub-{label}'))
+    return func
+
+
+def the(func: Path, pattern: str) -> Path:
+    """The one file of this kind."""
+    (path,) = func.glob(pattern)
+    return path
+
+
+def truncate(func):
+    path = the(func, '*_bold.nii.gz')
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def one_volume(func):
+    path = the(func, '*_bold.nii.gz')
+    image = nib.load(path)
+    nib.save(image.slicer[..., 0], path)
+
+
+def constant(func):
+    path = the(func, '*_bold.nii.gz')
+    image = nib.load(path)
+    data = np.zeros(image.shape, np.int16) + 100
+    nib.save(nib.Nifti1Image(data, image.affine, image.header), path)
+
+
+def edit_sidecar(**values):
+    def edit(func):
+        path = the(func, '*_bold.json')
+        content = json.loads(path.read_text())
+        content |= values
+        path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+    return edit
+
+
+def remove(pattern):
+    return lambda func: the(func, pattern).unlink()
+
+
+def fewer_confounds(func):
+    path = the(func, '*confounds_timeseries.tsv')
+    pd.read_csv(path, sep='\t').iloc[:-3].to_csv(path, sep='\t', index=False, na_rep='n/a')
+
+
+def rename_space(func):
+    for path in func.glob('*space-*'):
+        path.rename(path.with_name(path.name.replace('MNI152NLin2009cAsym', 'T1w')))
+
+
+def short(func):
+    path = the(func, '*_bold.nii.gz')
+    nib.save(nib.load(path).slicer[..., :60], path)
+    path = the(func, '*confounds_timeseries.tsv')
+    pd.read_csv(path, sep='\t').iloc[:60].to_csv(path, sep='\t', index=False, na_rep='n/a')
+
+
+def not_gzip(func):
+    path = the(func, '*_bold.nii.gz')
+    path.write_bytes(b'this is not a NIfTI file' * 40)
+
+
+FAULTS = {
+    'truncated': (truncate, ['volumes', 'desc-preproc_bold.nii.gz']),
+    'threed': (one_volume, ['desc-preproc_bold.nii.gz', '4-D']),
+    'constant': (constant, ['constant']),
+    'notr': (edit_sidecar(RepetitionTime=None), ['no RepetitionTime', '.json']),
+    'zerotr': (edit_sidecar(RepetitionTime=0), ['RepetitionTime 0', '.json']),
+    'mstr': (edit_sidecar(RepetitionTime=735), ['milliseconds', '0.735']),
+    'nosidecar': (remove('*_bold.json'), ['sidecar']),
+    'nomask': (remove('*_mask.nii.gz'), ['brain mask']),
+    'noconfounds': (remove('*confounds_timeseries.tsv'), ['confounds', '--denoise none']),
+    'fewconfounds': (fewer_confounds, ['207', '210']),
+    'nospace': (rename_space, ['T1w', '--output-spaces']),
+    'short': (short, ['--short-runs']),
+    'garbage': (not_gzip, ['desc-preproc_bold.nii.gz']),
+}
+
+
+@pytest.fixture(scope='module')
+def outcome(simulated, tmp_path_factory):
+    """One run of the command over a dataset in which each participant has another fault."""
+    from bids_brainfm.cli.run import main
+
+    place = tmp_path_factory.mktemp('faults')
+    dataset = Path(shutil.copytree(simulated, place / 'data'))
+    for label, (damage, _) in FAULTS.items():
+        damage(copy_participant(dataset, label))
+    command = [dataset, place / 'out', 'participant', '--model', 'brainlm-demo']
+    code = main([*map(str, command), '-w', str(place / 'work')])
+    log = next((place / 'out' / 'logs').glob('*/bids_brainfm.log')).read_text()
+    return code, place / 'out', log
+
+
+def test_good_runs_are_written_and_the_code_is_1(outcome):
+    code, out, _ = outcome
+    assert code == 1
+    for label in ('01', '02'):
+        assert next(out.glob(f'sub-{label}/func/*desc-brainlmdemo_embedding.json')).is_file()
+        assert (out / f'sub-{label}.html').is_file()
+
+
+@pytest.mark.parametrize('label', FAULTS)
+def test_fault_is_one_sentence_with_file_and_remedy(outcome, label):
+    _, out, log = outcome
+    lines = [x for x in log.splitlines() if 'Failed: ' in x and f'sub-{label}' in x]
+    assert len(lines) == 1, log
+    sentence = lines[0].partition('Failed: ')[2]
+    assert sentence.startswith(f'sub-{label}_task-rest')
+    assert 'unexpected' not in sentence
+    assert sentence.rstrip().endswith('.')
+    for word in FAULTS[label][1]:
+        assert word in sentence
+    page = (out / f'sub-{label}.html').read_text()
+    assert FAULTS[label][1][0] in page
+
+
+def test_no_half_written_file_keeps_a_final_name(outcome):
+    _, out, _ = outcome
+    assert not [p for p in out.rglob('.*') if p.name != '.bidsignore']
+    for label in FAULTS:
+        assert not list(out.glob(f'sub-{label}/func/*brainlmdemo*'))
+    for path in out.glob('sub-*/func/*.tsv'):
+        assert path.with_suffix('.json').is_file()
+
+
+def test_mended_run_is_done(outcome, simulated, tmp_path):
+    """After the mending a second run writes what was missing and forgets the failure."""
+    from bids_brainfm.cli.run import main
+
+    dataset = Path(shutil.copytree(simulated, tmp_path / 'data'))
+    tr = edit_sidecar(RepetitionTime=None)
+    tr(dataset / 'sub-02' / 'func')
+    command = [dataset, tmp_path / 'out', 'participant', '--model', 'brainlm-demo']
+    command = [*map(str, command), '-w', str(tmp_path / 'work')]
+    assert main(command) == 1
+    edit_sidecar(RepetitionTime=0.735)(dataset / 'sub-02' / 'func')
+    assert main(command) == 0
+    assert not list((tmp_path / 'out').rglob('failed-*'))
+    assert next((tmp_path / 'out').glob('sub-02/func/*brainlmdemo_embedding.tsv')).is_file()
+
+
+def test_nan_voxels_are_left_out_and_said(dataset, tmp_path, app):
+    """Voxels that are NaN, in one volume or all, do not spoil their parcel."""
+    path = the(dataset / 'sub-01' / 'func', '*_bold.nii.gz')
+    image = nib.load(path)
+    data = image.get_fdata(dtype=np.float32)
+    inside = np.argwhere(data.std(-1) > 0)
+    data[tuple(inside[100])] = np.nan
+    data[(*inside[2000], 5)] = np.inf
+    header = image.header.copy()
+    header.set_data_dtype(np.float32)
+    nib.save(nib.Nifti1Image(data, image.affine, header), path)
+    assert app(dataset, tmp_path / 'out', '--participant-label', '01') == 0
+    sidecar = json.loads(next(tmp_path.glob('out/sub-01/func/*_timeseries.json')).read_text())
+    assert any('NaN' in warning for warning in sidecar['Warnings'])
+    table = pd.read_csv(next(tmp_path.glob('out/sub-01/func/*_timeseries.tsv')), sep='\t')
+    assert not table.isna().any(axis=None)
+
+
+def refused(app, capfd, *arguments) -> str:
+    """The sentence of a command that cannot run at all."""
+    assert app(*arguments) == 2
+    text = capfd.readouterr().err.strip()
+    assert text.startswith('bids_brainfm: error: ')
+    assert len(text.splitlines()) == 1
+    assert text.endswith('.')
+    return text
+
+
+def test_refusals_before_anything_runs(dataset, tmp_path, app, capfd):
+    """What makes a run impossible is found first."""
+    out = tmp_path / 'out'
+    say = lambda *arguments: refused(app, capfd, *arguments)
+    assert '01, 02' in say(dataset, out, '--participant-label', '99')
+    assert '--task-id nback' in say(dataset, out, '--task-id', 'nback')
+    assert 'inside the input' in say(dataset, dataset / 'out')
+    assert 'inside the input' in say(dataset, out, '-w', dataset / 'work')
+    assert 'Demo424' in say(dataset, out, '--space', 'MNIPediatricAsym')
+    assert 'brainlm-demo' in say(dataset, out, '--model', 'brainlm-9000')
+    assert '--scale-stats' in say(dataset, out, '--scale', 'cohort')
+    assert 'bids_brainfm_models fetch brainlm-111m' in say(dataset, out, '--model', 'brainlm-111m')
+    assert not list(out.glob('sub-*'))
+    (dataset / 'dataset_description.json').unlink()
+    assert 'dataset_description.json' in say(dataset, out)
+
+
+def test_output_that_cannot_be_written(simulated, tmp_path, app, capfd):
+    """A file stands where the output folder should be (root may write everywhere else)."""
+    (tmp_path / 'file').write_text('')
+    assert 'file' in refused(app, capfd, simulated, tmp_path / 'file' / 'out')
+
+
+def test_output_of_another_program(simulated, tmp_path, app, capfd):
+    """The output of another program is not written into."""
+    out = tmp_path / 'out'
+    out.mkdir()
+    (out / 'dataset_description.json').write_text(
+        json.dumps({'Name': 'x', 'GeneratedBy': [{'Name': 'fMRIPrep'}]})
+    )
+    assert 'fMRIPrep' in refused(app, capfd, simulated, out)
+
+
+@pytest.mark.parametrize(
+    ('damage', 'word'),
+    [
+        (lambda state: state | {'more': state['vit.layernorm.bias']}, 'more'),
+        (lambda state: {k: v for k, v in state.items() if k != 'vit.layernorm.bias'}, 'lacks'),
+    ],
+)
+def test_checkpoint_that_does_not_fit(simulated, tmp_path, app, capfd, damage, word):
+    """A tensor too few or too many is fatal before anything is read."""
+    from safetensors.torch import save_file
+
+    from bids_brainfm.models.cards import load_card
+    from bids_brainfm.models.weights import build, initialise
+
+    config = load_card('brainlm-demo').config
+    folder = tmp_path / 'checkpoint'
+    folder.mkdir()
+    (folder / 'config.json').write_text(json.dumps(config))
+    state = initialise(build(config), 0).state_dict()
+    save_file(damage({k: v.contiguous() for k, v in state.items()}), folder / 'model.safetensors')
+    model = f'brainlm-demo={folder}'
+    assert word in refused(app, capfd, simulated, tmp_path / 'out', '--model', model)
+
+
+def test_gzip_of_the_wrong_thing(tmp_path):
+    """A gzip file that holds no NIfTI is refused by name."""
+    from bids_brainfm.errors import BrainfmError
+    from bids_brainfm.signals.parcellate import parcellate
+
+    path = tmp_path / 'x_bold.nii.gz'
+    path.write_bytes(gzip.compress(b'nothing' * 1000))
+    with pytest.raises(BrainfmError, match=r'x_bold\.nii\.gz'):
+        parcellate(path, path, 424)

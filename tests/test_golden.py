@@ -1,0 +1,131 @@
+"""The networks give what the official implementations give, for random weights of any size.
+
+``BRAINFM_GOLDEN`` names the directory of the cases: folders ``brainlm_vitmae*`` and
+``brainlm_legacy*`` with a checkpoint, and with inputs and answers in ``expected.safetensors``.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bids_brainfm.models.brainlm_vitmae import predict_last, predict_last_pixel
+from bids_brainfm.models.masking import keep_lowest, keep_visible, masked_loss, masked_tokens
+from bids_brainfm.models.weights import build, load_checkpoint, read_config
+
+SHARED = Path(__file__).parents[1].parent / 'shared'
+GOLDEN = Path(os.environ.get('BRAINFM_GOLDEN', SHARED / 'golden'))
+TOLERANCE = 1e-4
+
+
+def cases(family):
+    absent = pytest.mark.skip(reason=f'no folder {family}* in {GOLDEN}')
+    folders = sorted(GOLDEN.glob(f'{family}*'))
+    return [pytest.param(path, id=path.name) for path in folders] or [
+        pytest.param(None, id=family, marks=absent)
+    ]
+
+
+def load(folder):
+    network = build(read_config(folder))
+    load_checkpoint(network, folder)
+    return network, load_file(folder / 'expected.safetensors')
+
+
+def unmasked(network, *inputs):
+    """Answers with every token in its place."""
+    found = {}
+    hook = network.vit.layernorm.register_forward_pre_hook(
+        lambda module, args: found.update(pre_norm_hidden_state=args[0])
+    )
+    hidden, attention = network.encode(*inputs, return_attention=True)
+    hook.remove()
+    return found | {
+        'last_hidden_state': hidden,
+        'last_layer_cls_attention_head_mean': attention,
+        'reconstruction': network.decode(hidden, *inputs[1:]),
+    }
+
+
+def loss(network, prediction, signal, points):
+    config = network.config
+    return masked_loss(
+        prediction, signal, points, config['loss_fn'], config.get('norm_pix_loss', False)
+    )
+
+
+def vitmae_answers(network, expected):
+    signal, grid, found = expected['input'], network.grid, {}
+    ratios = {key.rsplit('.', 1)[0] for key in expected if key.startswith('predict_last')}
+
+    def add(prefix, keep, points, blank=None):
+        prediction = network.reconstruct(signal, keep, blank)
+        found[f'{prefix}.mask'] = points
+        found[f'{prefix}.reconstruction'] = prediction
+        found[f'{prefix}.loss'] = loss(network, prediction, signal, points)
+
+    for name, answer in unmasked(network, signal).items():
+        found[f'unmasked.{name}'] = answer
+    if 'masked.noise' in expected:
+        keep = keep_lowest(expected['masked.noise'], network.config['mask_ratio'])
+        tokens = masked_tokens(keep, grid.tokens)
+        add('masked', keep, grid.points(tokens))
+    for prefix in ratios:
+        mode, ratio = prefix.split('.', 1)
+        if mode == 'predict_last':
+            tokens, blank = predict_last(grid, float(ratio)), None
+            points = grid.points(tokens)
+        else:
+            tokens, blank = predict_last_pixel(grid, float(ratio))
+            points = blank
+        tokens = tokens.expand(len(signal), -1)
+        add(prefix, keep_visible(tokens), points.expand_as(signal), blank)
+    return found
+
+
+def legacy_answers(network, expected):
+    signal, xyz, found = expected['input'], expected['xyz'], {}
+    for name, answer in unmasked(network, signal, xyz).items():
+        found[f'unmasked.{name}'] = answer
+    noise = expected.get('noise', expected.get('masked.noise'))
+    if noise is not None:
+        keep = keep_lowest(noise, network.config['mask_ratio'])
+        tokens = masked_tokens(keep, network.tokens)
+        latent, _ = network.encode(signal, xyz, keep)
+        prediction = network.decode(latent, xyz, keep)
+        found['masked.latent'] = latent
+        found['masked.mask'] = tokens
+        found['masked.reconstruction'] = prediction
+        found['masked.loss'] = loss(network, prediction, signal, network.points(tokens))
+    return found
+
+
+def compare(found, expected):
+    """Check every answer that is expected; masks must be equal."""
+    tested = sorted(found.keys() & expected.keys())
+    assert tested, f'nothing to test among {sorted(expected)}'
+    differences = {
+        name: (found[name].float().reshape(expected[name].shape) - expected[name]).abs().max()
+        for name in tested
+    }
+    for name, difference in differences.items():
+        print(f'{name}: {difference:.1e}')
+    allowed = {name: 0 if name.endswith('mask') else TOLERANCE for name in tested}
+    wrong = {name: d.item() for name, d in differences.items() if not d <= allowed[name]}
+    assert not wrong
+
+
+@pytest.mark.parametrize('folder', cases('brainlm_vitmae'))
+@torch.inference_mode()
+def test_vitmae(folder):
+    network, expected = load(folder)
+    compare(vitmae_answers(network, expected), expected)
+
+
+@pytest.mark.parametrize('folder', cases('brainlm_legacy'))
+@torch.inference_mode()
+def test_legacy(folder):
+    network, expected = load(folder)
+    compare(legacy_answers(network, expected), expected)

@@ -1,0 +1,72 @@
+"""The plan of the house: who imports whom, and what importing costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / 'bids_brainfm'
+# From the top down; a room imports what is below it. errors.py is below all of them.
+ROOMS = (
+    'cli', 'workflows', 'interfaces', 'reports', 'analyses', 'training', 'models', 'signals',
+    'atlases', 'bids', 'config', 'errors',
+)  # fmt: skip
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Rooms of this package that a module imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names |= {f'{node.module}.{alias.name}' for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(f'bids_brainfm.{path.parent.name}')
+    return {name.split('.')[1] for name in names if name.startswith('bids_brainfm.')}
+
+
+@pytest.mark.parametrize('path', sorted(PACKAGE.rglob('*.py')), ids=str)
+def test_rooms_import_downwards(path):
+    """No room imports one above it."""
+    room = path.relative_to(PACKAGE).parts[0].removesuffix('.py')
+    if room == '__init__':
+        return
+    allowed = ROOMS[ROOMS.index(room) :]
+    assert imported_rooms(path) <= set(allowed)
+
+
+def test_help_is_instant():
+    """--help imports nothing heavy."""
+    code = (
+        'import sys; from bids_brainfm.cli.parser import get_parser; get_parser().format_help();'
+        'print([m for m in ("numpy", "torch", "nipype", "pandas", "bids") if m in sys.modules])'
+    )
+    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == '[]'
+
+
+def test_no_import_uses_the_network(tmp_path):
+    """Every module imports where no name can be looked up and no connection made."""
+    modules = [
+        '.'.join(path.relative_to(PACKAGE.parent).with_suffix('').parts)
+        for path in PACKAGE.rglob('*.py')
+        if path.name != '__init__.py'
+    ]
+    code = f"""
+import socket
+def refuse(*args, **kwargs):
+    raise SystemExit(f'network: {{args}}')
+socket.getaddrinfo = socket.gethostbyname = refuse
+socket.socket.connect = refuse
+import importlib
+for name in {modules!r}:
+    importlib.import_module(name)
+"""
+    env = {'PATH': '/usr/bin', 'HOME': str(tmp_path), 'PYTHONPATH': str(PACKAGE.parent)}
+    run = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, env=env, check=False
+    )
+    assert run.returncode == 0, run.stderr
