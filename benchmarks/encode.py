@@ -57,19 +57,20 @@ def products(encoder: Encoder, windows: np.ndarray) -> list:
     """Record the matrix products of one pass; return one function per product."""
     calls, hooks, buffers = [], [], {}
 
-    def buffer(name, like):
+    def buffer(name, like, weight):
         """One tensor per role and shape, so that the products find it in the cache."""
         key = name, like.shape
         if key not in buffers:
-            buffers[key] = torch.randn_like(like)
+            buffers[key] = torch.randn_like(like, dtype=weight.dtype)
         return buffers[key]
 
     def linear(module, inputs, output):
-        x, out = buffer('x', inputs[0]).flatten(0, -2), buffer('out', output).flatten(0, -2)
-        calls.append(lambda: torch.mm(x, module.weight.t(), out=out))
+        x, out = buffer('x', inputs[0], module.weight), buffer('out', output, module.weight)
+        x, out, weight = x.flatten(0, -2), out.flatten(0, -2), module.weight.t()
+        calls.append(lambda: torch.mm(x, weight, out=out))
 
     def attention(module, inputs, output):
-        q, k, v = (module.split(buffer(name, inputs[0])) for name in 'qkv')
+        q, k, v = (module.split(buffer(i, inputs[0], module.key.weight)) for i in range(3))
         calls.append(lambda: F.scaled_dot_product_attention(q, k, v))
 
     for module in encoder.network.modules():

@@ -97,7 +97,7 @@ def test_embedding_is_what_python_gives(done):
     contract = Contract(card.tr, card.window, card.scaling, card.divide_by)
     windows, _ = prepare(series, contract, atlas.xyz, atlas.name)
     network = initialise(build(card.config), SEED)
-    encoding = Encoder(network, card.name, ascending_y(atlas.xyz)).encode(windows.data)
+    encoding = Encoder(network, order=ascending_y(atlas.xyz)).encode(windows.data)
     table = pd.read_csv(func / f'{STEM}_desc-brainlmdemo_embedding.tsv', sep='\t')
     assert list(table.columns[:5]) == ['window', 'onset', 'duration', 'real', 'flagged']
     np.testing.assert_allclose(table.iloc[:, 5:], encoding.summary, atol=1e-5)

@@ -224,7 +224,7 @@ def test_output_of_another_program(simulated, tmp_path, app, capfd):
 @pytest.mark.parametrize(
     ('damage', 'word'),
     [
-        (lambda state: state | {'more': state['vit.layernorm.bias']}, 'more'),
+        (lambda state: state | {'more': state['vit.layernorm.bias'] + 1}, 'more'),
         (lambda state: {k: v for k, v in state.items() if k != 'vit.layernorm.bias'}, 'lacks'),
     ],
 )

@@ -294,7 +294,7 @@ def test_initialisation_is_the_official_one_and_repeats():
     assert (one['vit.layernorm.weight'] == 1).all()
     assert 0.005 < one['vit.embeddings.cls_token'].std() < 0.04
     digest = hashlib.sha256(one[f'{dense}.weight'].numpy().tobytes()).hexdigest()
-    assert digest.startswith('DIGEST')
+    assert digest.startswith('68f3819bb2eaa11b')
 
 
 def drop(state):
@@ -357,8 +357,9 @@ def test_truncated_file(tmp_path, pickled, share):
         load(folder)
 
 
-@pytest.mark.parametrize('zipped', [False, True])
-def test_malicious_pickle_does_not_run(tmp_path, zipped):
+@pytest.mark.filterwarnings('ignore:Detected pickle protocol')
+@pytest.mark.parametrize('protocol', [None, 2, 4], ids=['torch', 'pickle2', 'pickle4'])
+def test_malicious_pickle_does_not_run(tmp_path, protocol):
     trap = tmp_path / 'ran'
 
     class Trap:
@@ -367,11 +368,11 @@ def test_malicious_pickle_does_not_run(tmp_path, zipped):
 
     (tmp_path / 'config.json').write_text(json.dumps(SMALL['vit16']))
     path = tmp_path / 'pytorch_model.bin'
-    if zipped:
+    if protocol is None:
         torch.save({'vit.layernorm.bias': Trap()}, path)
     else:
-        path.write_bytes(pickle.dumps({'vit.layernorm.bias': Trap()}))
-    with pytest.raises(BrainfmError, match=r'pytorch_model\.bin is refused: .* would run code'):
+        path.write_bytes(pickle.dumps({'vit.layernorm.bias': Trap()}, protocol))
+    with pytest.raises(BrainfmError, match=r'pytorch_model\.bin is refused: .* may run code'):
         load(tmp_path)
     assert not trap.exists()
 
@@ -454,19 +455,19 @@ def test_order_moves_rows_of_the_input(xyz):
     assert np.array_equal(tokens, plain.tokens.reshape(1, 424, 10, 32))
 
 
-@pytest.mark.parametrize('name', SMALL)
-def test_bfloat16_is_near(name, xyz):
+@pytest.mark.parametrize(('name', 'bound'), [('vit16', 0.02), ('vit14', 0.02), ('legacy', 0.05)])
+def test_bfloat16_is_near(name, bound, xyz):
     windows = windows_of(2)
     exact = encoder_of(name, xyz).encode(windows, tokens=True)
     coarse = encoder_of(name, xyz, 'bfloat16').encode(windows, tokens=True)
-    for field, bound in [('summary', 0.02), ('tokens', 0.02)]:
+    for field in ('summary', 'tokens'):
         a, b = getattr(exact, field), getattr(coarse, field)
         assert b.dtype == np.float32
         assert 0 < np.linalg.norm(a - b) / np.linalg.norm(a) < bound
 
 
 def test_encoder_refuses_what_does_not_fit(xyz):
-    with pytest.raises(BrainfmError, match='424 parcels × 200 time points, .* have shape'):
+    with pytest.raises(BrainfmError, match=r'424 parcels × 200 time points, .* have shape'):
         encoder_of('vit16', xyz).encode(windows_of(1)[:, :100])
     with pytest.raises(BrainfmError, match='needs the coordinates of its 424 parcels'):
         Encoder(network_of('legacy'), None, None)
@@ -474,9 +475,11 @@ def test_encoder_refuses_what_does_not_fit(xyz):
         Encoder(network_of('vit16'), np.zeros(424, int), xyz)
 
 
-@pytest.mark.parametrize('batch_size', [1, 3, 4, 100])
-def test_encode_runs_batches_across_runs(xyz, batch_size):
-    encoder = encoder_of('legacy', xyz)
+@pytest.mark.parametrize(
+    ('name', 'batch_size'), [('vit16', 1), ('vit16', 4), ('vit16', 100), ('legacy', 3)]
+)
+def test_encode_runs_batches_across_runs(xyz, name, batch_size):
+    encoder = encoder_of(name, xyz)
     runs = {'a': windows_of(2, 0), 'b': windows_of(5, 1), 'c': windows_of(1, 2)}
     sizes, progress = [], []
     encode = encoder.encode
@@ -493,8 +496,8 @@ def test_encode_runs_batches_across_runs(xyz, batch_size):
     for key, windows in runs.items():
         alone = encode(windows)
         assert len(found[key]) == len(windows)
-        for field in ('summary', 'parcels', 'attention'):
-            assert np.array_equal(getattr(found[key], field), getattr(alone, field))
+        for field, values in vars(alone).items():
+            assert np.array_equal(getattr(found[key], field), values)
 
 
 def test_encode_runs_yields_a_run_before_it_takes_all(xyz):

@@ -284,6 +284,15 @@ def test_carpet_follows_the_order(arrays):
         assert picture[0, 0] > 0 > picture[1, 0]
 
 
+def test_carpet_has_room_for_its_panels(arrays, tmp_path):
+    """With and without missing parcels the two panels fill most of the picture."""
+    whole = np.nan_to_num(arrays['before'])
+    for series in (arrays['before'], whole):
+        figure = figures.carpet(series, series, 2.0, arrays['flagged'])
+        figures.save(figure, tmp_path / 'carpet.svg')
+        assert sum(axes.get_position().height for axes in figure.axes[1:3]) > 0.5
+
+
 def test_carpet_survives_nothing_but_missing_parcels():
     nothing = np.full((20, 4), np.nan)
     assert '4 without' in words(figures.carpet(nothing, nothing, 1.0, np.zeros(20, bool)))

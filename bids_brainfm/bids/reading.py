@@ -187,7 +187,7 @@ def index(root: Path, participants: tuple[str, ...], database_dir: Path):
     ignore.append(re.compile(r'/(anat|dwi|figures|fmap|log)/'))
     if participants:
         wanted = '|'.join(re.escape(label) for label in participants)
-        ignore.append(re.compile(rf'/sub-(?!({wanted})(/|$))'))
+        ignore.append(re.compile(rf'^/sub-(?!({wanted})(/|$))'))
     indexer = BIDSLayoutIndexer(validate=False, index_metadata=False, ignore=ignore)
     return BIDSLayout(
         root,
@@ -306,8 +306,8 @@ def find_runs(layout, dataset: str, spaces: tuple[str, ...], filters: dict):
         else:
             found = sorted({_describe(entities) for entities, _, _ in files})
             without[stem] = (
-                f'{stem} has no preprocessed BOLD in {" or ".join(spaces)} (found: '
-                f'{", ".join(found)}): run fMRIPrep again with '
+                f'{stem}: there is no preprocessed BOLD in {" or ".join(spaces)} (found: '
+                f'{", ".join(found)}); run fMRIPrep again with '
                 f'{FMRIPREP_FLAGS.get(spaces[0], "--output-spaces " + spaces[0])}.'
             )
     return runs, without

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bids_brainfm.bids.reading import BoldRun, join_name, parse_name
+from bids_brainfm.bids.reading import BoldRun, join_name, parse_name, read_description
 from bids_brainfm.errors import BrainfmError
 
 BIDS_VERSION = '1.10.1'
@@ -30,6 +30,13 @@ BIDSIGNORE = (
     '*_stat-coverage_bold.*',
 )
 CODE_URL = 'https://github.com/bids-brainfm/bids_brainfm'
+AUTHORS = ('The bids_brainfm developers', 'The fMRIPrep developers')
+README = """# Outputs of bids_brainfm
+
+Embeddings of fMRI foundation models, the parcel series they were computed from, and the functional
+connectome as the baseline to compare them with. `sub-*.html` are the reports; `logs/CITATION.md`
+is the methods text with what to cite; the JSON file beside each table says how it was made.
+"""
 
 
 @contextlib.contextmanager
@@ -155,15 +162,10 @@ def derivative_path(output: Path, run: BoldRun, suffix: str, extension: str, **e
     name = join_name(
         parse_name(run.name + '_x')[0] | {'space': run.space} | named, suffix, extension
     )
-    return func_folder(output, run) / name
-
-
-def func_folder(output: Path, run: BoldRun, kind: str = 'func') -> Path:
-    """Folder of a run's outputs; figures have no session level, as in fMRIPrep."""
     folder = output / f'sub-{run.subject}'
-    if kind == 'func' and 'ses' in run.entities:
+    if 'ses' in run.entities:
         folder /= f'ses-{run.entities["ses"]}'
-    return folder / kind
+    return folder / 'func' / name
 
 
 def fingerprint(path: Path) -> dict:
@@ -240,7 +242,9 @@ def claim_settings(output: Path, name: str, settings: dict, pattern: str) -> Non
 
 
 def write_dataset_files(output: Path, version: str, inputs: dict[str, Path]) -> None:
-    """Write ``dataset_description.json`` and ``.bidsignore``.
+    """Write ``dataset_description.json``, ``.bidsignore`` and ``README.md``.
+
+    Authors that the user has entered are kept, and so is the user's own readme.
 
     Parameters
     ----------
@@ -250,28 +254,33 @@ def write_dataset_files(output: Path, version: str, inputs: dict[str, Path]) -> 
     inputs : dict of str to Path
         Name and folder of the datasets that were read.
     """
-    from bids_brainfm.bids.reading import read_description
-
+    described = [read_description(folder) for folder in inputs.values()]
+    authors = (read_sidecar(output / 'dataset_description.json') or {}).get('Authors')
+    if authors is None:
+        given = (description.get('Authors') or [] for description in described)
+        # the validator warns of fewer than two authors
+        authors = next((names for names in given if len(names) > 1), list(AUTHORS))
     sources = []
-    for folder in inputs.values():
-        generators = read_description(folder).get('GeneratedBy') or [{}]
-        sources.append(
-            {'URL': folder.resolve().as_uri()}
-            | {k: v for k, v in generators[0].items() if k == 'Version'}
-        )
+    for folder, description in zip(inputs.values(), described, strict=True):
+        generator = (description.get('GeneratedBy') or [{}])[0]
+        made_by = {'Version': generator['Version']} if 'Version' in generator else {}
+        sources.append({'URL': folder.resolve().as_uri()} | made_by)
     write_json(
         output / 'dataset_description.json',
         {
             'Name': 'bids_brainfm: fMRI foundation model outputs',
             'BIDSVersion': BIDS_VERSION,
             'DatasetType': 'derivative',
+            'Authors': authors,
             'GeneratedBy': [{'Name': 'bids_brainfm', 'Version': version, 'CodeURL': CODE_URL}],
             'SourceDatasets': sources,
-            'DatasetLinks': {k: v.resolve().as_uri() for k, v in inputs.items()},
+            'DatasetLinks': {name: folder.resolve().as_uri() for name, folder in inputs.items()},
             'HowToAcknowledge': 'Please cite the tools and models named in logs/CITATION.md.',
         },
     )
     write_text(output / '.bidsignore', '\n'.join(BIDSIGNORE) + '\n')
+    if not (output / 'README.md').exists():
+        write_text(output / 'README.md', README)
 
 
 def own_uri(output: Path, path: Path) -> str:

@@ -1,6 +1,7 @@
 """The main command: ``bids_brainfm bids_dir output_dir participant``."""
 
 import logging
+import os
 import sys
 import time
 import uuid
@@ -37,6 +38,7 @@ def run(settings: Settings) -> int:
         return write_reports(settings)
     from importlib.metadata import version
 
+    quieten_nipype(settings)
     from bids_brainfm.workflows.plan import make_plan
 
     plan = make_plan(settings, version('bids-brainfm'))
@@ -68,6 +70,26 @@ def software() -> dict[str, str]:
     from importlib.metadata import version
 
     return {name: version(name) for name in ('bids_brainfm', 'torch', 'nipype', 'nibabel')}
+
+
+def quieten_nipype(settings: Settings) -> None:
+    """Keep Nipype's own log to errors, here and in its workers, and out of the home folder.
+
+    Nipype reads this file when it is imported, so it is written before.
+    """
+    folder = settings.work_dir / 'nipype'
+    level = 'INFO' if settings.verbose else 'ERROR'
+    loggers = ('workflow', 'interface', 'utils')
+    lines = [f'{name}_level = {level}' for name in loggers]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / 'nipype.cfg').write_text('\n'.join(['[logging]', *lines]) + '\n')
+    except OSError as error:
+        raise BrainfmError(
+            f'The work folder {settings.work_dir} cannot be written ({error.strerror}): name '
+            f'another one with --work-dir.'
+        ) from None
+    os.environ['NIPYPE_CONFIG_DIR'] = str(folder)
 
 
 def start_log(settings: Settings) -> Path:
@@ -116,6 +138,8 @@ def carry_out(plan) -> int:
     if settings.write_graph:
         write_graph(workflow, settings)
     announce(plan)
+    for failure in plan.failures:
+        failure.record(settings.output_dir)
     crashed = None
     try:
         execute(workflow, plan)
@@ -168,7 +192,9 @@ def conclude(plan, crashed: Exception | None, seconds: float) -> int:
     for sentence in failures:
         LOGGER.error('Failed: %s', sentence)
     if crashed is not None:
-        LOGGER.error('Stopped: %s (see %s/logs)', crashed, output)
+        unexpected = f'unexpected {type(crashed).__name__}; crash files are in {output / "logs"}'
+        known = isinstance(crashed, BrainfmError)
+        LOGGER.error('Stopped: %s', crashed if known else unexpected)
     for subject in plan.subjects:
         report = output / f'sub-{subject}.html'
         if report.is_file():

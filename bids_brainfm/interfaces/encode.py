@@ -3,6 +3,7 @@
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from nipype.interfaces.base import (
 
 from bids_brainfm.bids import writing
 from bids_brainfm.bids.reading import BoldRun
+from bids_brainfm.errors import BrainfmError
 from bids_brainfm.interfaces.outcome import Outcome, attempt
 from bids_brainfm.interfaces.series import (
     FILL_RULE,
@@ -93,7 +95,14 @@ def load_encoder(task: EncodeTask, xyz: np.ndarray):
     else:
         load_checkpoint(network, spec.checkpoint)
     order = ascending_y(xyz) if spec.card.parcel_order == 'ascending-y' else None
-    return Encoder(network, spec.card.name, order, xyz, task.device, task.precision)
+    return Encoder(
+        network,
+        name=spec.card.name,
+        order=order,
+        xyz=xyz,
+        device=task.device,
+        precision=task.precision,
+    )
 
 
 def encode_all(runs: list[BoldRun], task: EncodeTask, stop: bool = False) -> list[Outcome]:
@@ -113,47 +122,75 @@ def encode_all(runs: list[BoldRun], task: EncodeTask, stop: bool = False) -> lis
     """
     from tqdm import tqdm
 
+    step, name = f'desc-{task.spec.label}', task.spec.card.name
+    outcomes: list[Outcome] = []
+    started = time.monotonic()
+    with tqdm(total=len(runs), desc=f'Encoding with {name}', unit='run', disable=None) as bar:
+
+        def settle(run, work):
+            outcome = attempt(task.output, run, step, work, stop)
+            outcomes.append(outcome)
+            bar.update()
+            head = f'[{len(outcomes)}/{len(runs)}]'
+            if outcome.error:
+                LOGGER.error('%s %s', head, outcome.error)
+            else:
+                seconds = time.monotonic() - started
+                LOGGER.info('%s %s: encoded with %s (%.1f s)', head, run.name, name, seconds)
+
+        try:
+            for run, work in _encode(runs, task):
+                settle(run, work)
+        except Exception as error:  # the encoder itself failed: all that is left fails with it
+            failing = partial(_fail, _explain(error, task))
+            settled = {outcome.run for outcome in outcomes}
+            for run in runs:
+                if run.name not in settled:
+                    settle(run, failing)
+    return outcomes
+
+
+def _encode(runs: list[BoldRun], task: EncodeTask):
+    """Yield each run with the work that writes its embeddings, or that raises what was wrong."""
     from bids_brainfm.atlases.atlas import load_atlas
     from bids_brainfm.models.encoder import encode_runs
 
     atlas = load_atlas(task.spec.card.atlas, task.home)
     encoder = load_encoder(task, atlas.xyz)
-    step = f'desc-{task.spec.label}'
-    outcomes, prepared = [], {}
+    failed, prepared = [], {}
 
     def windows_of_runs():
         for run in runs:
-
-            def work(run=run):
+            try:
                 series = read_series(series_paths(task.output, run, atlas.name)['series'])
-                prepared[run.name] = prepare(series, task.contract, atlas.xyz, atlas.name)
-
-            outcome = attempt(task.output, run, step, work, stop)
-            if outcome.error:
-                LOGGER.error('%s', outcome.error)
-                outcomes.append(outcome)
-                bar.update()
+                prepared[run] = prepare(series, task.contract, atlas.xyz, atlas.name)
+            except Exception as error:
+                failed.append((run, partial(_fail, error)))
             else:
-                yield run, prepared[run.name][0].data
+                yield run, prepared[run][0].data
 
-    started = time.monotonic()
-    with tqdm(
-        total=len(runs), desc=f'Encoding with {task.spec.label}', unit='run', disable=None
-    ) as bar:
-        for run, encoding in encode_runs(encoder, windows_of_runs(), task.batch_size, task.tokens):
-            windows, donors = prepared.pop(run.name)
+    for run, encoding in encode_runs(encoder, windows_of_runs(), task.batch_size, task.tokens):
+        windows, donors = prepared.pop(run)
+        yield run, partial(write_embedding, run, task, atlas, windows, donors, encoding)
+        while failed:
+            yield failed.pop(0)
+    yield from failed
 
-            def work(run=run, windows=windows, donors=donors, encoding=encoding):
-                write_embedding(run, task, atlas, windows, donors, encoding)
 
-            outcomes.append(attempt(task.output, run, step, work, stop))
-            bar.update()
-            LOGGER.info(
-                '[%d/%d] %s: %d windows encoded with %s (%.1f s since the start)',
-                len(outcomes), len(runs), run.name, len(windows.data), task.spec.card.name,
-                time.monotonic() - started,
-            )  # fmt: skip
-    return outcomes
+def _fail(error: Exception):
+    raise error
+
+
+def _explain(error: Exception, task: EncodeTask) -> Exception:
+    """Say what to do where the GPU's memory is too small."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return BrainfmError(
+            f'{task.spec.card.name} with {task.batch_size} windows at once does not fit into the '
+            f"GPU's memory: lower --batch-size, or use --precision bfloat16 or --device cpu."
+        )
+    return error
 
 
 def write_embedding(run, task: EncodeTask, atlas, windows, donors, encoding) -> None:

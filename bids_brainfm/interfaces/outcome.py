@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bids_brainfm.bids.reading import BoldRun
-from bids_brainfm.bids.writing import func_folder, write_text
+from bids_brainfm.bids.writing import write_text
 from bids_brainfm.errors import BrainfmError
 
 
@@ -31,10 +31,17 @@ class Outcome:
     step: str
     error: str | None = None
 
+    def path(self, output: Path) -> Path:
+        """File of the output dataset that says why the step failed."""
+        return output / self.run.partition('_')[0] / 'log' / f'failed-{self.run}_{self.step}.txt'
 
-def failure_path(output: Path, run: BoldRun, step: str) -> Path:
-    """File that says why a step failed for a run."""
-    return func_folder(output, run, 'log') / f'failed-{run.name}_{step}.txt'
+    def record(self, output: Path, details: str = '') -> None:
+        """Write down why the step failed, or forget an earlier failure."""
+        path = self.path(output)
+        if self.error is None:
+            path.unlink(missing_ok=True)
+        else:
+            write_text(path, f'{self.error}\n{details}')
 
 
 def attempt(output: Path, run: BoldRun, step: str, work, stop: bool = False) -> Outcome:
@@ -52,25 +59,28 @@ def attempt(output: Path, run: BoldRun, step: str, work, stop: bool = False) -> 
     stop : bool
         Whether a failure is raised after it was recorded.
     """
-    path = failure_path(output, run, step)
+    done = Outcome(run.name, step)
     try:
         work()
     except Exception as error:
+        details = ''
         if isinstance(error, BrainfmError):
-            sentence, details = str(error), ''
+            sentence = str(error)
         elif isinstance(error, MemoryError):
-            sentence, details = 'there is not enough memory: ask for more, or lower --nprocs.', ''
+            sentence = 'there is not enough memory: ask for more, or lower --nprocs.'
         else:
+            path = done.path(output)
             sentence = f'unexpected {type(error).__name__}: {error} (details in {path}).'
-            details = '\n' + traceback.format_exc()
+            details = traceback.format_exc()
         if not sentence.startswith(run.name):
             sentence = f'{run.name}: {sentence}'
-        write_text(path, sentence + '\n' + details)
+        failed = Outcome(run.name, step, sentence)
+        failed.record(output, details)
         if stop:
             raise
-        return Outcome(run.name, step, sentence)
-    path.unlink(missing_ok=True)
-    return Outcome(run.name, step)
+        return failed
+    done.record(output)
+    return done
 
 
 def read_failures(output: Path, subject: str) -> list[str]:

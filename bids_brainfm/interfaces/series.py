@@ -27,8 +27,10 @@ class SeriesTask:
 
     Attributes
     ----------
+    name : str
+        Name of the atlas.
     atlas : str
-        Name or card of the atlas.
+        The same, or the path of its card.
     home : Path
         Where fetched atlases are kept.
     denoise : str
@@ -41,6 +43,7 @@ class SeriesTask:
         Version of this program, for the sidecars.
     """
 
+    name: str
     atlas: str
     home: Path
     denoise: str
@@ -125,7 +128,7 @@ def make_series(run: BoldRun, task: SeriesTask) -> None:
             f'{run.name}: the brain mask of {run.bold.name} (desc-brain_mask) is missing: copy it '
             f'from the fMRIPrep output.'
         )
-    if run.confounds is None and preset.needs_confounds:
+    if run.confounds is None and not preset.touches_nothing:
         raise BrainfmError(
             f'{run.name}: there is no desc-confounds_timeseries.tsv, which denoising '
             f'"{preset.name}" needs: copy it from the fMRIPrep output, or use --denoise none.'
@@ -144,7 +147,7 @@ def make_series(run: BoldRun, task: SeriesTask) -> None:
             f'{found.n_nonfinite} voxels hold NaN or infinite values and were left out.'
         )
     n_volumes = len(found.data)
-    if preset.needs_confounds:
+    if not preset.touches_nothing:
         confounds = read_confounds(run.confounds, run.confounds_json, preset, n_volumes)
         data = denoise(found.data, confounds)
         flagged, dummy = confounds.flagged[confounds.dummy :], confounds.dummy
@@ -176,7 +179,7 @@ def make_series(run: BoldRun, task: SeriesTask) -> None:
         'NumberOfVolumesDiscardedByNonsteadyStatesDetector': dummy,
         'NumberOfVolumesFlagged': int(flagged.sum()),
         'FlaggedVolumes': np.flatnonzero(flagged),
-        'FlaggedVolumesInterpolated': bool(preset.needs_confounds),
+        'FlaggedVolumesInterpolated': not preset.touches_nothing,
         'Denoising': {
             'Name': preset.name,
             'Description': preset.description,
@@ -269,9 +272,19 @@ def _draw(run, output, atlas, found, data, series, relmat, flagged, dummy, tr, t
     after = np.where(found.coverage >= task.min_coverage, data, np.nan)
     order = np.lexsort((atlas.xyz[:, 1], atlas.xyz[:, 0] > 0))
     pictures = {
-        'carpet': figures.carpet(found.data[dummy:], after, tr, flagged, order),
+        'carpet': figures.carpet(
+            found.data[dummy:],
+            after,
+            tr,
+            flagged,
+            order,
+            order_label='left then right, back to front',
+            start=dummy * tr,
+        ),
         'coverage': figures.coverage(atlas.xyz, found.coverage, task.min_coverage),
-        'connectivity': figures.connectivity(relmat),
+        'connectivity': figures.connectivity(
+            relmat, order, order_label='left then right, back to front'
+        ),
     }
     for what, figure in pictures.items():
         figures.save(figure, figure_path(output, report_name(run, atlas.name), what))
@@ -316,7 +329,7 @@ class MakeSeries(SimpleInterface):
         self._results['outcome'] = attempt(
             task.output,
             run,
-            f'atlas-{Path(task.atlas).stem}',
+            f'atlas-{task.name}',
             lambda: make_series(run, task),
             self.inputs.stop,
         )

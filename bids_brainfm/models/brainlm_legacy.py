@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.models.layers import Attention, angles, boxed, gelu
+from bids_brainfm.models.layers import Attention, angles, boxed, gelu, without_autocast
 from bids_brainfm.models.masking import put_back, take
 
 TABLE_LENGTH = 5000  # rows of the official position tables; a window uses the first ten
@@ -154,8 +154,10 @@ class BrainLMLegacy(nn.Module):
             How the class token attends to itself and all tokens, mean over heads.
         """
         embeddings = self.vit.embeddings
-        x = embeddings.signal_embedding_projection(signal.unflatten(2, (-1, self.patch)))
-        x = x + embeddings.xyz_embedding_projection(xyz)[:, :, None]
+        # Millimetres give large numbers, beside which bfloat16 would lose most of the signal.
+        with without_autocast(signal):
+            x = embeddings.signal_embedding_projection(signal.unflatten(2, (-1, self.patch)))
+            x = x + embeddings.xyz_embedding_projection(xyz)[:, :, None]
         x = embeddings.pos_embedding(x).flatten(1, 2)
         if keep is not None:
             x = take(x, keep)

@@ -63,7 +63,7 @@ class Encoder:
     Parameters
     ----------
     network : nn.Module
-        With weights. It is moved to ``device``, and its weights to ``precision``: the encoder
+        With weights. It is moved to ``device`` and its matrices to ``precision``: the encoder
         takes it over.
     order : (P,) int, optional
         Row permutation: row i of the model's input is parcel ``order[i]`` of the atlas.
@@ -71,7 +71,8 @@ class Encoder:
         Parcel centres in mm, atlas order; only the legacy family uses them, and needs them.
     device : torch.device
     precision : {'float32', 'bfloat16'}
-        Of weights and activations; outputs are float32 always.
+        Of matrix products. Normalisation, the sum that runs through the layers, and outputs are
+        float32 always.
     name : str
         The model's name, for messages.
 
@@ -93,8 +94,12 @@ class Encoder:
         self.name = name
         self.device = torch.device(device)
         self.precision = precision
-        self.dtype = getattr(torch, precision)
-        self.network = network.eval().requires_grad_(False).to(self.device, self.dtype)
+        self.network = network.eval().requires_grad_(False).to(self.device)
+        if precision == 'bfloat16':
+            # Autocast would convert these anew for every window.
+            for module in network.vit.encoder.modules():
+                if isinstance(module, nn.Linear):
+                    module.to(torch.bfloat16)
         self.shape = network.window_shape
         self.order = None if order is None else np.asarray(order)
         self.xyz = None if xyz is None else np.asarray(xyz, np.float32)
@@ -113,7 +118,7 @@ class Encoder:
                     'coordinates.'
                 )
             rows = self.xyz if self.order is None else self.xyz[self.order]
-            self._place = (torch.from_numpy(rows)[None].to(self.device, self.dtype),)
+            self._place = (torch.from_numpy(rows)[None].to(self.device),)
 
     def encode(self, windows: np.ndarray, tokens: bool = False) -> Encoding:
         """Encode windows, unmasked and with tokens in their own order.
@@ -156,16 +161,17 @@ class Encoder:
         """Encode windows in one pass of the network."""
         if self.order is not None:
             windows = windows[:, self.order]
-        signal = torch.from_numpy(np.ascontiguousarray(windows, np.float32))
-        signal = signal.to(self.device, self.dtype)
-        per_parcel = self.network.tokens_per_parcel
-        hidden, row = self.network.encode(signal, *self._place, return_attention=bool(per_parcel))
-        hidden = hidden.float()
+        signal = torch.from_numpy(np.ascontiguousarray(windows, np.float32)).to(self.device)
+        network, per_parcel = self.network, self.network.tokens_per_parcel
+        coarse = self.precision == 'bfloat16'
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=coarse):
+            hidden, row = network.encode(signal, *self._place, return_attention=bool(per_parcel))
         found = {'summary': hidden[:, 0]}
         if per_parcel:
             by_parcel = hidden[:, 1:].unflatten(1, (-1, per_parcel))
             found['parcels'] = self._atlas_order(by_parcel.mean(2))
-            found['attention'] = self._atlas_order(row[:, 1:].unflatten(1, (-1, per_parcel)).sum(2))
+            shares = row[:, 1:].unflatten(1, (-1, per_parcel)).sum(2)
+            found['attention'] = self._atlas_order(shares)
             if tokens:
                 found['tokens'] = self._atlas_order(by_parcel).flatten(1, 2)
         elif tokens:

@@ -40,6 +40,11 @@ def angles(length: int, channels: int) -> Tensor:
     return torch.arange(length, dtype=torch.float64)[:, None] * frequencies
 
 
+def without_autocast(x: Tensor) -> torch.autocast:
+    """Context in which operations on ``x`` keep the precision they are given."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def gelu(x: Tensor) -> Tensor:
     """Exact GELU, in place where no gradient is asked for.
 
@@ -141,12 +146,8 @@ class Attention(nn.Module):
         (B, N) float32
             Attention weights, mean over heads; each row sums to 1.
         """
-        x = x.float()
-        query = F.linear(
-            x[:, 0],
-            self.query.weight.float(),
-            None if self.query.bias is None else self.query.bias.float(),
-        ).unflatten(-1, (self.heads, -1))
+        query = self.query(x[:, 0]).float().unflatten(-1, (self.heads, -1))
         key = self.key.weight.float().unflatten(0, (self.heads, -1))
-        asked = torch.einsum('bhd,hdc->bhc', query, key) / query.shape[-1] ** 0.5
-        return (asked @ x.transpose(1, 2)).softmax(-1).mean(1)
+        with without_autocast(x):
+            asked = torch.einsum('bhd,hdc->bhc', query, key) / query.shape[-1] ** 0.5
+            return (asked @ x.float().transpose(1, 2)).softmax(-1).mean(1)

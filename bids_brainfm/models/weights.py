@@ -209,13 +209,11 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location='cpu', weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
-        if 'nsupported global' in str(error) or 'not allowed' in str(error):
-            raise BrainfmError(
-                f'{path} is refused: it holds more than tensors and would run code on loading; '
-                'get the checkpoint from its official source, as model.safetensors if there is '
-                'one.'
-            ) from error
-        raise _damaged(path, error) from error
+        raise BrainfmError(
+            f'{path} is refused: it holds something other than tensors, which may run code on '
+            'loading, and nothing of it was run; get the checkpoint from its official source, as '
+            'model.safetensors if there is one.'
+        ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise _damaged(path, error) from error
     if not isinstance(state, dict):

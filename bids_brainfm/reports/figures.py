@@ -241,10 +241,11 @@ def carpet(before, after, tr, flagged, order=None, *, order_label='atlas order',
             extent=(start, end, parcels, 0),
         )
         rows = np.flatnonzero(missing[order]) + 0.5
-        axes.plot(
-            np.full(len(rows), end), rows, '<', color=BLUE, markersize=3.5, clip_on=False,
-            markeredgewidth=0,
-        )  # fmt: skip
+        if rows.size:  # the box of an empty, unclipped line would push the panels flat
+            axes.plot(
+                np.full(len(rows), end), rows, '<', color=BLUE, markersize=3.5, clip_on=False,
+                markeredgewidth=0,
+            )  # fmt: skip
         axes.set_title(title)
         axes.set_ylabel(f'parcel\n({order_label})')
     lower.set_xlabel('time (s)')
@@ -303,7 +304,7 @@ def coverage(xyz, coverage, min_coverage):
         x=0.01, ha='left', fontsize=9.5, fontweight='bold',
     )  # fmt: skip
     views = (
-        ('from the left', 1, 2, ('P', 'A')),
+        ('from the right', 1, 2, ('P', 'A')),
         ('from behind', 0, 2, ('L', 'R')),
         ('from above', 0, 1, ('L', 'R')),
     )

@@ -6,7 +6,6 @@ by `figure_path`; the page beside that folder shows them by relative links.
 """
 
 import json
-import os
 import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -114,8 +113,6 @@ def write_report(out_dir, subject, runs, methods='', software=None):
 
 def _assemble(root, figures, title):
     """Let nireports make the page of one folder of figures; links are relative to `root`."""
-    # Importing nireports imports nipype, which otherwise asks the network for a newer version
-    os.environ.setdefault('NO_ET', '1')
     from nireports.assembler.report import Report
 
     class Ordered(Report):

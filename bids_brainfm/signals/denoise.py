@@ -288,7 +288,7 @@ def _numbers(table, names, tsv):
                 f'Column {name} of {tsv} holds something that is not a number; '
                 'use the confounds table as fMRIPrep wrote it.'
             )
-    values = columns.to_numpy(dtype=float)
+    values = columns.to_numpy(dtype=float, copy=True)
     if len(values) > 1:
         values[0] = np.where(np.isnan(values[0]), values[1], values[0])
     gaps = ~np.isfinite(values)
@@ -338,14 +338,15 @@ def denoise(data, confounds) -> np.ndarray:
             f'non-steady, but {regressors.shape[1]} confounds and the mean need at least '
             f'{needed}; choose a denoising with fewer confounds or leave this run out.'
         )
-    parcels = np.isfinite(series).all(axis=0)
-    # Centred on the good volumes, the regressors cannot take the mean away; unit size keeps the
-    # fit well conditioned (squared rotations are 1e-8, tissue signals 1e4).
+    # Everything is centred on the good volumes, so the parcel means stay. Unit size keeps the fit
+    # well conditioned: squared rotations are 1e-8, squared tissue signals 1e8.
     regressors = regressors - regressors[good].mean(axis=0)
     size = np.abs(regressors[good]).max(axis=0)
     regressors /= np.where(size > 0, size, 1)
-    beta = np.linalg.lstsq(regressors[good], series[np.ix_(good, parcels)], rcond=None)[0]
-    series[:, parcels] -= regressors @ beta
+    parcels = np.isfinite(series).all(axis=0)
+    fluctuation = series[np.ix_(good, parcels)]
+    fluctuation -= fluctuation.mean(axis=0)
+    series[:, parcels] -= regressors @ np.linalg.lstsq(regressors[good], fluctuation, rcond=None)[0]
     _interpolate(series, good)
     return series.astype(np.float32)
 

@@ -148,13 +148,13 @@ def make_sampler(atlas_img, n_parcels, shape, affine) -> Sampler:
     BrainfmError
         If the image is not 3-D or holds other values than the labels.
     """
-    labels = _labels(atlas_img, n_parcels)
-    if labels.ndim != 3:
-        name = atlas_img.get_filename() or 'The atlas'
+    atlas_shape = atlas_img.shape[:3]
+    if len(atlas_shape) != 3 or atlas_img.shape[3:] not in {(), (1,)}:
         raise BrainfmError(
-            f'{name} has shape {labels.shape}; an atlas for volumes is a 3-D image of labels.'
+            f'{atlas_img.get_filename() or "The atlas"} has shape {atlas_img.shape}; '
+            'an atlas for volumes is a 3-D image of labels.'
         )
-    atlas_shape, labels = labels.shape, labels.ravel(order='F')
+    labels = _labels(atlas_img, n_parcels)
 
     labelled = np.flatnonzero(labels)
     of_atlas = labels[labelled] - 1
@@ -182,12 +182,11 @@ def make_sampler(atlas_img, n_parcels, shape, affine) -> Sampler:
 
 
 def _labels(image, n_parcels):
-    """Labels of an atlas image, checked, as an array of the smallest fitting integer type."""
-    labels = np.asanyarray(image.dataobj)
-    if labels.ndim == 4 and labels.shape[3] == 1:
-        labels = labels[..., 0]
+    """Labels of an atlas image, checked and flat in Fortran order."""
+    labels = np.asanyarray(image.dataobj).ravel(order='F')
     low, high = labels.min(), labels.max()
-    whole = labels.astype(np.int32)
+    with np.errstate(invalid='ignore'):  # NaN is no label; the next line says so
+        whole = labels.astype(np.int32)
     if not (low >= 0 and 0 < high <= n_parcels and (whole == labels).all()):
         raise BrainfmError(
             f'{image.get_filename() or "The atlas"} holds values from {low:g} to {high:g}; '
@@ -304,7 +303,8 @@ def _stream(bold, sampler, mask, nonfinite):
         weighted = values if weights is None else values * weights
         np.add.reduceat(weighted, sampler.starts, dtype=float, out=sums[t])
         # A product with the mask as numbers is several times faster than picking its voxels.
-        in_brain = 0.0 if mask is None else float(frame @ mask)
+        with np.errstate(invalid='ignore'):
+            in_brain = 0.0 if mask is None else float(frame @ mask)
         brain_sum += in_brain
         if not (np.isfinite(sums[t]).all() and np.isfinite(in_brain)):
             bad |= ~np.isfinite(frame)
@@ -361,7 +361,7 @@ def _matching_labels(atlas_path, n_parcels, bold):
             f'{bold.path} has {run} and the atlas {atlas_path} has {atlas}, which are not the '
             'same vertices and voxels; run fMRIPrep with --cifti-output 91k.'
         )
-    return _labels(image, n_parcels)[0]
+    return _labels(image, n_parcels)
 
 
 def _finish(bold, sums, n_used, coverage, brain, sampling, n_nonfinite):

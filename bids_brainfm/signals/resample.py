@@ -89,7 +89,7 @@ def _ratio(tr, target_tr):
     """New over old sampling rate, as a fraction of numbers up to 1000.
 
     >>> _ratio(2.0, 0.735), _ratio(0.735, 2.2142)
-    (Fraction(400, 147), Fraction(324, 976))
+    (Fraction(400, 147), Fraction(80, 241))
     """
     if tr > target_tr:
         return 1 / Fraction(target_tr / tr).limit_denominator(_LARGEST_FACTOR)

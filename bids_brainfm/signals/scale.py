@@ -98,8 +98,9 @@ def scale(data, method, brain_mean, divide_by=1.0, stats=None) -> np.ndarray:
         Parcel series in BOLD units; NaN columns stay NaN.
     method : str
         - ``'none'``: the values as they are, not divided either.
-        - ``'run-robust'``: grand mean to 10 000, parcel mean taken out, divided by the parcel's own
-          interquartile range (by SD / 0.79 where that is unusable), clipped at -3.6 and 3.7 SD.
+        - ``'run-robust'``: grand mean to 10 000, parcel mean taken out, divided by the parcel's
+          own interquartile range (by SD / 0.79 where that is unusable), clipped at -3.6 and
+          3.7 SD.
         - ``'global-z'``: one mean and one SD for all parcels of the run.
         - ``'parcel-z'``: each parcel by its own mean and SD.
         - ``'cohort'``: grand mean to 10 000, parcel mean taken out, then median, interquartile
@@ -145,39 +146,46 @@ def scale(data, method, brain_mean, divide_by=1.0, stats=None) -> np.ndarray:
         )
     if method == 'global-z':
         scaled = (series - np.nanmean(series)) / np.nanstd(series, ddof=1)
-    elif method == 'parcel-z':
-        scaled = _divide(demeaned, sd, varies)
+        return (scaled / divide_by).astype(np.float32)
+    scaled = np.where(np.isfinite(demeaned), 0.0, np.nan)
+    if method == 'parcel-z':
+        scaled[:, varies] = demeaned[:, varies] / sd[varies]
     elif method == 'run-robust':
-        scaled = _run_robust(demeaned, sd, varies)
+        scaled[:, varies] = _run_robust(demeaned[:, varies], sd[varies])
     else:
-        scaled = _cohort(demeaned, varies, brain_mean, stats)
+        usable = varies & _usable(stats)
+        scaled[:, usable] = _cohort(demeaned[:, usable], _level(brain_mean), stats, usable)
     return (scaled / divide_by).astype(np.float32)
 
 
-def _divide(demeaned, spread, usable):
-    """Quotient, zero where the spread is unusable; NaN stays."""
-    usable = usable & np.isfinite(spread) & (spread > 0)
-    return np.where(usable, demeaned, demeaned * 0) / np.where(usable, spread, 1)
-
-
-def _run_robust(demeaned, sd, varies):
+def _run_robust(demeaned, sd):
     # The grand mean of 10 000 is a factor of series, range and bounds alike: it cancels.
     low, high = np.percentile(demeaned, [25, 75], axis=0)
     iqr = np.where(high - low > 1e-3 * sd, high - low, sd / _SD_PER_IQR)
-    bounds = (bound * _divide(sd, iqr, varies) for bound in _CLIP_SD)
-    return np.clip(_divide(demeaned, iqr, varies), *bounds)
+    return np.clip(demeaned, *(bound * sd for bound in _CLIP_SD)) / iqr
 
 
-def _cohort(demeaned, varies, brain_mean, stats):
+def _cohort(demeaned, brain_mean, stats, parcels):
+    centred = demeaned * (GRAND_MEAN / brain_mean) - stats.median[parcels]
+    return np.clip(centred / stats.iqr[parcels], stats.lower[parcels], stats.upper[parcels])
+
+
+def _usable(stats):
+    """(P,) bool, parcels whose cohort statistics can be used."""
     if stats is None:
         raise BrainfmError(
             "The scaling 'cohort' needs statistics of a cohort; give them with --scale-stats."
         )
-    if not (np.isfinite(brain_mean) and brain_mean > 0):
-        raise BrainfmError(
-            f'The mean of the brain is {brain_mean:g}, not a BOLD level, so the run cannot be '
-            "brought to the cohort's grand mean; give series that were not demeaned, or choose "
-            "another --scale such as 'run-robust'."
-        )
-    centred = demeaned * (GRAND_MEAN / brain_mean) - stats.median
-    return np.clip(_divide(centred, stats.iqr, varies), stats.lower, stats.upper)
+    known = np.isfinite([stats.median, stats.iqr, stats.lower, stats.upper]).all(axis=0)
+    return known & (stats.iqr > 0)
+
+
+def _level(brain_mean):
+    """The brain mean, if it is a BOLD level."""
+    if np.isfinite(brain_mean) and brain_mean > 0:
+        return brain_mean
+    raise BrainfmError(
+        f'The mean of the brain is {brain_mean:g}, not a BOLD level, so the run cannot be brought '
+        "to the cohort's grand mean; give series that were not demeaned, or choose another "
+        "--scale such as 'run-robust'."
+    )

@@ -1,8 +1,8 @@
 """BOLD files read piece by piece: one volume, or one block of grayordinates, at a time.
 
 A run of one gigabyte never stands in memory whole: two buffers of one volume are enough. Inflating
-gzip is what costs time: isal does it about twice as fast as zlib, and in a second thread, so that the
-caller's work on one piece goes on while the next is inflated.
+gzip is what costs time: isal does it about twice as fast as zlib, and in a second thread, so that
+the caller's work on one piece goes on while the next is inflated.
 """
 
 import gzip

@@ -4,8 +4,6 @@ import logging
 import time
 from concurrent.futures.process import BrokenProcessPool
 
-from nipype import config
-from nipype import logging as nipype_logging
 from nipype.pipeline.plugins.linear import LinearPlugin
 from nipype.pipeline.plugins.multiproc import MultiProcPlugin
 
@@ -74,27 +72,15 @@ def execute(workflow, plan: Plan) -> None:
         A node crashed where the settings ask to stop.
     """
     settings = plan.settings
-    crashes = settings.output_dir / 'logs'
-    config.update_config(
-        {
-            'execution': {
-                'crashdump_dir': str(crashes),
-                'crashfile_format': 'txt',
-                'stop_on_first_crash': str(settings.stop_on_first_crash).lower(),
-                'poll_sleep_duration': '0.1',  # the default of 2 s a node is most of a short job
-                'check_version': 'false',
-                'remove_unnecessary_outputs': 'false',
-            },
-            'monitoring': {'enabled': 'false'},
-        }
-    )
-    nipype_logging.update_logging(config)
-    level = logging.INFO if settings.verbose else logging.ERROR
-    for name in ('nipype.workflow', 'nipype.interface', 'nipype.utils'):
-        logging.getLogger(name).setLevel(level)
-    workflow.config['execution'] = dict(config._sections['execution'])
+    workflow.config['execution'] = {
+        'crashdump_dir': str(settings.output_dir / 'logs'),
+        'crashfile_format': 'txt',
+        'stop_on_first_crash': str(settings.stop_on_first_crash).lower(),
+        'poll_sleep_duration': '0.1',  # the default of 2 s a node is most of a short job
+        'check_version': 'false',
+    }
     progress = Progress(sum(len(atlas.todo) for atlas in plan.atlases))
-    workflow.run(plugin=_plugin(settings, progress), updatehash=False)
+    workflow.run(plugin=_plugin(settings, progress))
 
 
 def _plugin(settings: Settings, progress: Progress):

@@ -6,7 +6,6 @@ that do not fit the outputs already there.
 
 import dataclasses
 import json
-import re
 import shutil
 from collections import Counter
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from bids_brainfm.bids.reading import BoldRun
 from bids_brainfm.config import Settings
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.interfaces.encode import EncodeTask, embedding_current
-from bids_brainfm.interfaces.outcome import read_failures
+from bids_brainfm.interfaces.outcome import Outcome, read_failures
 from bids_brainfm.interfaces.series import SeriesTask, series_current
 
 # The card's own space first; fMRIPrep's default comes last, where the atlas is a warped one
@@ -46,19 +45,23 @@ class AtlasPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a run of the command does."""
+    """Everything that a run of the command does.
+
+    ``failures`` are recordings that cannot be read, ``absent`` participants without one.
+    """
 
     settings: Settings
     version: str
     datasets: dict[str, Path]
     atlases: list[AtlasPlan]
-    failures: list[str] = field(default_factory=list)
+    failures: list[Outcome] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
 
     @property
     def subjects(self) -> list[str]:
         """Participants to report on."""
         runs = {run.subject for atlas in self.atlases for run in atlas.runs}
-        return sorted(runs | {_subject(sentence) for sentence in self.failures})
+        return sorted(runs | {_subject(failure.run) for failure in self.failures})
 
     @property
     def citations(self) -> list[str]:
@@ -73,21 +76,23 @@ class Plan:
     def read_failures(self) -> list[str]:
         """Failures on record for the runs of this plan."""
         names = {run.name for atlas in self.atlases for run in atlas.runs}
+        names |= {failure.run for failure in self.failures}
         recorded = [
             sentence
-            for subject in sorted({run.subject for a in self.atlases for run in a.runs})
+            for subject in self.subjects
             for sentence in read_failures(self.settings.output_dir, subject)
         ]
-        return self.failures + [s for s in recorded if s.partition(':')[0] in names]
+        absent = [f'sub-{label}: no BOLD run matches what was asked for.' for label in self.absent]
+        return [s for s in recorded if s.partition(':')[0] in names] + absent
 
 
 def _subject(name: str) -> str:
-    """Participant that a run's name, or a sentence that starts with it, is about.
+    """Participant of a run.
 
-    >>> _subject('sub-01_task-rest: no BOLD'), _subject('sub-01')
-    ('01', '01')
+    >>> _subject('sub-01_task-rest')
+    '01'
     """
-    return re.match('sub-([a-zA-Z0-9+]+)', name)[1]
+    return reading.parse_name(f'{name}_')[0]['sub']
 
 
 def resolve_models(settings: Settings, home: Path, version: str) -> list[EncodeTask]:
@@ -167,17 +172,16 @@ def make_plan(settings: Settings, version: str) -> Plan:
     prepare_folders(settings)
     tasks = resolve_models(settings, place, version)
     layouts = {name: _index(settings, name, root) for name, root in datasets.items()}
-    failures: dict[str, str] = {}
+    failures: list[Outcome] = []
     plans = []
     for atlas in dict.fromkeys(task.spec.card.atlas for task in tasks):
         of_atlas = [task for task in tasks if task.spec.card.atlas == atlas]
         plans.append(_plan_atlas(settings, version, place, atlas, of_atlas, layouts, failures))
     if not any(plan.runs for plan in plans):
-        raise BrainfmError(_nothing(settings, datasets, list(failures.values())))
-    plan = Plan(settings, version, datasets, plans, list(failures.values()))
+        raise BrainfmError(_nothing(settings, datasets, failures))
+    plan = Plan(settings, version, datasets, plans, failures)
     absent = sorted(set(settings.participant_label) - set(plan.subjects))
-    sentences = [f'sub-{label}: no BOLD run matches what was asked for.' for label in absent]
-    return dataclasses.replace(plan, failures=plan.failures + sentences)
+    return dataclasses.replace(plan, absent=absent)
 
 
 def prepare_folders(settings: Settings) -> None:
@@ -247,7 +251,9 @@ def _plan_atlas(settings, version, home, atlas_name, tasks, layouts, failures) -
     denoise = asked.pop() if settings.denoise == 'card' else settings.denoise
     preset = load_preset(denoise)
     output = settings.output_dir
-    series = SeriesTask(atlas_name, home, denoise, settings.min_coverage, output, version)
+    series = SeriesTask(
+        atlas.name, atlas_name, home, denoise, settings.min_coverage, output, version
+    )
 
     filters = reading.read_filters(settings.bids_filter_file)
     for entity, labels in (
@@ -261,7 +267,9 @@ def _plan_atlas(settings, version, home, atlas_name, tasks, layouts, failures) -
     for name, layout in layouts.items():
         found, without = reading.find_runs(layout, name, spaces, filters)
         runs += found
-        failures |= without
+        failures += [
+            Outcome(stem, f'atlas-{atlas.name}', sentence) for stem, sentence in without.items()
+        ]
     twice = [name for name, count in Counter(run.name for run in runs).items() if count > 1]
     if twice:
         raise BrainfmError(
@@ -314,11 +322,11 @@ def _claim(settings: Settings, atlas: str, preset, tasks: list[EncodeTask]) -> N
         )
 
 
-def _nothing(settings: Settings, datasets: dict, failures: list[str]) -> str:
+def _nothing(settings: Settings, datasets: dict, failures: list[Outcome]) -> str:
     """Why there is no run at all."""
     if failures:
         more = f' ({len(failures) - 1} more runs likewise)' if len(failures) > 1 else ''
-        return f'{failures[0]}{more}'
+        return f'{failures[0].error}{more}'
     asked = {
         '--participant-label': settings.participant_label,
         '--session-label': settings.session_label,
