@@ -151,6 +151,8 @@ def test_patches_and_back(patch):
     signal = torch.from_numpy(windows_of(2))
     patches = GRIDS[patch].patches(signal)
     assert torch.equal(GRIDS[patch].signal(patches), signal)
+    side = GRIDS[patch].side
+    assert (patches == -1).sum() == 2 * (side**2 - 424 * 200)
     # first parcel and first time point of the window, in the token that holds them
     grid = GRIDS[patch]
     token = (grid.top // patch) * grid.across + grid.left // patch

@@ -1,10 +1,12 @@
 """The contract of a model's input: from one run's parcel series to windows in the right shape."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from bids_brainfm.errors import BrainfmError
 from bids_brainfm.signals.resample import nearest_volume, resample
 from bids_brainfm.signals.scale import load_scale_stats, scale
 from bids_brainfm.signals.series import ParcelSeries, Windows
@@ -71,6 +73,13 @@ def prepare(
     BrainfmError
         The run is too short, has too little coverage, or cannot be scaled.
     """
+    needed = 1 + math.ceil((contract.window - 1) * contract.tr / series.tr - 1e-6)
+    if len(series.data) < needed and contract.short_runs == 'refuse':
+        raise BrainfmError(
+            f'The run has {len(series.data)} volumes ({len(series.data) * series.tr:.1f} s) and '
+            f'one window takes {needed} ({needed * series.tr:.1f} s): choose --short-runs pad or '
+            f'tile, or leave the run out.'
+        )
     data, donors = fill_uncovered(series.data, series.coverage, xyz, contract.min_coverage)
     volumes = nearest_volume(len(data), series.tr, contract.tr)
     stats = load_scale_stats(contract.stats, atlas, data.shape[1]) if contract.stats else None

@@ -346,7 +346,9 @@ def denoise(data, confounds) -> np.ndarray:
     parcels = np.isfinite(series).all(axis=0)
     fluctuation = series[np.ix_(good, parcels)]
     fluctuation -= fluctuation.mean(axis=0)
-    series[:, parcels] -= regressors @ np.linalg.lstsq(regressors[good], fluctuation, rcond=None)[0]
+    series[:, parcels] -= (
+        regressors @ np.linalg.lstsq(regressors[good], fluctuation, rcond=None)[0]
+    )
     _interpolate(series, good)
     return series.astype(np.float32)
 

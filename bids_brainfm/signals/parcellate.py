@@ -57,9 +57,8 @@ class Sampler:
     Attributes
     ----------
     voxels : (N,) int
-        Flat indices into a volume in Fortran order, grouped by parcel.
-    weights : (N,) float64
-        Weight of each of them in its parcel.
+        Flat indices into a volume in Fortran order, grouped by parcel. A voxel stands there once,
+        or as often as it is the nearest to a voxel of the atlas.
     parcels : (K,) int
         The parcels that have voxels, ascending, counted from 0.
     starts : (K,) int
@@ -71,7 +70,6 @@ class Sampler:
     """
 
     voxels: np.ndarray
-    weights: np.ndarray
     parcels: np.ndarray
     starts: np.ndarray
     inside: np.ndarray
@@ -125,8 +123,8 @@ def make_sampler(atlas_img, n_parcels, shape, affine) -> Sampler:
 
     Every run voxel takes the atlas label at its centre. Where a coarse grid would so lose a
     parcel, at least half of which lies inside the run's box, the other direction is taken for all
-    parcels: every atlas voxel takes the run voxel it lies in, and a run voxel's weight is the
-    number of atlas voxels in it.
+    parcels: every atlas voxel takes the run voxel it lies in, so a run voxel counts as often as
+    there are atlas voxels in it.
 
     Parameters
     ----------
@@ -167,7 +165,7 @@ def make_sampler(atlas_img, n_parcels, shape, affine) -> Sampler:
     # Axes reversed, so that the open grid unrolls in Fortran order like the volumes on disk.
     grid = [axis.T for axis in np.ogrid[tuple(slice(n) for n in shape)]]
     in_atlas = _nearest_voxel(grid, affine, atlas_shape, atlas_img.affine).ravel()
-    sampled = np.where(in_atlas >= 0, labels[in_atlas], 0)
+    sampled = np.append(labels, labels.dtype.type(0))[in_atlas]  # outside, -1, there is the last
     voxel = np.flatnonzero(sampled)
     parcel, direction = sampled[voxel] - 1, 'atlas-to-run'
 
@@ -175,18 +173,17 @@ def make_sampler(atlas_img, n_parcels, shape, affine) -> Sampler:
         parcel, voxel = of_atlas[in_run >= 0], in_run[in_run >= 0]
         direction = 'run-to-atlas'
 
-    n_voxels = int(np.prod(shape))
-    pairs, weights = np.unique(parcel.astype(np.int64) * n_voxels + voxel, return_counts=True)
-    parcels, starts = np.unique(pairs // n_voxels, return_index=True)
-    return Sampler(pairs % n_voxels, weights.astype(float), parcels, starts, inside, direction)
+    order = np.argsort(parcel, kind='stable')
+    parcels, starts = np.unique(parcel[order], return_index=True)
+    return Sampler(voxel[order], parcels, starts, inside, direction)
 
 
 def _labels(image, n_parcels):
-    """Labels of an atlas image, checked and flat in Fortran order."""
+    """Labels of an atlas image, checked, flat in Fortran order, in the smallest fitting type."""
     labels = np.asanyarray(image.dataobj).ravel(order='F')
     low, high = labels.min(), labels.max()
     with np.errstate(invalid='ignore'):  # NaN is no label; the next line says so
-        whole = labels.astype(np.int32)
+        whole = labels.astype(np.min_scalar_type(n_parcels))
     if not (low >= 0 and 0 < high <= n_parcels and (whole == labels).all()):
         raise BrainfmError(
             f'{image.get_filename() or "The atlas"} holds values from {low:g} to {high:g}; '
@@ -209,11 +206,13 @@ def _nearest_voxel(ijk, affine, shape, to_affine):
     """
     nudge = np.eye(4)
     nudge[:3, 3] = _TIE_BREAK_MM
-    step = np.linalg.inv(to_affine) @ nudge @ affine
+    # Rounded, because terms that are exactly zero can be left out: on parallel grids each place
+    # then depends on one index and stays a short vector until the axes are put together.
+    step = np.round(np.linalg.inv(to_affine) @ nudge @ affine, 9)
     flat, inside, stride = 0, True, 1
-    for axis, length in enumerate(shape):
-        place = sum(step[axis, i] * ijk[i] for i in range(3)) + step[axis, 3]
-        place = np.rint(place).astype(np.int64)
+    for (*factors, offset), length in zip(step[:3], shape, strict=True):
+        place = sum(factor * index for factor, index in zip(factors, ijk, strict=True) if factor)
+        place = np.rint(place + offset).astype(np.int32)
         inside = inside & (place >= 0) & (place < length)
         flat = flat + stride * place
         stride *= length
@@ -239,9 +238,9 @@ def _from_volumes(bold, sampler, mask):
     sums, brain_sum, constant, first, nonfinite = _stream(bold, sampler, mask, none)
     if nonfinite.size:
         sums, brain_sum, constant, first, _ = _stream(bold, sampler, mask, nonfinite)
-    weight = np.add.reduceat(sampler.weights, sampler.starts)
-    used = np.add.reduceat(sampler.weights * ~constant, sampler.starts)
-    sums -= np.add.reduceat(sampler.weights * constant * first, sampler.starts)
+    size = np.diff(sampler.starts, append=sampler.voxels.size)
+    used = size - np.add.reduceat(constant, sampler.starts, dtype=int)
+    sums -= np.add.reduceat(constant * first, sampler.starts)
     if mask is None:
         brain = sums.sum(), used.sum()
     else:
@@ -251,7 +250,7 @@ def _from_volumes(bold, sampler, mask):
     by_parcel = np.zeros((len(sums), n_parcels))
     share, n_used = np.zeros((2, n_parcels))
     by_parcel[:, sampler.parcels] = sums
-    share[sampler.parcels], n_used[sampler.parcels] = used / weight, used
+    share[sampler.parcels], n_used[sampler.parcels] = used / size, used
     return _finish(
         bold,
         by_parcel,
@@ -276,7 +275,7 @@ def _stream(bold, sampler, mask, nonfinite):
     Returns
     -------
     sums : (T, K) float64
-        Weighted sum of each parcel's voxels, constant ones included.
+        Over each parcel's voxels, constant ones included.
     brain_sum : float
         Sum over the mask and all volumes.
     constant : (N,) bool
@@ -287,7 +286,6 @@ def _stream(bold, sampler, mask, nonfinite):
         Flat indices of voxels with NaN or infinite values, in the volumes where one of these
         reached a sum.
     """
-    weights = sampler.weights if (sampler.weights != 1).any() else None
     values = np.empty(sampler.voxels.size, bold.dtype)
     sums = np.empty((bold.n_volumes, sampler.starts.size))
     bad = np.zeros(int(np.prod(bold.shape[:3])), bool)
@@ -295,13 +293,12 @@ def _stream(bold, sampler, mask, nonfinite):
     brain_sum = 0.0
     for t, frame in enumerate(frames(bold)):
         frame[nonfinite] = 0
-        np.take(frame, sampler.voxels, out=values, mode='clip')  # 'clip' writes without a copy
+        np.take(frame, sampler.voxels, out=values, mode='wrap')  # 'raise' would make a copy
         if t == 0:
             first = values.astype(float)
         # Nearly every voxel has changed after a few volumes, so this soon costs nothing.
         unchanged = unchanged[values[unchanged] == first[unchanged]]
-        weighted = values if weights is None else values * weights
-        np.add.reduceat(weighted, sampler.starts, dtype=float, out=sums[t])
+        np.add.reduceat(values, sampler.starts, dtype=float, out=sums[t])
         # A product with the mask as numbers is several times faster than picking its voxels.
         with np.errstate(invalid='ignore'):
             in_brain = 0.0 if mask is None else float(frame @ mask)
@@ -372,7 +369,7 @@ def _finish(bold, sums, n_used, coverage, brain, sampling, n_nonfinite):
     sums : (T, P) float64
         Over the usable voxels, as stored.
     n_used : (P,) float64
-        Weight of the usable voxels.
+        Number of usable voxels.
     brain : tuple of float
         Sum over the brain and all volumes, number of its voxels.
     """

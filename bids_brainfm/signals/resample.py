@@ -37,11 +37,11 @@ def resample(data, tr, target_tr) -> np.ndarray:
     >>> resample(np.full((100, 1), 9000.0), tr=2.0, target_tr=0.735)[[0, -1], 0]
     array([9000., 9000.], dtype=float32)
     """
-    from scipy.signal import resample_poly
-
     data = np.asarray(data)
     if _same_rate(tr, target_tr) or len(data) < 2:
         return data.astype(np.float32)
+    from scipy.signal import resample_poly  # a second of imports, which most runs can do without
+
     ratio = _ratio(tr, target_tr)
     series = data.astype(float)
     mean = series.mean(axis=0)

@@ -1,14 +1,12 @@
 """BOLD files read piece by piece: one volume, or one block of grayordinates, at a time.
 
-A run of one gigabyte never stands in memory whole: two buffers of one volume are enough. Inflating
-gzip is what costs time: isal does it about twice as fast as zlib, and in a second thread, so that
-the caller's work on one piece goes on while the next is inflated.
+A run of one gigabyte never stands in memory whole: a buffer of one volume is enough. Inflating
+gzip is what costs time; isal does it about twice as fast as zlib.
 """
 
 import gzip
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -201,34 +199,22 @@ def grayordinates(bold: BoldFile, rows: int = 2048) -> Iterator[np.ndarray]:
 
 
 def _chunks(bold, sizes, what):
-    """Yield successive pieces of the data, one piece being read ahead."""
-    buffers = np.empty((2, max(sizes)), bold.dtype)
+    """Yield successive pieces of the data, all in one buffer."""
+    buffer = np.empty(max(sizes), bold.dtype)
     opener = igzip.open if bold.path.suffix == '.gz' else open
-
-    def read(number):
-        piece = buffers[number % 2, : sizes[number]]
-        if stream.readinto(piece.view(np.uint8)) < piece.nbytes:
-            raise EOFError
-        return piece
-
     done = 0
     try:
-        with opener(bold.path, 'rb') as stream, ThreadPoolExecutor(1) as reader:
+        with opener(bold.path, 'rb') as stream:
             stream.seek(bold.offset)
-            ahead = reader.submit(read, 0)
-            for done in range(len(sizes)):
-                piece = ahead.result()
-                if done + 1 < len(sizes):
-                    ahead = reader.submit(read, done + 1)
+            for size in sizes:
+                piece = buffer[:size]
+                if stream.readinto(piece.view(np.uint8)) < piece.nbytes:
+                    raise EOFError
                 yield piece
-            done = len(sizes)
+                done += 1
             stream.read(1)  # at its end gzip compares its checksum
     except _BROKEN_GZIP as error:
-        found = (
-            f'is truncated or damaged: only {done} of {len(sizes)} {what} could be read'
-            if done < len(sizes)
-            else 'is damaged: the checksum at its end is wrong'
-        )
         raise BrainfmError(
-            f'{bold.path} {found}; copy the file again, or run fMRIPrep again for this run.'
+            f'{bold.path} is truncated or damaged: {done} of {len(sizes)} {what} could be read; '
+            'copy the file again, or run fMRIPrep again for this run.'
         ) from error

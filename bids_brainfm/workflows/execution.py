@@ -112,7 +112,7 @@ def _from_file(settings: Settings, progress: Progress):
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise BrainfmError(
             f'--use-plugin {settings.use_plugin} is not YAML with plugin and plugin_args '
-            f'({error}): see docs/hpc.md.'
+            f'({error}): see docs/usage.md.'
         ) from None
     plugins = importlib.import_module('nipype.pipeline.plugins')
     if name == 'MultiProc':

@@ -1,0 +1,174 @@
+"""The command on real recordings and on full-size trees painted with real series.
+
+These need the shared test material and take minutes, so they run with the slow checks.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from bids_brainfm.bids.writing import read_matrix
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope='module')
+def a424(shared, tmp_path_factory):
+    """A home with the A424 atlas, fetched from a folder as a user without internet would."""
+    from bids_brainfm.cli.models import main
+
+    home = tmp_path_factory.mktemp('a424')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('BIDS_BRAINFM_HOME', str(home))
+        assert main(['fetch', 'A424', '--from', str(shared / 'atlases')]) == 0
+        yield home
+
+
+def checkpoint(folder: Path, name: str, **sizes) -> str:
+    """A checkpoint of random weights in the official layout, as ``NAME=PATH``."""
+    from safetensors.torch import save_file
+
+    from bids_brainfm.models.cards import load_card
+    from bids_brainfm.models.weights import build, initialise
+
+    config = load_card(name).config | sizes
+    folder.mkdir(parents=True)
+    (folder / 'config.json').write_text(json.dumps(config))
+    state = initialise(build(config), 1).state_dict()
+    save_file({k: v.contiguous() for k, v in state.items()}, folder / 'model.safetensors')
+    return f'{name}={folder}'
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A small network of BrainLM's form, which the full-size contract applies to."""
+    return checkpoint(
+        tmp_path / 'small', 'brainlm-111m', hidden_size=64, num_hidden_layers=2,
+        num_attention_heads=4, intermediate_size=128, decoder_hidden_size=32,
+        decoder_num_hidden_layers=1, decoder_num_attention_heads=4, decoder_intermediate_size=64,
+    )  # fmt: skip
+
+
+ATLASES = {
+    'MNI152NLin6Asym': 'A424+2mm.nii.gz',
+    'MNI152NLin2009cAsym': 'tpl-MNI152NLin2009cAsym_atlas-AA424Parcels2mm_res-02_desc-2mm_dseg.nii.gz',
+}
+
+
+def paint(shared, out: Path, space: str, *options: str) -> Path:
+    """Make a full-size tree with known parcel series (in ``<out>_truth``)."""
+    subprocess.run(
+        [
+            sys.executable, shared / 'tools' / 'make_fmriprep_tree.py', out,
+            '--atlas', shared / 'atlases' / ATLASES[space], '--space', space,
+            '--truth', f'{out}_truth', '--volumes', '205', *options,
+        ],
+        check=True,
+        capture_output=True,
+    )  # fmt: skip
+    return out
+
+
+@pytest.mark.parametrize('space', ATLASES)
+def test_series_equal_the_truth_whatever_the_orientation(
+    shared, a424, small, tmp_path, app, space
+):
+    """Parcel series are the painted ones, and a mirrored copy gives the same outputs."""
+    found = {}
+    for kind in ('plain', 'flip'):
+        options = ['--subjects', '01', '--sessions', 'a', '--runs', '01', '02']
+        data = paint(
+            shared, tmp_path / kind, space, *options, *(['--flip'] if kind == 'flip' else [])
+        )
+        out = tmp_path / f'{kind}_out'
+        assert app(data, out, '--model', small, '--denoise', 'none') == 0
+        for truth in sorted(Path(f'{data}_truth').glob('*.npy')):
+            stem = out / 'sub-01' / 'ses-a' / 'func' / f'{truth.stem}_space-{space}_atlas-A424'
+            series, names = read_matrix(Path(f'{stem}_stat-mean_timeseries.tsv'))
+            assert names[0] == 'R_V1_ROI'
+            assert np.abs(series - np.load(truth)).max() < 0.05
+            table = pd.read_csv(f'{stem}_desc-brainlm111m_embedding.tsv', sep='\t')
+            found.setdefault(truth.stem, []).append((series, table.to_numpy()))
+    assert len(found) == 2
+    for (series, table), (mirrored, mirrored_table) in found.values():
+        np.testing.assert_allclose(series, mirrored, rtol=1e-6)
+        np.testing.assert_allclose(table, mirrored_table, atol=1e-5)
+
+
+def test_integers_and_lost_parcels(shared, a424, small, tmp_path, app):
+    """int16 data come out within rounding; parcels outside the field of view are n/a and filled."""
+    data = paint(
+        shared, tmp_path / 'data', 'MNI152NLin6Asym', '--subjects', '01', '--dtype', 'int16',
+        '--drop-parcels', '7', '100', '--res', '',
+    )  # fmt: skip
+    out = tmp_path / 'out'
+    assert app(data, out, '--model', small, '--denoise', 'none') == 0
+    stem = next(out.glob('sub-01/func/*_stat-mean_timeseries.tsv'))
+    series, names = read_matrix(stem)
+    truth = np.load(next(tmp_path.glob('data_truth/*.npy')))
+    kept = np.setdiff1d(np.arange(424), [6, 99])
+    assert np.isnan(series[:, [6, 99]]).all()
+    assert np.abs(series - truth)[:, kept].max() < 0.6
+    sidecar = json.loads(
+        next(out.glob('sub-01/func/*_desc-brainlm111m_embedding.json')).read_text()
+    )
+    assert set(sidecar['FilledParcels']) == {names[6], names[99]}
+
+
+def test_real_recordings_on_a_coarse_grid(shared, a424, small, tmp_path, app):
+    """Three real people on a 7.5 mm grid: no parcel is lost, short runs are padded and say so."""
+    data = shared / 'data' / 'fmriprep_lowres'
+    assert app(data, tmp_path / 'refused', '--model', small) == 1
+    out = tmp_path / 'out'
+    assert app(data, out, '--model', small, '--short-runs', 'pad') == 0
+    for path in out.glob('sub-*/func/*_stat-mean_timeseries.tsv'):
+        series, _ = read_matrix(path)
+        assert series.shape == (50, 424)
+        assert np.isfinite(series).all()
+        assert (series.std(0) > 0).all()
+    tables = [pd.read_csv(p, sep='\t') for p in out.glob('sub-*/func/*_desc-brainlm111m_*.tsv')]
+    assert len(tables) == 3
+    for table in tables:
+        assert len(table) == 1
+        assert 0.6 < table['real'][0] < 0.7
+
+
+def test_cifti_takes_the_same_way(shared, a424, small, tmp_path, app):
+    """A 91k dense series whose grayordinates are their parcel's series gives these series."""
+    import nibabel as nib
+
+    labels = nib.load(shared / 'atlases' / 'A424.dlabel.nii')
+    parcel = labels.get_fdata()[0].astype(int)
+    rng = np.random.default_rng(0)
+    truth = rng.standard_normal((210, 425)).cumsum(0) * 5 + 9000
+    truth[:, 0] = 0
+    data = truth[:, parcel].astype(np.float32)
+    axes = (nib.cifti2.SeriesAxis(0, 0.735, 210), labels.header.get_axis(1))
+    root = tmp_path / 'data'
+    func = root / 'sub-01' / 'func'
+    func.mkdir(parents=True)
+    description = {'Name': 'x', 'BIDSVersion': '1.4.0', 'DatasetType': 'derivative'}
+    (root / 'dataset_description.json').write_text(json.dumps(description))
+    stem = 'sub-01_task-rest_space-fsLR_den-91k_bold'
+    nib.save(nib.Cifti2Image(data, axes), func / f'{stem}.dtseries.nii')
+    (func / f'{stem}.json').write_text(json.dumps({'RepetitionTime': 0.735, 'TaskName': 'rest'}))
+    out = tmp_path / 'out'
+    assert app(root, out, '--model', small, '--denoise', 'none') == 0
+    series, _ = read_matrix(next(out.glob('sub-01/func/*space-fsLR*_timeseries.tsv')))
+    assert np.abs(series - truth[:, 1:]).max() < 0.05
+
+
+def test_full_size_network(shared, a424, tmp_path, app):
+    """The 111M network, with random weights, encodes a full-size run of real series."""
+    model = checkpoint(tmp_path / 'vitmae_111M', 'brainlm-111m')
+    data = paint(shared, tmp_path / 'data', 'MNI152NLin2009cAsym', '--subjects', '01')
+    out = tmp_path / 'out'
+    assert app(data, out, '--model', model) == 0
+    table = pd.read_csv(next(out.glob('sub-01/func/*_desc-brainlm111m_*.tsv')), sep='\t')
+    assert table.shape == (1, 5 + 768)
+    assert np.isfinite(table.to_numpy()).all()
