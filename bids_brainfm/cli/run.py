@@ -1,5 +1,6 @@
 """The main command: ``bids_brainfm bids_dir output_dir participant``."""
 
+import gc
 import logging
 import os
 import sys
@@ -25,11 +26,12 @@ def main(argv: list[str] | None = None) -> int:
         2: nothing could be run (one sentence on standard error says why).
     """
     try:
-        settings = parse_settings(argv)
-        return run(settings)
+        return run(parse_settings(argv))
     except BrainfmError as error:
         print(f'bids_brainfm: error: {error}', file=sys.stderr)
         return 2
+    finally:
+        gc.freeze()  # else the interpreter looks through all objects before it ends: 0.8 s
 
 
 def run(settings: Settings) -> int:
@@ -39,6 +41,7 @@ def run(settings: Settings) -> int:
     from importlib.metadata import version
 
     quieten_nipype(settings)
+    import_libraries()
     from bids_brainfm.workflows.plan import make_plan
 
     plan = make_plan(settings, version('bids-brainfm'))
@@ -70,6 +73,21 @@ def software() -> dict[str, str]:
     from importlib.metadata import version
 
     return {name: version(name) for name in ('bids_brainfm', 'torch', 'nipype', 'nibabel')}
+
+
+def import_libraries() -> None:
+    """Import what every run needs.
+
+    Without the garbage collector, which would look through the millions of new objects over and
+    over: that is a fifth of the time.
+    """
+    import importlib
+
+    gc.disable()
+    for name in ('bids.layout', 'matplotlib.figure', 'nireports.assembler.report', 'torch'):
+        importlib.import_module(name)
+    gc.freeze()
+    gc.enable()
 
 
 def quieten_nipype(settings: Settings) -> None:
