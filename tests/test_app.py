@@ -191,6 +191,9 @@ def test_control_stands_beside(simulated, done, tmp_path, app):
     before = tree(out)
     assert app(simulated, out, '--model', card, '--participant-label', 'sub-02') == 0
     assert next(out.glob('sub-02/func/*desc-mine_embedding.tsv')).is_file()
+    methods = (out / 'logs' / 'CITATION.md').read_text()
+    assert 'For brainlm-demo' in methods
+    assert 'For mine' in methods
     after = tree(out)
     assert all(after[name] == when for name, when in before.items() if name.startswith('sub-01'))
 

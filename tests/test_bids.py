@@ -96,6 +96,18 @@ def test_run_without_an_accepted_space_is_named(tmp_path):
     assert '--output-spaces MNI152NLin6Asym:res-2' in sentence
 
 
+def test_link_without_its_file_is_named(tmp_path):
+    """A DataLad dataset holds links to files that may not have been fetched."""
+    name = f'sub-01_task-rest_space-MNI152NLin6Asym_{BOLD}'
+    root = make_tree(tmp_path / 'd', name)
+    path = root / 'sub-01' / 'func' / name
+    path.unlink()
+    path.symlink_to('../../.git/annex/not-here')
+    names, without = found(root, tmp_path)
+    assert names == []
+    assert 'datalad get' in without['sub-01_task-rest']
+
+
 def test_companions_belong_to_the_run(tmp_path):
     stem = 'sub-01_task-rest_run-01'
     root = make_tree(

@@ -56,7 +56,9 @@ def small(tmp_path):
 
 ATLASES = {
     'MNI152NLin6Asym': 'A424+2mm.nii.gz',
-    'MNI152NLin2009cAsym': 'tpl-MNI152NLin2009cAsym_atlas-AA424Parcels2mm_res-02_desc-2mm_dseg.nii.gz',
+    'MNI152NLin2009cAsym': (
+        'tpl-MNI152NLin2009cAsym_atlas-AA424Parcels2mm_res-02_desc-2mm_dseg.nii.gz'
+    ),
 }
 
 
@@ -101,7 +103,7 @@ def test_series_equal_the_truth_whatever_the_orientation(
 
 
 def test_integers_and_lost_parcels(shared, a424, small, tmp_path, app):
-    """int16 data come out within rounding; parcels outside the field of view are n/a and filled."""
+    """int16 data come out within rounding; parcels out of the field of view are filled."""
     data = paint(
         shared, tmp_path / 'data', 'MNI152NLin6Asym', '--subjects', '01', '--dtype', 'int16',
         '--drop-parcels', '7', '100', '--res', '',

@@ -54,6 +54,10 @@ class BoldRun:
     confounds: Path | None
     confounds_json: Path | None
 
+    def __str__(self) -> str:
+        """Return the run's name, for messages."""
+        return self.name
+
     @property
     def subject(self) -> str:
         """Participant's label, without ``sub-``."""
@@ -182,6 +186,7 @@ def index(root: Path, participants: tuple[str, ...], database_dir: Path):
         )
 
     from bids.layout import BIDSLayout, BIDSLayoutIndexer
+    from sqlalchemy.exc import SQLAlchemyError
 
     ignore = ['code', 'logs', 'sourcedata', 'derivatives']
     ignore.append(re.compile(r'/(anat|dwi|figures|fmap|log)/'))
@@ -189,13 +194,20 @@ def index(root: Path, participants: tuple[str, ...], database_dir: Path):
         wanted = '|'.join(re.escape(label) for label in participants)
         ignore.append(re.compile(rf'^/sub-(?!({wanted})(/|$))'))
     indexer = BIDSLayoutIndexer(validate=False, index_metadata=False, ignore=ignore)
-    return BIDSLayout(
-        root,
-        validate=False,
-        config=['bids', 'derivatives'],
-        database_path=database_dir,
-        indexer=indexer,
-    )
+    try:
+        return BIDSLayout(
+            root,
+            validate=False,
+            config=['bids', 'derivatives'],
+            database_path=database_dir,
+            indexer=indexer,
+        )
+    except (SQLAlchemyError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise BrainfmError(
+            f'The PyBIDS index in {database_dir} cannot be used ({reason}): remove it, or name '
+            f'another place with --bids-database-dir.'
+        ) from error
 
 
 def _same(found: str | None, wanted) -> bool:
@@ -274,7 +286,8 @@ def find_runs(layout, dataset: str, spaces: tuple[str, ...], filters: dict):
     -------
     runs : list of BoldRun
     without : dict of str to str
-        Name of every recording that has no file in these spaces, and the sentence that says so.
+        Name of every recording that has no file in these spaces, or only a broken link, and the
+        sentence that says so.
     """
     root = Path(layout.root)
     recordings: dict[str, list] = {}
@@ -302,7 +315,13 @@ def find_runs(layout, dataset: str, spaces: tuple[str, ...], filters: dict):
         ]
         if usable:
             entities, path = min(usable, key=lambda item: _preference(item[0], spaces))
-            runs.append(_with_companions(stem, entities, path, dataset, root))
+            if path.exists():
+                runs.append(_with_companions(stem, entities, path, dataset, root))
+            else:
+                without[stem] = (
+                    f'{stem}: {path.name} is a link to a file that is not here: fetch its content '
+                    f'first (with DataLad: datalad get).'
+                )
         else:
             found = sorted({_describe(entities) for entities, _, _ in files})
             without[stem] = (

@@ -289,6 +289,12 @@ def _check(settings: Settings) -> None:
                 f'The {name} folder {path} lies inside the input {settings.bids_dir}: '
                 f'choose one outside it.'
             )
+    for name, path in (('input', settings.bids_dir), ('output', settings.output_dir)):
+        if settings.clean_workdir and path.resolve().is_relative_to(settings.work_dir.resolve()):
+            raise BrainfmError(
+                f'--clean-workdir would delete the {name} {path}, which lies inside the work '
+                f'folder {settings.work_dir}: name another work folder.'
+            )
     if settings.scale not in SCALINGS:
         raise BrainfmError(
             f'The setting scale = {settings.scale!r} is not one of {", ".join(SCALINGS)}.'

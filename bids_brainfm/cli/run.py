@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import shutil
 import sys
 import time
 import uuid
@@ -30,6 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrainfmError as error:
         print(f'bids_brainfm: error: {error}', file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print('bids_brainfm: stopped; the same command goes on from here.', file=sys.stderr)
+        return 130
     finally:
         gc.freeze()  # else the interpreter looks through all objects before it ends: 0.8 s
 
@@ -40,7 +44,7 @@ def run(settings: Settings) -> int:
         return write_reports(settings)
     from importlib.metadata import version
 
-    quieten_nipype(settings)
+    prepare_work_dir(settings)
     import_libraries()
     from bids_brainfm.workflows.plan import make_plan
 
@@ -90,24 +94,32 @@ def import_libraries() -> None:
     gc.enable()
 
 
-def quieten_nipype(settings: Settings) -> None:
-    """Keep Nipype's own log to errors, here and in its workers, and out of the home folder.
+def prepare_work_dir(settings: Settings) -> None:
+    """Make the work folder, with a configuration for Nipype in it.
 
-    Nipype reads this file when it is imported, so it is written before.
+    That keeps Nipype's own log to errors, here and in its workers, and its files out of the home
+    folder. Nipype reads it when it is imported, so it is written before.
+
+    Raises
+    ------
+    BrainfmError
+        The folder cannot be written.
     """
-    folder = settings.work_dir / 'nipype'
+    work = settings.work_dir
     level = 'INFO' if settings.verbose else 'ERROR'
-    loggers = ('workflow', 'interface', 'utils')
-    lines = [f'{name}_level = {level}' for name in loggers]
+    lines = [f'{name}_level = {level}' for name in ('workflow', 'interface', 'utils')]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / 'nipype.cfg').write_text('\n'.join(['[logging]', *lines]) + '\n')
+        if settings.clean_workdir and work.is_dir():
+            for entry in work.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        (work / 'nipype').mkdir(parents=True, exist_ok=True)
+        (work / 'nipype' / 'nipype.cfg').write_text('\n'.join(['[logging]', *lines]) + '\n')
     except OSError as error:
         raise BrainfmError(
-            f'The work folder {settings.work_dir} cannot be written ({error.strerror}): name '
-            f'another one with --work-dir.'
+            f'The work folder {work} cannot be written ({error.strerror}): name another one with '
+            f'--work-dir.'
         ) from None
-    os.environ['NIPYPE_CONFIG_DIR'] = str(folder)
+    os.environ['NIPYPE_CONFIG_DIR'] = str(work / 'nipype')
 
 
 def start_log(settings: Settings) -> Path:
@@ -144,12 +156,12 @@ def carry_out(plan) -> int:
     from bids_brainfm.bids.writing import write_dataset_files
     from bids_brainfm.reports.methods import write_methods
     from bids_brainfm.workflows.execution import execute
-    from bids_brainfm.workflows.participant import init_participant_wf
+    from bids_brainfm.workflows.participant import describe, init_participant_wf
 
     settings, started = plan.settings, time.monotonic()
     write_dataset_files(settings.output_dir, plan.version, plan.datasets)
     workflow = init_participant_wf(plan, software())
-    citation = write_methods(settings.output_dir, workflow.visit_desc(), plan.citations)
+    citation = write_methods(settings.output_dir, describe(workflow, plan))
     if settings.boilerplate_only:
         LOGGER.info('Methods text written: %s', citation)
         return 0
@@ -169,8 +181,6 @@ def carry_out(plan) -> int:
 
 def write_graph(workflow, settings: Settings) -> None:
     """Write the graph as a DOT file, and as SVG where Graphviz is installed."""
-    import shutil
-
     path = settings.work_dir / 'bids_brainfm_wf' / 'graph.dot'
     path.parent.mkdir(parents=True, exist_ok=True)
     if shutil.which('dot'):

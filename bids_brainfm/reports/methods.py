@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from bids_brainfm.bids.writing import write_text
+from bids_brainfm.bids.writing import read_sidecar, write_json, write_text
 
 DATA = Path(__file__).parents[1] / 'data' / 'reports'
 
@@ -18,17 +18,16 @@ def read_methods(output: Path) -> str:
     return path.read_text() if path.is_file() else ''
 
 
-def write_methods(output: Path, description: str, citations: list[str]) -> Path:
-    """Write ``logs/CITATION.md``.
+def write_methods(output: Path, parts: dict[str, tuple[str, list[str]]]) -> Path:
+    """Write ``logs/CITATION.md``, from the parts of this run and of those before it.
 
     Parameters
     ----------
     output : Path
         The output dataset.
-    description : str
-        The text that the workflow carries, paragraphs between blank lines.
-    citations : list of str
-        Of the models and atlases; the tools that the text names are added.
+    parts : dict of str to (str, list of str)
+        Name of each kind of output, as in ``logs/settings``: what was done, and what to cite for
+        it. The tools that the text names are added.
 
     Returns
     -------
@@ -37,7 +36,13 @@ def write_methods(output: Path, description: str, citations: list[str]) -> Path:
     """
     import yaml
 
-    references = citations + yaml.safe_load((DATA / 'references.yml').read_text())
+    folder = output / 'logs' / 'methods'
+    for name, (text, citations) in parts.items():
+        write_json(folder / f'{name}.json', {'Text': text, 'References': citations})
+    known = [read_sidecar(path) for path in sorted(folder.glob('*.json'))]
+    texts = '\n\n'.join(part['Text'].strip() for part in known if part)
+    references = [citation for part in known if part for citation in part['References']]
+    references += yaml.safe_load((DATA / 'references.yml').read_text())
     listed = '\n'.join(f'- {reference}' for reference in dict.fromkeys(references))
-    text = f'# Methods\n\n{description.strip()}\n\n# References\n\n{listed}\n'
+    text = f'# Methods\n\n{texts}\n\n# References\n\n{listed}\n'
     return write_text(methods_path(output), text)

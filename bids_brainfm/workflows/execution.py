@@ -15,7 +15,7 @@ LOGGER = logging.getLogger('bids_brainfm')
 
 
 class _MultiProc(MultiProcPlugin):
-    """Nipype's plugin, which waits for ever when the system kills a worker; this one says so."""
+    """Nipype's plugin, which waits for ever when the system kills a worker; this one does not."""
 
     killed = False
 
@@ -27,10 +27,7 @@ class _MultiProc(MultiProcPlugin):
 
     def _get_result(self, taskid):
         if self.killed:
-            raise BrainfmError(
-                'A worker process was killed, most often because memory ran out: ask for more '
-                'memory, or lower --nprocs; runs that are written are kept.'
-            )
+            raise BrokenProcessPool
         return super()._get_result(taskid)
 
 
@@ -80,7 +77,26 @@ def execute(workflow, plan: Plan) -> None:
         'check_version': 'false',
     }
     progress = Progress(sum(len(atlas.todo) for atlas in plan.atlases))
-    workflow.run(plugin=_plugin(settings, progress))
+    run(workflow, _plugin(settings, progress))
+
+
+def run(workflow, plugin) -> None:
+    """Run a graph by a plugin, and say so where a worker was killed.
+
+    Raises
+    ------
+    BrainfmError
+        A worker was killed.
+    """
+    try:
+        workflow.run(plugin=plugin)
+    except Exception:
+        if getattr(plugin, 'killed', False):
+            raise BrainfmError(
+                'a worker process was killed, most often because memory ran out: ask for more '
+                'memory, or lower --nprocs; what is written is kept.'
+            ) from None
+        raise
 
 
 def _plugin(settings: Settings, progress: Progress):

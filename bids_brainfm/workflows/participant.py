@@ -36,20 +36,15 @@ def init_participant_wf(plan: Plan, software: dict) -> LiterateWorkflow:
     Returns
     -------
     LiterateWorkflow
-        Its ``visit_desc()`` is the methods text.
+        It carries the methods text, see :func:`describe`.
     """
     settings = plan.settings
     workflow = LiterateWorkflow('bids_brainfm_wf', base_dir=str(settings.work_dir))
-    workflow.__desc__ = (
-        'Preprocessed BOLD series were taken from fMRIPrep (Esteban et al. 2019) derivatives and '
-        f'passed through bids_brainfm {plan.version}, which is built on Nipype (Gorgolewski et '
-        'al. 2011), PyBIDS (Yarkoni et al. 2019), NiBabel and PyTorch.\n\n'
-    )
     all_encoded = pe.Node(Merge(max(1, sum(len(a.models) for a in plan.atlases))), 'all_encoded')
     workflow.add_nodes([all_encoded])
     number = 0
     for atlas in plan.atlases:
-        series_wf = init_series_wf(atlas, settings)
+        series_wf = init_series_wf(atlas, plan)
         workflow.add_nodes([series_wf])
         for model in atlas.models:
             number += 1
@@ -70,13 +65,40 @@ def init_participant_wf(plan: Plan, software: dict) -> LiterateWorkflow:
     return workflow
 
 
-def init_series_wf(atlas: AtlasPlan, settings) -> LiterateWorkflow:
+def describe(workflow: LiterateWorkflow, plan: Plan) -> dict[str, tuple[str, list[str]]]:
+    """Methods text that the graph carries, and what to cite, for each kind of output."""
+    parts = {}
+    for atlas in plan.atlases:
+        text = workflow.get_node(series_name(atlas)).visit_desc()
+        parts[f'atlas-{atlas.name}'] = text, list(atlas.citation)
+        for model in atlas.models:
+            text = workflow.get_node(encode_name(model)).visit_desc()
+            spec = model.task.spec
+            parts[f'desc-{spec.label}'] = text, list(spec.card.citation)
+    return parts
+
+
+def series_name(atlas: AtlasPlan) -> str:
+    """Name of the graph that makes the parcel series of one atlas."""
+    return node_name('series', atlas.name, 'wf')
+
+
+def encode_name(model: ModelPlan) -> str:
+    """Name of the graph that encodes with one model."""
+    return node_name('encode', model.task.spec.label, 'wf')
+
+
+def init_series_wf(atlas: AtlasPlan, plan: Plan) -> LiterateWorkflow:
     """Build the graph that makes the parcel series of one atlas."""
     from bids_brainfm.signals.denoise import load_preset
 
+    settings = plan.settings
     preset = load_preset(atlas.task.denoise)
-    workflow = LiterateWorkflow(node_name('series', atlas.name, 'wf'))
+    workflow = LiterateWorkflow(series_name(atlas))
     workflow.__desc__ = (
+        'Preprocessed BOLD series were taken from fMRIPrep (Esteban et al. 2019) derivatives and '
+        f'passed through bids_brainfm {plan.version}, which is built on Nipype (Gorgolewski et '
+        'al. 2011), PyBIDS (Yarkoni et al. 2019), NiBabel and PyTorch.\n\n'
         f'The mean BOLD signal of each parcel of the {atlas.name} atlas was computed over the '
         'voxels (or grayordinates) of the parcel that vary over the run; the atlas was matched to '
         'the data by its affine, by nearest neighbour. Parcels with less than '
@@ -112,7 +134,7 @@ def init_encode_wf(model: ModelPlan, settings) -> LiterateWorkflow:
     if contract.scaling != 'none' and contract.divide_by != 1:
         scaling += f' and divided by {contract.divide_by:g}'
     weights = '' if task.spec.trained else ' with random, untrained weights'
-    workflow = LiterateWorkflow(node_name('encode', task.spec.label, 'wf'))
+    workflow = LiterateWorkflow(encode_name(model))
     workflow.__desc__ = (
         f'For {card.name} ({card.description}), parcels without signal were filled with '
         f'{FILL_RULE}. Series were resampled to {card.tr:g} s with an anti-aliasing filter where '

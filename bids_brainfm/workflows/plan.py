@@ -5,11 +5,13 @@ that do not fit the outputs already there.
 """
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from bids_brainfm.bids import reading, writing
 from bids_brainfm.bids.reading import BoldRun
@@ -62,16 +64,6 @@ class Plan:
         """Participants to report on."""
         runs = {run.subject for atlas in self.atlases for run in atlas.runs}
         return sorted(runs | {_subject(failure.run) for failure in self.failures})
-
-    @property
-    def citations(self) -> list[str]:
-        """What to cite for the models and atlases."""
-        return [
-            citation
-            for atlas in self.atlases
-            for source in (*(model.task.spec.card for model in atlas.models), atlas)
-            for citation in source.citation
-        ]
 
     def read_failures(self) -> list[str]:
         """Failures on record for the runs of this plan."""
@@ -169,9 +161,9 @@ def make_plan(settings: Settings, version: str) -> Plan:
 
     place = home()
     datasets = reading.find_datasets(settings.bids_dir, settings.derivatives)
-    prepare_folders(settings)
     tasks = resolve_models(settings, place, version)
     layouts = {name: _index(settings, name, root) for name, root in datasets.items()}
+    prepare_output(settings.output_dir)
     failures: list[Outcome] = []
     plans = []
     for atlas in dict.fromkeys(task.spec.card.atlas for task in tasks):
@@ -184,36 +176,30 @@ def make_plan(settings: Settings, version: str) -> Plan:
     return dataclasses.replace(plan, absent=absent)
 
 
-def prepare_folders(settings: Settings) -> None:
-    """Make the work and output folders, or say why that cannot be.
+def prepare_output(folder: Path) -> None:
+    """Make the output folder, or say why that cannot be.
 
     Raises
     ------
     BrainfmError
-        A folder cannot be written, or the output holds another dataset.
+        It cannot be written, or holds another dataset.
     """
-    if settings.clean_workdir and settings.work_dir.is_dir():
-        for entry in settings.work_dir.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    for folder in (settings.output_dir, settings.work_dir):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / f'.bids_brainfm_{id(settings)}'
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise BrainfmError(
+            f'The output folder {folder} cannot be written ({error.strerror}): check its '
+            f'permissions, or choose another one.'
+        ) from None
+    if (folder / 'dataset_description.json').exists():
+        generators = reading.read_description(folder).get('GeneratedBy') or [{}]
+        author = generators[0].get('Name', 'unknown software')
+        if author != 'bids_brainfm':
             raise BrainfmError(
-                f'The folder {folder} cannot be written ({error.strerror}): check its '
-                f'permissions, or choose another one.'
-            ) from None
-    description = settings.output_dir / 'dataset_description.json'
-    if description.exists():
-        generators = reading.read_description(settings.output_dir).get('GeneratedBy') or [{}]
-        if generators[0].get('Name') != 'bids_brainfm':
-            raise BrainfmError(
-                f'{settings.output_dir} already holds another dataset (by '
-                f'{generators[0].get("Name", "unknown software")}): choose an output folder of '
-                f'its own.'
+                f'{folder} already holds another dataset (by {author}): choose an output folder '
+                f'of its own.'
             )
 
 
@@ -283,10 +269,11 @@ def _plan_atlas(settings, version, home, atlas_name, tasks, layouts, failures) -
 
 
 def _to_encode(output, runs, todo, atlas: str, task: EncodeTask) -> list[BoldRun]:
+    remade = {run.name for run in todo}
     return [
         run
         for run in runs
-        if run in todo
+        if run.name in remade
         or not embedding_current(
             output, run, atlas, task.spec.label, writing.input_fingerprints(run), task.tokens
         )
@@ -300,7 +287,11 @@ def _claim(settings: Settings, atlas: str, preset, tasks: list[EncodeTask]) -> N
     writing.claim_settings(
         settings.output_dir,
         f'atlas-{atlas}',
-        {'denoise': dataclasses.asdict(preset), 'min_coverage': settings.min_coverage},
+        {
+            'denoise': preset.name,
+            'denoise_sha256': _digest(dataclasses.asdict(preset)),
+            'min_coverage': settings.min_coverage,
+        },
         f'*_atlas-{atlas}_stat-mean_timeseries.tsv',
     )
     for task in tasks:
@@ -313,13 +304,18 @@ def _claim(settings: Settings, atlas: str, preset, tasks: list[EncodeTask]) -> N
             contract
             | {
                 'weights': task.spec.weights,
-                'config': json.dumps(task.spec.card.config, sort_keys=True),
+                'architecture_sha256': _digest(task.spec.card.config),
                 'parcel_order': task.spec.card.parcel_order,
                 'atlas': atlas,
                 'precision': task.precision,
             },
             f'*_desc-{task.spec.label}_embedding.tsv',
         )
+
+
+def _digest(content: dict) -> str:
+    """Checksum of what a dictionary says, in whatever order."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _nothing(settings: Settings, datasets: dict, failures: list[Outcome]) -> str:

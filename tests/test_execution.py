@@ -1,0 +1,45 @@
+"""What happens to the graph when a worker dies, and how plugins are chosen."""
+
+import pytest
+from nipype.interfaces.utility import Function
+from nipype.pipeline import engine as pe
+
+from bids_brainfm.config import Settings
+from bids_brainfm.errors import BrainfmError
+from bids_brainfm.workflows.execution import _from_file, _MultiProc, run
+
+
+def die():
+    """As the kernel does when memory runs out."""
+    import os
+    import signal
+
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_killed_worker_is_said_and_not_waited_for(tmp_path):
+    workflow = pe.Workflow('killed', base_dir=str(tmp_path))
+    workflow.config['execution'] = {'poll_sleep_duration': '0.1', 'crashdump_dir': str(tmp_path)}
+    workflow.add_nodes([pe.Node(Function(function=die), 'die')])
+    plugin = _MultiProc({'n_procs': 2, 'mp_context': 'forkserver'})
+    with pytest.raises(BrainfmError, match='memory'):
+        run(workflow, plugin)
+
+
+@pytest.mark.parametrize(
+    ('text', 'word'),
+    [('plugin: Teleport', 'Teleport'), ('- not a mapping', 'plugin_args'), ('{', 'plugin_args')],
+)
+def test_plugin_file_that_cannot_be_used(tmp_path, text, word):
+    path = tmp_path / 'plugin.yml'
+    path.write_text(text)
+    settings = Settings(bids_dir=tmp_path, output_dir=tmp_path / 'out', use_plugin=path)
+    with pytest.raises(BrainfmError, match=word):
+        _from_file(settings, None)
+
+
+def test_plugin_file_of_one_process(tmp_path):
+    path = tmp_path / 'plugin.yml'
+    path.write_text('plugin: Linear\n')
+    settings = Settings(bids_dir=tmp_path, output_dir=tmp_path / 'out', use_plugin=path)
+    assert type(_from_file(settings, None)).__name__ == 'LinearPlugin'
