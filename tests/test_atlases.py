@@ -25,7 +25,7 @@ from bids_brainfm.errors import BrainfmError
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / 'shared' / 'atlases'
 SPACES = ('MNI152NLin6Asym', 'MNI152NLin2009cAsym', 'fsLR')
-WARP = load_card('A424').files[-2].warp
+WARP = load_card('A424').files[-1].warp
 
 needs_a424 = pytest.mark.skipif(
     not SHARED.is_dir(), reason='the A424 files are GPL-3 and not in the repository'
@@ -198,10 +198,10 @@ def test_image_that_nobody_supplied_is_warped(tmp_path, monkeypatch):
     assert image.path.stat().st_mtime_ns == made
 
     # a supplied file is preferred
-    shutil.copy(SHARED / card.files[-2].name, source)
+    shutil.copy(SHARED / card.files[-1].name, source)
     obtain_atlas(card, home, source)
     image = load_atlas('A424', home).image_for('MNI152NLin2009cAsym', 2)
-    assert image.path.name == card.files[-2].name
+    assert image.path.name == card.files[-1].name
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 from bids_brainfm.errors import BrainfmError
 
 CARDS = Path(__file__).parents[1] / 'data' / 'atlases'
-ROLES = ('image', 'labels', 'coordinates', 'table', 'transform')
+ROLES = ('image', 'labels', 'coordinates', 'table')
 MEDIAN_SHIFT_MM = 10.0  # labels of one atlas agree within 2 mm; a flip or another order is far off
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from bids_brainfm.atlases.atlas import AtlasCard, check_image, load_atlas
 from bids_brainfm.atlases.fetch import Resource, fetch
+from bids_brainfm.bids.reading import parse_name
 from bids_brainfm.errors import BrainfmError
 
 
@@ -14,8 +15,7 @@ def obtain_atlas(card: AtlasCard, home: Path, source_dir: Path | None = None) ->
     """Bring the files of an atlas to their folder and make what has to be made.
 
     Files with a public address are required. Others are taken from `source_dir` where it has
-    them; an image that is then still absent is warped from its source image, with the transform
-    out of ``$TEMPLATEFLOW_HOME``, `source_dir` or TemplateFlow's archive.
+    them; an image that is then still absent is warped from its source image.
 
     Raises
     ------
@@ -25,31 +25,24 @@ def obtain_atlas(card: AtlasCard, home: Path, source_dir: Path | None = None) ->
     import nibabel as nib
 
     folder = card.folder(home)
-    command = f'bids_brainfm_models fetch {card.name}'
-    resources = {
-        file.name: Resource(
-            file.name, folder / file.name, file.url, file.sha256, optional=not file.url
-        )
+    resources = [
+        Resource(file.name, folder / file.name, file.url, file.sha256, optional=not file.url)
         for file in card.files
-    }
-    transforms = {file.name for file in card.files if file.role == 'transform'}
-    fetch([r for r in resources.values() if r.name not in transforms], source_dir, command)
+    ]
+    fetch(resources, source_dir, f'bids_brainfm_models fetch {card.name}')
 
     xyz = load_atlas(card.path, home).xyz
     for file in card.files:
         warped = folder / card.warped_name(file) if file.warp else None
         if warped is None or (folder / file.name).is_file() or warped.is_file():
             continue
-        transform = templateflow_file(file.warp['transform'])
-        if transform is None:
-            try:
-                fetch([resources[file.warp['transform']]], source_dir, command)
-            except BrainfmError as error:
-                raise BrainfmError(
-                    f'Atlas {card.name} is ready except for space {file.space}, whose image was '
-                    f'neither supplied nor could be made: {error}'
-                ) from None
-            transform = folder / file.warp['transform']
+        try:
+            transform = template_transform(file.warp['transform'], source_dir)
+        except BrainfmError as error:
+            raise BrainfmError(
+                f'Atlas {card.name} is ready except for space {file.space}, whose image was '
+                f'neither supplied nor could be made: {error}'
+            ) from None
         image = warp_labels(
             folder / file.warp['source'],
             transform,
@@ -62,11 +55,47 @@ def obtain_atlas(card: AtlasCard, home: Path, source_dir: Path | None = None) ->
         part.replace(warped)
 
 
-def templateflow_file(name: str) -> Path | None:
-    """A file of the user's TemplateFlow folder; None where it is absent or an empty stub."""
+def template_transform(name: str, source_dir: Path | None = None) -> Path:
+    """A transform between templates: out of a folder, or from TemplateFlow.
+
+    Parameters
+    ----------
+    name : str
+        As TemplateFlow names it, ``tpl-TO_from-FROM_mode-image_xfm.h5``.
+    source_dir : Path, optional
+        Folder that may hold it. Then the network is not used.
+
+    Raises
+    ------
+    BrainfmError
+        It is not here and cannot be fetched.
+    """
+    entities = parse_name(name)[0]
     home = os.environ.get('TEMPLATEFLOW_HOME') or Path.home() / '.cache' / 'templateflow'
-    path = Path(home) / name.split('_')[0] / name
-    return path if path.is_file() and path.stat().st_size else None
+    path = Path(home) / f'tpl-{entities["tpl"]}' / name
+    if source_dir is not None:
+        path = next(source_dir.rglob(name), path)
+    if path.is_file() and path.stat().st_size:  # TemplateFlow keeps empty files as stubs
+        return path
+    if source_dir is not None:
+        raise BrainfmError(
+            f"{name} is neither in {source_dir} nor in TemplateFlow's folder {home}: get it from "
+            f'TemplateFlow on a machine with internet and put it into {source_dir}.'
+        )
+    try:
+        from templateflow import api
+
+        return Path(
+            api.get(
+                entities['tpl'], suffix='xfm', mode='image', extension='.h5', raise_empty=True,
+                **{'from': entities['from']},
+            )
+        )  # fmt: skip
+    except Exception as error:  # requests' errors and TemplateFlow's own
+        raise BrainfmError(
+            f'{name} could not be fetched from TemplateFlow ({error}): try again, or run the same '
+            f'command on a machine with internet.'
+        ) from None
 
 
 def warp_labels(image: Path, transform: Path, shape: tuple, affine: np.ndarray):

@@ -97,7 +97,8 @@ def resolve_model(text: str, home: Path, random_weights: bool = False) -> ModelS
     BrainfmError
         The card or the checkpoint is missing or is of another family.
     """
-    from bids_brainfm.models.weights import build, load_checkpoint, read_config, sha256
+    from bids_brainfm.atlases.fetch import sha256_of
+    from bids_brainfm.models.weights import build, load_checkpoint, read_config
 
     card, folder = find_checkpoint(text, home, random_weights)
     digest = None
@@ -113,7 +114,7 @@ def resolve_model(text: str, home: Path, random_weights: bool = False) -> ModelS
         card = dataclasses.replace(card, config=config, window=samples)
         if not random_weights:
             # weights that do not fit are found now, not after hours of parcellation
-            digest = sha256(load_checkpoint(build(config), folder))
+            digest = sha256_of(load_checkpoint(build(config), folder))
     # the control stands beside the real outputs, never in their place
     label = card.label + ('random' if random_weights and not card.embedded else '')
     return ModelSpec(card, label, folder if digest else None, digest)

@@ -4,7 +4,6 @@ Loading is strict: a checkpoint fits its network to the last tensor or is refuse
 sentence, because a network that keeps some random weights still gives plausible numbers.
 """
 
-import hashlib
 import json
 import pickle
 import zipfile
@@ -170,12 +169,6 @@ def initialise(module: nn.Module, seed: int) -> nn.Module:
     }
     module.load_state_dict(state, assign=True)
     return module
-
-
-def sha256(path: str | Path) -> str:
-    """Return the SHA-256 of a file as hexadecimal digits."""
-    with Path(path).open('rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:

@@ -282,7 +282,7 @@ def _to_encode(output, runs, todo, atlas: str, task: EncodeTask) -> list[BoldRun
 
 def _claim(settings: Settings, atlas: str, preset, tasks: list[EncodeTask]) -> None:
     """Hold the outputs to one set of settings."""
-    from bids_brainfm.models.weights import sha256
+    from bids_brainfm.atlases.fetch import sha256_of
 
     writing.claim_settings(
         settings.output_dir,
@@ -297,7 +297,7 @@ def _claim(settings: Settings, atlas: str, preset, tasks: list[EncodeTask]) -> N
     for task in tasks:
         contract = dataclasses.asdict(task.contract)
         if contract['stats'] is not None:
-            contract['stats'] = f'sha256 {sha256(contract["stats"])}'
+            contract['stats'] = f'sha256 {sha256_of(contract["stats"])}'
         writing.claim_settings(
             settings.output_dir,
             f'desc-{task.spec.label}',
