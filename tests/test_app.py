@@ -226,3 +226,68 @@ def test_config_file_is_overridden_by_what_is_typed(simulated, tmp_path, app):
     assert not (out / 'sub-02').exists()
     config.write_text('scael = "parcel-z"\n')
     assert app(simulated, out, '--config-file', config) == 2
+
+
+def test_dummy_volumes_and_a_header_that_disagrees(dataset, tmp_path, app):
+    """Volumes before steady state are left out and times still count from the first volume."""
+    func = dataset / 'sub-01' / 'func'
+    table = next(func.glob('*_desc-confounds_timeseries.tsv'))
+    confounds = pd.read_csv(table, sep='\t')
+    for i in range(3):
+        confounds[f'non_steady_state_outlier{i:02d}'] = (confounds.index == i).astype(int)
+    confounds.to_csv(table, sep='\t', index=False, na_rep='n/a')
+    sidecar = next(func.glob('*_bold.json'))
+    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | {'RepetitionTime': 0.75}))
+    out = tmp_path / 'out'
+    assert app(dataset, out, '--participant-label', '01') == 0
+    series = json.loads((out / f'sub-01/func/{STEM}_stat-mean_timeseries.json').read_text())
+    assert series['NumberOfVolumesDiscardedByNonsteadyStatesDetector'] == 3
+    assert series['StartTime'] == pytest.approx(2.25)
+    assert any('0.735' in w and '0.75' in w for w in series['Warnings'])
+    rows = pd.read_csv(out / f'sub-01/func/{STEM}_stat-mean_timeseries.tsv', sep='\t')
+    assert len(rows) == 207
+    windows = pd.read_csv(out / f'sub-01/func/{STEM}_desc-brainlmdemo_embedding.tsv', sep='\t')
+    assert windows['onset'][0] == pytest.approx(2.25)
+
+
+def test_flagged_volumes_are_counted_in_their_window(simulated, done):
+    """The share of flagged samples is that of the confounds table in the window's time."""
+    table = next(simulated.glob('sub-01/func/*_desc-confounds_timeseries.tsv'))
+    confounds = pd.read_csv(table, sep='\t')
+    bad = (confounds['framewise_displacement'] > 0.5) | (confounds['std_dvars'] > 1.5)
+    assert bad[:200].any()
+    windows = pd.read_csv(done[0] / f'sub-01/func/{STEM}_desc-brainlmdemo_embedding.tsv', sep='\t')
+    assert windows['flagged'][0] == pytest.approx(bad[:200].mean())
+
+
+def test_cards_of_ones_own(simulated, tmp_path, app):
+    """A user's own model and atlas cards, beside their files, are as good as ours."""
+    package = Path(__file__).parents[1] / 'bids_brainfm' / 'data'
+    for name in ('Demo424_dseg.nii.gz', 'Demo424_dseg.tsv'):
+        shutil.copy(package / 'atlases' / name, tmp_path / name)
+    atlas = (package / 'atlases' / 'Demo424.yml').read_text()
+    (tmp_path / 'my-atlas.yml').write_text(atlas.replace('name: Demo424\n', 'name: MyAtlas\n', 1))
+    model = (package / 'models' / 'brainlm-demo.yml').read_text()
+    model = model.replace('brainlmdemo', 'mymodel').replace('name: brainlm-demo', 'name: my-model')
+    card = tmp_path / 'my-model.yml'
+    card.write_text(model.replace('atlas: Demo424', 'atlas: my-atlas.yml'))
+    out = tmp_path / 'out'
+    assert app(simulated, out, '--model', card, '--participant-label', '01') == 0
+    path = next(out.glob('sub-01/func/*_atlas-MyAtlas_desc-mymodel_embedding.json'))
+    assert json.loads(path.read_text())['Model']['Name'] == 'my-model'
+
+
+def test_raw_dataset_and_named_derivatives(simulated, tmp_path, app):
+    """fMRIPrep's output is found inside a raw dataset, or where --derivatives says."""
+    raw = tmp_path / 'raw'
+    (raw / 'derivatives').mkdir(parents=True)
+    (raw / 'dataset_description.json').write_text('{"Name": "raw", "BIDSVersion": "1.8.0"}')
+    (raw / 'derivatives' / 'fmriprep').symlink_to(simulated)
+    out = raw / 'derivatives' / 'brainfm'
+    assert app(raw, out, '--participant-label', '01') == 0
+    description = json.loads((out / 'dataset_description.json').read_text())
+    assert list(description['DatasetLinks']) == ['fmriprep']
+    other = tmp_path / 'out'
+    assert app(raw, other, '-d', f'prep={simulated}', '--participant-label', '02') == 0
+    sidecar = json.loads(next(other.glob('sub-02/func/*_timeseries.json')).read_text())
+    assert sidecar['Sources'][0].startswith('bids:prep:sub-02/func/')

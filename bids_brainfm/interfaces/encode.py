@@ -139,7 +139,7 @@ def encode_all(runs: list[BoldRun], task: EncodeTask, stop: bool = False) -> lis
                 LOGGER.info('%s %s: encoded with %s (%.1f s)', head, run.name, name, seconds)
 
         try:
-            for run, work in _encode(runs, task):
+            for run, work in _encode(runs, task, lambda n: bar.set_postfix(windows=n)):
                 settle(run, work)
         except Exception as error:  # the encoder itself failed: all that is left fails with it
             failing = partial(_fail, _explain(error, task))
@@ -150,7 +150,7 @@ def encode_all(runs: list[BoldRun], task: EncodeTask, stop: bool = False) -> lis
     return outcomes
 
 
-def _encode(runs: list[BoldRun], task: EncodeTask):
+def _encode(runs: list[BoldRun], task: EncodeTask, progress):
     """Yield each run with the work that writes its embeddings, or that raises what was wrong."""
     from bids_brainfm.atlases.atlas import load_atlas
     from bids_brainfm.models.encoder import encode_runs
@@ -169,7 +169,8 @@ def _encode(runs: list[BoldRun], task: EncodeTask):
             else:
                 yield run, prepared[run][0].data
 
-    for run, encoding in encode_runs(encoder, windows_of_runs(), task.batch_size, task.tokens):
+    encodings = encode_runs(encoder, windows_of_runs(), task.batch_size, task.tokens, progress)
+    for run, encoding in encodings:
         windows, donors = prepared.pop(run)
         yield run, partial(write_embedding, run, task, atlas, windows, donors, encoding)
         while failed:

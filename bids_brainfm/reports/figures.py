@@ -16,7 +16,7 @@ import numpy as np
 
 from bids_brainfm.bids.writing import write_text
 
-BLUE, ORANGE, VERMILLION = '#0072B2', '#E69F00', '#D55E00'
+BLUE, ORANGE, VERMILION = '#0072B2', '#E69F00', '#D55E00'
 INK, GREY, PALE = '#333333', '#999999', '#ECECEC'
 # Missing parcels: a grey outside diverging maps; in a grey-scale carpet grey means a value.
 MISSING, MISSING_IN_GREY = '#BDBDBD', '#BFD9EA'
@@ -318,7 +318,7 @@ def coverage(xyz, coverage, min_coverage):
             vmin=0, vmax=1, s=9, linewidths=0, rasterized=len(points) > 500,
         )  # fmt: skip
         ringed = points[low[drawn]]
-        axes.scatter(*ringed.T, s=34, facecolors='none', edgecolors=VERMILLION, linewidths=1.1)
+        axes.scatter(*ringed.T, s=34, facecolors='none', edgecolors=VERMILION, linewidths=1.1)
         axes.set_xlim(middle[across] + size[across] * np.array([-0.5, 0.5]))
         axes.set_ylim(middle[up] + height * np.array([-0.5, 0.5]))
         axes.set_aspect('equal')
@@ -330,7 +330,7 @@ def coverage(xyz, coverage, min_coverage):
 
     axes = figure.add_subplot(grid[3])
     counts, edges = np.histogram(coverage, bins=20, range=(0, 1))
-    colours = [VERMILLION if edge < min_coverage - 1e-9 else BLUE for edge in edges[:-1]]
+    colours = [VERMILION if edge < min_coverage - 1e-9 else BLUE for edge in edges[:-1]]
     axes.bar(edges[:-1], counts, width=0.05, align='edge', color=colours, linewidth=0)
     axes.axvline(min_coverage, color=INK, linewidth=0.8, linestyle='--')
     axes.set_xlim(0, 1)
@@ -621,7 +621,7 @@ def connectivity(relmat, order=None, *, order_label='atlas order'):
     beside.set_xlabel('Pearson r')
     beside.set_ylabel('pairs of parcels (%)')
     if values.size:
-        beside.axvline(np.median(values), color=VERMILLION, linewidth=1, linestyle='--')
+        beside.axvline(np.median(values), color=VERMILION, linewidth=1, linestyle='--')
         beside.set_title(f'Median r = {np.median(values):.2f}')
     beside.set_anchor('S')
     beside.set_box_aspect(1.2)
