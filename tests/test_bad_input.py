@@ -199,7 +199,9 @@ def test_refusals_before_anything_runs(dataset, tmp_path, app, capfd):
     assert 'Demo424' in say(dataset, out, '--space', 'MNIPediatricAsym')
     assert 'brainlm-demo' in say(dataset, out, '--model', 'brainlm-9000')
     assert '--scale-stats' in say(dataset, out, '--scale', 'cohort')
-    assert 'bids_brainfm_models fetch brainlm-111m' in say(dataset, out, '--model', 'brainlm-111m')
+    missing = say(dataset, out, '--model', 'brainlm-111m')
+    assert 'bids_brainfm_models fetch brainlm-111m' in missing
+    assert 'bids_brainfm_models fetch A424' in missing
     assert not list(out.glob('sub-*'))
     (dataset / 'dataset_description.json').unlink()
     assert 'dataset_description.json' in say(dataset, out)

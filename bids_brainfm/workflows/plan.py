@@ -10,6 +10,7 @@ import json
 import shutil
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
@@ -93,19 +94,26 @@ def resolve_models(settings: Settings, home: Path, version: str) -> list[EncodeT
     Raises
     ------
     BrainfmError
-        One sentence with all that is missing.
+        Weights or atlases are missing: all of them are named.
     """
+    from bids_brainfm.atlases.atlas import load_atlas
+    from bids_brainfm.models.cards import load_card
     from bids_brainfm.models.encoder import resolve_device, resolve_precision
-    from bids_brainfm.models.spec import find_checkpoint, resolve_model
+    from bids_brainfm.models.spec import find_checkpoint, resolve_model, split_name
 
     missing = []
     for text in settings.model:
-        try:
-            find_checkpoint(text, home, settings.random_weights)
-        except BrainfmError as error:
-            missing.append(str(error))
+        card = load_card(split_name(text)[0])
+        for find in (
+            partial(find_checkpoint, text, home, settings.random_weights),
+            partial(load_atlas, card.atlas, home),
+        ):
+            try:
+                find()
+            except BrainfmError as error:
+                missing.append(str(error))
     if missing:
-        raise BrainfmError(' '.join(missing))
+        raise BrainfmError(' '.join(dict.fromkeys(missing)))
     device = resolve_device(settings.device)
     tasks = []
     for text in settings.model:
