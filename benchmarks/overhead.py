@@ -37,8 +37,10 @@ def work_alone(data: Path, out: Path) -> float:
     from bids_brainfm.interfaces.series import make_series
     from bids_brainfm.workflows.plan import make_plan
 
-    arguments = [data, out, 'participant', '--model', 'brainlm-demo', '-w', out.with_name('w')]
-    plan = make_plan(parse_settings([str(a) for a in arguments]), 'benchmark')
+    work = out.with_name(f'{out.name}_work')
+    arguments = [data, out, 'participant', '--model', 'brainlm-demo', '-w', work]
+    settings = parse_settings([str(argument) for argument in arguments])
+    plan = make_plan(settings, {'preprocessed': data}, work, 'benchmark')
     (atlas,) = plan.atlases
     started = time.perf_counter()
     for run in atlas.todo:

@@ -16,6 +16,18 @@ def available_cpus() -> int:
     return int(allocated) if allocated.isdigit() else len(os.sched_getaffinity(0))
 
 
+def absolute(text: str) -> str:
+    """Make the paths of a card or preset of one's own (``FILE.yml``) and of weights absolute.
+
+    >>> absolute('brainlm-111m'), absolute('/a/my.yml=/w'), absolute('simple')
+    ('brainlm-111m', '/a/my.yml=/w', 'simple')
+    """
+    name, given, path = text.partition('=')
+    if name.endswith(('.yml', '.yaml')):
+        name = str(Path(name).absolute())
+    return f'{name}={Path(path).absolute()}' if given else name
+
+
 @dataclass(frozen=True)
 class Settings:
     """What one run of ``bids_brainfm`` was asked to do.
@@ -75,6 +87,9 @@ class Settings:
             elif 'tuple' in str(item.type):
                 value = tuple(str(v) for v in ([value] if isinstance(value, str) else value))
             object.__setattr__(self, item.name, value)
+        # nodes of the graph work in folders of their own, so relative paths would not be found
+        object.__setattr__(self, 'denoise', absolute(self.denoise))
+        object.__setattr__(self, 'model', tuple(map(absolute, self.model)))
 
     def to_toml(self) -> str:
         """TOML text that :func:`read_toml` reads back to equal settings."""

@@ -111,7 +111,12 @@ def test_connectome_is_the_relmat(done):
         func / f'{STEM}_stat-pearsoncorrelation_relmat.tsv', sep='\t', index_col='Node'
     )
     np.testing.assert_allclose(relmat, series.corr(), atol=1e-5)
-    row = pd.read_csv(func / f'{STEM}_desc-connectome_embedding.tsv', sep='\t').iloc[0, 5:]
+    row = pd.read_csv(func / f'{STEM}_desc-connectome_embedding.tsv', sep='\t').iloc[0]
+    sidecar = json.loads((func / f'{STEM}_stat-mean_timeseries.json').read_text())
+    share = sidecar['NumberOfVolumesFlagged'] / len(series)
+    assert share > 0
+    np.testing.assert_allclose(row[:5], [0, 0, 210 * 0.735, 1, share], rtol=1e-5)
+    row = row[5:]
     np.testing.assert_allclose(row, relmat.to_numpy()[np.triu_indices(424, 1)], atol=1e-6)
 
 
@@ -248,6 +253,8 @@ def test_dummy_volumes_and_a_header_that_disagrees(dataset, tmp_path, app):
     assert len(rows) == 207
     windows = pd.read_csv(out / f'sub-01/func/{STEM}_desc-brainlmdemo_embedding.tsv', sep='\t')
     assert windows['onset'][0] == pytest.approx(2.25)
+    whole = pd.read_csv(out / f'sub-01/func/{STEM}_desc-connectome_embedding.tsv', sep='\t')
+    assert whole['onset'][0] == pytest.approx(2.25)
 
 
 def test_flagged_volumes_are_counted_in_their_window(simulated, done):
@@ -291,3 +298,54 @@ def test_raw_dataset_and_named_derivatives(simulated, tmp_path, app):
     assert app(raw, other, '-d', f'prep={simulated}', '--participant-label', '02') == 0
     sidecar = json.loads(next(other.glob('sub-02/func/*_timeseries.json')).read_text())
     assert sidecar['Sources'][0].startswith('bids:prep:sub-02/func/')
+
+
+def test_own_denoising_by_a_relative_path(simulated, tmp_path, app):
+    """The graph works in folders of its own and finds the file all the same."""
+    (tmp_path / 'mine.yml').write_text(
+        'name: mine\ndescription: Motion only.\ncolumns: ["(trans|rot)_[xyz]"]\n'
+    )
+    out = tmp_path / 'out'
+    assert app(simulated, out, '--denoise', 'mine.yml', '--participant-label', '01') == 0
+    sidecar = json.loads((out / f'sub-01/func/{STEM}_stat-mean_timeseries.json').read_text())
+    assert len(sidecar['Denoising']['ConfoundRegressors']) == 6
+    assert str(tmp_path / 'mine.yml') in next(out.glob('logs/*/bids_brainfm.toml')).read_text()
+
+
+def test_denoise_none_claims_nothing_about_confounds(simulated, tmp_path, app):
+    """What was not read is no source, and what was not assessed is not zero."""
+    out = tmp_path / 'out'
+    assert app(simulated, out, '--denoise', 'none', '--participant-label', '01') == 0
+    sidecar = json.loads((out / f'sub-01/func/{STEM}_stat-mean_timeseries.json').read_text())
+    assert not any('confounds' in source for source in sidecar['Sources'])
+    assert 'NumberOfVolumesFlagged' not in sidecar
+    table = pd.read_csv(out / f'sub-01/func/{STEM}_desc-brainlmdemo_embedding.tsv', sep='\t')
+    assert np.isnan(table['flagged'][0])
+
+
+def test_jobs_side_by_side_in_one_folder(simulated, tmp_path):
+    """Two jobs, started in one folder with its default work folder, write one dataset."""
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, '-m', 'bids_brainfm.cli.run', simulated, 'out', 'participant',
+             '--model', 'brainlm-demo', '--participant-label', label],
+            cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        )
+        for label in ('01', '02')
+    ]  # fmt: skip
+    for job in jobs:
+        assert job.wait() == 0, job.stderr.read()
+        job.stderr.close()
+    for label in ('01', '02'):
+        assert next(tmp_path.glob(f'out/sub-{label}/func/*brainlmdemo_embedding.tsv')).is_file()
+        assert (tmp_path / 'out' / f'sub-{label}.html').is_file()
+
+
+def test_random_weights_of_a_trained_model_have_their_own_name(tmp_path):
+    """The control never takes the name of the model."""
+    from bids_brainfm.models.spec import resolve_model
+
+    spec = resolve_model('brainlm-13m', tmp_path, random_weights=True)
+    assert spec.label == 'brainlm13mrandom'
+    assert not spec.trained
+    assert 'random' in spec.weights

@@ -196,6 +196,11 @@ def test_refusals_before_anything_runs(dataset, tmp_path, app, capfd):
     assert '--task-id nback' in say(dataset, out, '--task-id', 'nback')
     assert 'inside the input' in say(dataset, dataset / 'out')
     assert 'inside the input' in say(dataset, out, '-w', dataset / 'work')
+    assert 'inside the input' in say(dataset, out, '--bids-database-dir', dataset / 'db')
+    named = ['-d', f'prep={dataset}', '-w', tmp_path / 'w']
+    raw = tmp_path / 'raw'
+    raw.mkdir()
+    assert 'inside the input' in say(raw, dataset / 'out', *named)
     assert 'Demo424' in say(dataset, out, '--space', 'MNIPediatricAsym')
     assert 'brainlm-demo' in say(dataset, out, '--model', 'brainlm-9000')
     assert '--scale-stats' in say(dataset, out, '--scale', 'cohort')
@@ -256,3 +261,115 @@ def test_gzip_of_the_wrong_thing(tmp_path):
     path.write_bytes(gzip.compress(b'nothing' * 1000))
     with pytest.raises(BrainfmError, match=r'x_bold\.nii\.gz'):
         parcellate(path, path, 424)
+
+
+def test_cleaning_the_work_folder_deletes_no_input(dataset, tmp_path, app, capfd):
+    """A dataset inside the work folder is refused, not deleted; links are only unlinked."""
+    place = tmp_path / 'scratch'
+    place.mkdir()
+    inside = Path(shutil.move(dataset, place / 'data'))
+    options = ['-d', f'prep={inside}', '-w', place, '--clean-workdir']
+    raw = tmp_path / 'raw'
+    raw.mkdir()
+    assert 'would delete' in refused(app, capfd, raw, tmp_path / 'out', *options)
+    assert (inside / 'dataset_description.json').is_file()
+
+    outside = Path(shutil.move(inside, tmp_path / 'elsewhere'))
+    (place / 'link').symlink_to(outside)
+    options = ['--participant-label', '01', '-w', place, '--clean-workdir']
+    assert app(outside, tmp_path / 'out', *options) == 0
+    assert not (place / 'link').exists()
+    assert (outside / 'dataset_description.json').is_file()
+
+
+def test_a_mended_fault_of_other_settings_is_not_held_against_a_run(dataset, tmp_path, app):
+    """Failures of another space or model do not count in a run that does not ask for them."""
+    out = tmp_path / 'out'
+    for path in (dataset / 'sub-02' / 'func').glob('*space-*'):
+        path.rename(path.with_name(path.name.replace('2009cAsym', '6Asym')))
+    assert app(dataset, out, '--space', 'MNI152NLin2009cAsym') == 1
+    assert app(dataset, out) == 0
+    assert not list(out.rglob('failed-*'))
+
+
+def test_failure_of_a_model_names_it_and_its_report(dataset, tmp_path, app):
+    """The series are written, the model's refusal names the model, the report says in part."""
+    short(dataset / 'sub-02' / 'func')
+    out = tmp_path / 'out'
+    assert app(dataset, out) == 1
+    (record,) = out.rglob('failed-*')
+    assert record.name == 'failed-sub-02_task-rest_atlas-Demo424_desc-brainlmdemo.txt'
+    assert record.read_text().startswith('sub-02_task-rest: brainlm-demo cannot take it: the run')
+    page = (out / 'sub-02.html').read_text()
+    assert 'failed in part' in page
+    assert 'brainlm-demo cannot take it' in page
+
+
+def test_stop_on_first_crash_blames_the_right_run(dataset, tmp_path, app):
+    short(dataset / 'sub-01' / 'func')
+    out = tmp_path / 'out'
+    assert app(dataset, out, '--stop-on-first-crash', '--nprocs', '1') == 1
+    assert {p.name for p in out.rglob('failed-*')} == {
+        'failed-sub-01_task-rest_atlas-Demo424_desc-brainlmdemo.txt'
+    }
+
+
+def test_half_covered_parcel_is_na_and_filled(dataset, tmp_path, app):
+    """Below --min-coverage the series are n/a in the table, and the sidecars name the parcel."""
+    from bids_brainfm.atlases.atlas import home, load_atlas
+    from bids_brainfm.signals.parcellate import make_sampler
+
+    path = the(dataset / 'sub-01' / 'func', '*_bold.nii.gz')
+    image = nib.load(path)
+    atlas = load_atlas('Demo424', home())
+    labels = nib.load(atlas.image_for('MNI152NLin2009cAsym', 4).path)
+    sampler = make_sampler(labels, 424, image.shape[:3], image.affine)
+    voxels = sampler.voxels[sampler.starts[9] : sampler.starts[10]]
+    data = np.asanyarray(image.dataobj).copy(order='F')
+    data.reshape(-1, data.shape[-1], order='F')[voxels[: int(0.7 * len(voxels))]] = 0
+    nib.save(nib.Nifti1Image(data, image.affine, image.header), path)
+    out = tmp_path / 'out'
+    assert app(dataset, out, '--participant-label', '01') == 0
+    table = pd.read_csv(the(out / 'sub-01' / 'func', '*_timeseries.tsv'), sep='\t')
+    assert list(table.columns[table.isna().all()]) == [atlas.names[9]]
+    sidecar = json.loads(the(out / 'sub-01' / 'func', '*_timeseries.json').read_text())
+    assert sidecar['ParcelsBelowMinimumCoverage'] == [atlas.names[9]]
+    sidecar = json.loads(the(out / 'sub-01' / 'func', '*brainlmdemo_embedding.json').read_text())
+    assert list(sidecar['FilledParcels']) == [atlas.names[9]]
+
+
+@pytest.mark.parametrize(
+    'line',
+    [
+        'derivatives = ["a=b"]', 'task_id = 5', 'min_coverage = 3.0', 'batch_size = 0',
+        'stride = "abc"', 'short_runs = "foo"', 'tokens = "yes"', 'scale = "magic"',
+    ],
+)  # fmt: skip
+def test_configuration_file_is_held_to_the_command_line(simulated, tmp_path, app, capfd, line):
+    (tmp_path / 'my.toml').write_text(line + '\n')
+    sentence = refused(app, capfd, simulated, tmp_path / 'out', '--config-file', 'my.toml')
+    assert line.partition(' ')[0] in sentence
+
+
+def test_statistics_of_another_atlas_are_refused_at_once(simulated, tmp_path, app, capfd):
+    stats = tmp_path / 'stats.json'
+    columns = dict.fromkeys(('Median', 'IQR', 'Lower', 'Upper'), [1.0] * 424)
+    stats.write_text(json.dumps({'Atlas': 'A424'} | columns))
+    options = ['--scale', 'cohort', '--scale-stats', stats]
+    assert 'A424' in refused(app, capfd, simulated, tmp_path / 'out', *options)
+    stats.write_text(json.dumps({'Atlas': 'Demo424'} | columns))
+    assert app(simulated, tmp_path / 'out', *options, '--participant-label', '01') == 0
+
+
+@pytest.mark.parametrize(
+    ('old', 'new'),
+    [('tr: 0.735', 'tr: "x"'), ('label: brainlmdemo', 'label: 111'),
+     ('scaling: run-robust', 'scaling: foo'), ('label: brainlmdemo', 'label: connectome'),
+     ('num_brain_voxels: 424', 'num_brain_voxels: 100'), ('window: 200', 'windw: 200')],
+)  # fmt: skip
+def test_faulty_model_cards(simulated, tmp_path, app, capfd, old, new):
+    package = Path(__file__).parents[1] / 'bids_brainfm' / 'data' / 'models'
+    text = (package / 'brainlm-demo.yml').read_text()
+    assert old in text
+    (tmp_path / 'card.yml').write_text(text.replace(old, new))
+    refused(app, capfd, simulated, tmp_path / 'out', '--model', 'card.yml')

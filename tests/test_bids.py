@@ -143,8 +143,22 @@ def test_index_leaves_the_input_alone_and_other_participants_out(tmp_path):
     assert [Path(f).name for f in layout.get(return_type='filename', extension='.nii.gz')] == [
         f'sub-01_task-rest_{mni}'
     ]
-    with pytest.raises(BrainfmError, match='01, 011, 02'):
-        reading.index(root, ('03',), tmp_path / 'db2')
+    with pytest.raises(BrainfmError, match=r'no participant 03 .* 01, 011, 02'):
+        reading.check_participants({'a': root}, ('03', '01'))
+    other = make_tree(tmp_path / 'e', f'sub-03_task-rest_{mni}')
+    reading.check_participants({'a': root, 'b': other}, ('03', '01'))
+
+
+def test_filters_of_fmriprep(tmp_path):
+    """Its filter files name datatype and suffix too; a slip is named, not taken for no match."""
+    mni = f'space-MNI152NLin6Asym_{BOLD}'
+    root = make_tree(tmp_path / 'd', f'sub-01_ses-A_task-rest_acq-mb_{mni}')
+    layout = reading.index(root, (), tmp_path / 'db')
+    filters = {'datatype': 'func', 'suffix': 'bold', 'session': 'A', 'acquisition': ['mb', None]}
+    runs, _ = reading.find_runs(layout, 'x', SPACES, filters | {'reconstruction': None})
+    assert len(runs) == 1
+    with pytest.raises(BrainfmError, match='sesion'):
+        reading.find_runs(layout, 'x', SPACES, {'sesion': 'A'})
 
 
 def test_raw_dataset_with_derivatives_inside(tmp_path):

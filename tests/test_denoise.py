@@ -182,6 +182,15 @@ def test_dummy_volumes_are_dropped_and_flagged_ones_interpolated(tmp_path):
     np.testing.assert_array_equal(cleaned[-1], cleaned[-2])
 
 
+def test_the_first_volume_is_not_flagged_for_the_second(tmp_path):
+    """Its displacement is n/a, and n/a exceeds nothing."""
+    table, _ = make_table()
+    table.loc[0, 'framewise_displacement'] = np.nan
+    table.loc[1, 'framewise_displacement'] = 2.0
+    confounds = read_confounds(write(tmp_path, table), None, load_preset('simple'), T)
+    assert list(np.flatnonzero(confounds.flagged)) == [1]
+
+
 def test_a_non_steady_volume_in_the_middle_is_flagged(tmp_path):
     table, _ = make_table(dummy=2)
     table['non_steady_state_outlier02'] = (np.arange(T) == 40).astype(int)

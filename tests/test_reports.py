@@ -79,7 +79,7 @@ def a_run(name, **changes):
         'models': [model],
         'atlas': {'name': 'A424', 'licence': 'GPL-3', 'citation': 'Others 2020'},
         'warnings': [],
-        'failure': None,
+        'failures': [],
     }
     return run | changes
 
@@ -123,7 +123,7 @@ def report(arrays, tmp_path_factory):
     runs = [a_run(name) for name in names]
     runs[1]['warnings'] = ['Two parcels <script>alert(1)</script> are missing.']
     runs[1]['inputs'] = {'BOLD': '"><img src=x onerror=alert(2)>'}
-    failed = {'models': [], 'atlas': None, 'failure': 'The file ends early: copy it again.'}
+    failed = {'models': [], 'atlas': None, 'failures': ['The file ends early: copy it again.']}
     runs.append(a_run('sub-01_task-rest_run-3', **failed))
     path = write_report(out, 'sub-01', runs, '# Methods\n\nDone & done.', {'bids_brainfm': '1'})
     text = path.read_text(encoding='utf-8')
@@ -200,7 +200,7 @@ def test_only_the_page_is_written_and_the_second_run_changes_nothing(report, arr
 
 
 def test_report_without_a_figure_says_why(tmp_path):
-    run = a_run('sub-02_task-rest', models=[], atlas=None, failure='No BOLD <here>.')
+    run = a_run('sub-02_task-rest', models=[], atlas=None, failures=['No BOLD <here>.'], inputs={})
     text = write_report(tmp_path, '02', [run]).read_text(encoding='utf-8')
     assert text.count('No BOLD &lt;here&gt;.') == 2
     assert '<img' not in text

@@ -110,7 +110,14 @@ def join_name(entities: dict[str, str], suffix: str = '', extension: str = '') -
 def is_derivative(folder: Path) -> bool:
     """Whether a folder's description says that it holds derivatives."""
     description = read_description(folder)
-    return description.get('DatasetType') == 'derivative' or 'GeneratedBy' in description
+    return description.get('DatasetType') == 'derivative' or bool(generators(description))
+
+
+def generators(description: dict) -> list[dict]:
+    """Programs that a dataset's description names; fMRIPrep 1.x said it in another way."""
+    found = description.get('GeneratedBy') or description.get('PipelineDescription') or []
+    found = [found] if isinstance(found, dict) else found
+    return [entry for entry in found if isinstance(entry, dict)]
 
 
 def read_description(folder: Path) -> dict:
@@ -125,14 +132,14 @@ def read_description(folder: Path) -> dict:
     if not folder.is_dir():
         raise BrainfmError(f'The input {folder} is not a folder: check the path.')
     try:
-        return json.loads(path.read_text())
+        return dict(json.loads(path.read_text()))
     except FileNotFoundError:
         raise BrainfmError(
             f'{path} is missing, so {folder} is not a BIDS dataset: give the folder that '
             f'fMRIPrep wrote, the one with dataset_description.json in it.'
         ) from None
-    except (ValueError, OSError) as error:
-        raise BrainfmError(f'{path} is not readable JSON ({error}): restore the file.') from None
+    except (ValueError, TypeError, OSError) as error:
+        raise BrainfmError(f'{path} is not a JSON object ({error}): restore the file.') from None
 
 
 def find_datasets(bids_dir: Path, derivatives: dict[str, str]) -> dict[str, Path]:
@@ -166,6 +173,33 @@ def find_datasets(bids_dir: Path, derivatives: dict[str, str]) -> dict[str, Path
     )
 
 
+def known_participants(root: Path) -> set[str]:
+    """Labels of the participants of a dataset."""
+    return {path.name.removeprefix('sub-') for path in root.glob('sub-*') if path.is_dir()}
+
+
+def check_participants(datasets: dict[str, Path], participants: tuple[str, ...]) -> None:
+    """Refuse participants that no dataset has.
+
+    Raises
+    ------
+    BrainfmError
+        A participant is unknown (the known ones are named), or there is none.
+    """
+    known = set().union(*map(known_participants, datasets.values()))
+    unknown = sorted(set(participants) - known)
+    where = ', '.join(map(str, datasets.values()))
+    if not known:
+        raise BrainfmError(
+            f'There is no participant (no sub-* folder) in {where}: check the path.'
+        )
+    if unknown:
+        raise BrainfmError(
+            f'There is no participant {", ".join(unknown)} in {where}; it has '
+            f'{", ".join(sorted(known))}.'
+        )
+
+
 def index(root: Path, participants: tuple[str, ...], database_dir: Path):
     """Index a dataset with PyBIDS, without metadata, other participants or anatomy.
 
@@ -174,19 +208,9 @@ def index(root: Path, participants: tuple[str, ...], database_dir: Path):
     Raises
     ------
     BrainfmError
-        A participant is unknown (the known ones are named), or there is none.
+        The index cannot be made or read.
     """
-    known = sorted(p.name.removeprefix('sub-') for p in root.glob('sub-*') if p.is_dir())
-    unknown = sorted(set(participants) - set(known))
-    if unknown or not known:
-        raise BrainfmError(
-            f'{"Participant " + ", ".join(unknown) if unknown else "No participant"} found in '
-            f'{root}'
-            + (f'; it has {", ".join(known)}.' if known else ': there is no sub-* folder.')
-        )
-
     from bids.layout import BIDSLayout, BIDSLayoutIndexer
-    from sqlalchemy.exc import SQLAlchemyError
 
     ignore = ['code', 'logs', 'sourcedata', 'derivatives']
     ignore.append(re.compile(r'/(anat|dwi|figures|fmap|log)/'))
@@ -195,6 +219,7 @@ def index(root: Path, participants: tuple[str, ...], database_dir: Path):
         ignore.append(re.compile(rf'^/sub-(?!({wanted})(/|$))'))
     indexer = BIDSLayoutIndexer(validate=False, index_metadata=False, ignore=ignore)
     try:
+        database_dir.mkdir(parents=True, exist_ok=True)
         return BIDSLayout(
             root,
             validate=False,
@@ -202,8 +227,8 @@ def index(root: Path, participants: tuple[str, ...], database_dir: Path):
             database_path=database_dir,
             indexer=indexer,
         )
-    except (SQLAlchemyError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # of the database and of the file system below it
+        reason = str(error).partition('\n')[0]
         raise BrainfmError(
             f'The PyBIDS index in {database_dir} cannot be used ({reason}): remove it, or name '
             f'another place with --bids-database-dir.'
@@ -291,18 +316,27 @@ def find_runs(layout, dataset: str, spaces: tuple[str, ...], filters: dict):
     """
     root = Path(layout.root)
     recordings: dict[str, list] = {}
+    unknown = filters.keys() - layout.get_entities().keys() - LONG_NAMES.keys()
     for path in sorted(layout.get(suffix='bold', return_type='filename')):
         path = Path(path)
         entities, _, extension = parse_name(path.name)
         if 'nii' not in extension:
             continue
         by_name = entities | {LONG_NAMES.get(key, key): value for key, value in entities.items()}
+        by_name |= {'datatype': path.parent.name, 'suffix': 'bold', 'extension': extension}
+        unknown -= by_name.keys()
         if not all(_same(by_name.get(key), value) for key, value in filters.items()):
             continue
         stem = join_name(
             {k: v for k, v in entities.items() if k not in (*VERSION_ENTITIES, 'echo', 'hemi')}
         )
         recordings.setdefault(stem, []).append((entities, extension, path))
+
+    if unknown:
+        raise BrainfmError(
+            f'The filter names {", ".join(sorted(unknown))}, which is no entity of {root}: '
+            f'choose among {", ".join(sorted(layout.get_entities()))}.'
+        )
 
     runs, without = [], {}
     for stem, files in recordings.items():

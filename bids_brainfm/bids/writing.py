@@ -14,7 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from bids_brainfm.bids.reading import BoldRun, join_name, parse_name, read_description
+from bids_brainfm.bids.reading import (
+    BoldRun,
+    generators,
+    join_name,
+    parse_name,
+    read_description,
+)
 from bids_brainfm.errors import BrainfmError
 
 BIDS_VERSION = '1.10.1'
@@ -262,7 +268,7 @@ def write_dataset_files(output: Path, version: str, inputs: dict[str, Path]) -> 
         authors = next((names for names in given if len(names) > 1), list(AUTHORS))
     sources = []
     for folder, description in zip(inputs.values(), described, strict=True):
-        generator = (description.get('GeneratedBy') or [{}])[0]
+        generator = next(iter(generators(description)), {})
         made_by = {'Version': generator['Version']} if 'Version' in generator else {}
         sources.append({'URL': folder.resolve().as_uri()} | made_by)
     write_json(

@@ -63,7 +63,7 @@ def model_resources(card: ModelCard, home: Path, source_dir: Path | None = None)
 def model_present(card: ModelCard, home: Path) -> str:
     """Whether a model can be used, in words."""
     if card.embedded:
-        return 'yes (embedded)'
+        return 'yes (embedded, untrained)'
     here = all(resource.target.is_file() for resource in model_resources(card, home))
     return 'yes' if here else 'no'
 

@@ -268,7 +268,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     """
     typed = {k: v for k, v in vars(get_parser().parse_args(argv)).items() if v is not None}
     config_file = typed.pop('config_file', None)
-    found = read_toml(config_file) if config_file else {}
+    found = _as_typed(read_toml(config_file), config_file) if config_file else {}
     if 'derivatives' in typed:
         typed['derivatives'] = named_paths(typed['derivatives'])
     settings = Settings(**{**found, **typed})
@@ -278,27 +278,45 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     return settings
 
 
-def _check(settings: Settings) -> None:
-    inside = settings.bids_dir.resolve()
-    for name, path in (('output', settings.output_dir), ('work', settings.work_dir)):
-        resolved = path.resolve()
-        # <dataset>/derivatives/... is where BIDS wants outputs; anything else inside is not
-        allowed = name == 'output' and resolved.is_relative_to(inside / 'derivatives')
-        if resolved.is_relative_to(inside) and not allowed:
+def _as_typed(found: dict, path: Path) -> dict:
+    """Hold the values of a configuration file to what the command line accepts."""
+    checked = dict(found)
+    for action in get_parser()._actions:
+        if action.dest not in found or action.dest == 'derivatives':
+            continue
+        value = found[action.dest]
+        try:
+            if action.nargs == 0 and action.dest != 'verbose':
+                good = isinstance(value, bool)
+            elif action.nargs == '+':
+                values = value if isinstance(value, list) else [value]
+                checked[action.dest] = [action.type(str(v)) if action.type else v for v in values]
+                good = all(isinstance(v, str) for v in values)
+            else:
+                # memory is written in GB, as a number
+                takes_text = action.type and not (
+                    action.type is memory_gb and value == float(value)
+                )
+                checked[action.dest] = action.type(str(value)) if takes_text else value
+                good = not action.choices or value in action.choices
+                good &= not isinstance(value, (list, dict, bool))
+        except (argparse.ArgumentTypeError, ValueError, TypeError):
+            good = False
+        if not good:
             raise BrainfmError(
-                f'The {name} folder {path} lies inside the input {settings.bids_dir}: '
-                f'choose one outside it.'
+                f'--config-file {path}: {action.dest} = {value!r} is not what '
+                f'{action.option_strings[-1] if action.option_strings else action.dest} takes: '
+                f'see bids_brainfm --help.'
             )
-    for name, path in (('input', settings.bids_dir), ('output', settings.output_dir)):
-        if settings.clean_workdir and path.resolve().is_relative_to(settings.work_dir.resolve()):
-            raise BrainfmError(
-                f'--clean-workdir would delete the {name} {path}, which lies inside the work '
-                f'folder {settings.work_dir}: name another work folder.'
-            )
-    if settings.scale not in SCALINGS:
+    if not isinstance(found.get('derivatives', {}), dict):
         raise BrainfmError(
-            f'The setting scale = {settings.scale!r} is not one of {", ".join(SCALINGS)}.'
+            f'--config-file {path}: derivatives must be a table of names and paths, such as '
+            f'{{fmriprep = "/data/fmriprep"}}.'
         )
+    return checked
+
+
+def _check(settings: Settings) -> None:
     if settings.scale == 'cohort' and settings.scale_stats is None:
         raise BrainfmError('--scale cohort needs the fitted statistics: add --scale-stats FILE.')
     if settings.scale_stats is not None and settings.scale != 'cohort':

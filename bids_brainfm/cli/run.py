@@ -40,20 +40,73 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(settings: Settings) -> int:
     """Do what the settings say; returns the exit code."""
+    from bids_brainfm.bids.reading import check_participants, find_datasets
+
+    # one folder a process, for logs and for work: others may be running beside it
+    name = f'{datetime.now():%Y%m%d-%H%M%S}_{uuid.uuid4().hex[:8]}'
     if settings.reports_only:
-        return write_reports(settings)
+        return write_reports(settings, name)
+    datasets = find_datasets(settings.bids_dir, settings.derivatives)
+    check_places(settings, datasets)
+    check_participants(datasets, settings.participant_label)
+    work = prepare_work_dir(settings, name)
+    import_libraries()
     from importlib.metadata import version
 
-    prepare_work_dir(settings)
-    import_libraries()
     from bids_brainfm.workflows.plan import make_plan
 
-    plan = make_plan(settings, version('bids-brainfm'))
-    start_log(settings)
-    return carry_out(plan)
+    code = 2
+    try:
+        plan = make_plan(settings, datasets, work, version('bids-brainfm'))
+        start_log(settings, name)
+        code = carry_out(plan)
+    finally:
+        if code != 1:  # nothing goes on from there, so it is of use only where something failed
+            shutil.rmtree(work, ignore_errors=True)
+    return code
 
 
-def write_reports(settings: Settings) -> int:
+def check_places(settings: Settings, datasets: dict[str, Path]) -> None:
+    """See that nothing is written into, or deleted with, what is read.
+
+    Raises
+    ------
+    BrainfmError
+        A folder to write lies inside a dataset, or the work folder that is to be emptied holds
+        something that is needed.
+    """
+    written = {
+        'output folder': settings.output_dir,
+        'work folder': settings.work_dir,
+        'index folder': settings.bids_database_dir,
+    }
+    read = [root.resolve() for root in datasets.values()]
+    raw = settings.bids_dir.resolve()
+    for what, path in written.items():
+        if path is None:
+            continue
+        place = path.resolve()
+        # <raw dataset>/derivatives/<name> is where BIDS wants an output
+        nested = what == 'output folder' and place.is_relative_to(raw / 'derivatives')
+        inside = [root for root in read if place.is_relative_to(root)]
+        if inside or (place.is_relative_to(raw) and not nested):
+            raise BrainfmError(
+                f'The {what} {path} lies inside the input {(inside or [raw])[0]}: choose one '
+                f'outside it.'
+            )
+    if settings.clean_workdir:
+        work = settings.work_dir.resolve()
+        kept = [*read, raw, settings.output_dir.resolve()]
+        kept += [p.resolve() for p in (settings.bids_database_dir, settings.use_plugin) if p]
+        for path in kept:
+            if path.is_relative_to(work):
+                raise BrainfmError(
+                    f'--clean-workdir would delete {path}, which lies inside the work folder '
+                    f'{settings.work_dir}: name another work folder.'
+                )
+
+
+def write_reports(settings: Settings, name: str) -> int:
     """Write the reports again, from what stands in the output folder."""
     from bids_brainfm.interfaces.report import WriteReport
 
@@ -65,7 +118,7 @@ def write_reports(settings: Settings) -> int:
             f'{settings.output_dir} has no outputs of {", ".join(unknown) or "any participant"} '
             f'to report on: run without --reports-only first.'
         )
-    start_log(settings)
+    start_log(settings, name)
     for subject in subjects:
         node = WriteReport(output=settings.output_dir, subject=subject, software=software())
         LOGGER.info('Report: %s', node.run().outputs.report)
@@ -94,8 +147,8 @@ def import_libraries() -> None:
     gc.enable()
 
 
-def prepare_work_dir(settings: Settings) -> None:
-    """Make the work folder, with a configuration for Nipype in it.
+def prepare_work_dir(settings: Settings, name: str) -> Path:
+    """Make this process's work folder, with a configuration for Nipype in it.
 
     That keeps Nipype's own log to errors, here and in its workers, and its files out of the home
     folder. Nipype reads it when it is imported, so it is written before.
@@ -105,27 +158,28 @@ def prepare_work_dir(settings: Settings) -> None:
     BrainfmError
         The folder cannot be written.
     """
-    work = settings.work_dir
+    work = settings.work_dir / name
     level = 'INFO' if settings.verbose else 'ERROR'
-    lines = [f'{name}_level = {level}' for name in ('workflow', 'interface', 'utils')]
+    lines = [f'{logger}_level = {level}' for logger in ('workflow', 'interface', 'utils')]
     try:
-        if settings.clean_workdir and work.is_dir():
-            for entry in work.iterdir():
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        (work / 'nipype').mkdir(parents=True, exist_ok=True)
-        (work / 'nipype' / 'nipype.cfg').write_text('\n'.join(['[logging]', *lines]) + '\n')
+        if settings.clean_workdir and settings.work_dir.is_dir():
+            for entry in settings.work_dir.iterdir():
+                is_folder = entry.is_dir() and not entry.is_symlink()
+                shutil.rmtree(entry) if is_folder else entry.unlink()
+        work.mkdir(parents=True)
+        (work / 'nipype.cfg').write_text('\n'.join(['[logging]', *lines]) + '\n')
     except OSError as error:
         raise BrainfmError(
-            f'The work folder {work} cannot be written ({error.strerror}): name another one with '
-            f'--work-dir.'
+            f'The work folder {settings.work_dir} cannot be written ({error.strerror}): name '
+            f'another one with --work-dir.'
         ) from None
-    os.environ['NIPYPE_CONFIG_DIR'] = str(work / 'nipype')
+    os.environ['NIPYPE_CONFIG_DIR'] = str(work)
+    return work
 
 
-def start_log(settings: Settings) -> Path:
+def start_log(settings: Settings, name: str) -> None:
     """Open this run's folder of logs, with its settings, and send the log there and to stderr."""
-    stamp = datetime.now().strftime('%Y%m%d-%H%M%S')
-    folder = settings.output_dir / 'logs' / f'{stamp}_{uuid.uuid4().hex[:8]}'
+    folder = settings.output_dir / 'logs' / name
     folder.mkdir(parents=True)
     (folder / 'bids_brainfm.toml').write_text(settings.to_toml())
     LOGGER.setLevel(logging.DEBUG if settings.verbose else logging.INFO)
@@ -139,7 +193,6 @@ def start_log(settings: Settings) -> Path:
     ):
         handler.setFormatter(form)
         LOGGER.addHandler(handler)
-    return folder
 
 
 class _Terminal(logging.Handler):
@@ -161,15 +214,15 @@ def carry_out(plan) -> int:
     settings, started = plan.settings, time.monotonic()
     write_dataset_files(settings.output_dir, plan.version, plan.datasets)
     workflow = init_participant_wf(plan, software())
-    citation = write_methods(settings.output_dir, describe(workflow, plan))
+    record = not settings.boilerplate_only
+    citation = write_methods(settings.output_dir, describe(workflow, plan), record)
     if settings.boilerplate_only:
         LOGGER.info('Methods text written: %s', citation)
         return 0
     if settings.write_graph:
-        write_graph(workflow, settings)
+        write_graph(workflow, settings.work_dir)
     announce(plan)
-    for failure in plan.failures:
-        failure.record(settings.output_dir)
+    plan.record_failures()
     crashed = None
     try:
         execute(workflow, plan)
@@ -179,19 +232,15 @@ def carry_out(plan) -> int:
     return conclude(plan, crashed, time.monotonic() - started)
 
 
-def write_graph(workflow, settings: Settings) -> None:
+def write_graph(workflow, folder: Path) -> None:
     """Write the graph as a DOT file, and as SVG where Graphviz is installed."""
-    path = settings.work_dir / 'bids_brainfm_wf' / 'graph.dot'
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = folder / 'graph.dot'
     if shutil.which('dot'):
         workflow.write_graph(str(path), graph2use='colored', format='svg', simple_form=True)
         path = path.with_suffix('.svg')
     else:
-        import networkx
-
-        graph = workflow._create_flat_graph()
-        plain = networkx.DiGraph((a.fullname, b.fullname) for a, b in graph.edges)
-        lines = [f'  "{a}" -> "{b}";' for a, b in plain.edges]
+        edges = workflow._create_flat_graph().edges
+        lines = dict.fromkeys(f'  "{a.fullname}" -> "{b.fullname}";' for a, b in edges)
         path.write_text('\n'.join(['digraph {', *lines, '}']) + '\n')
     LOGGER.info('Graph written: %s', path)
 

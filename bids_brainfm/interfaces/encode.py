@@ -38,6 +38,8 @@ class EncodeTask:
     Attributes
     ----------
     spec : ModelSpec
+    atlas : str
+        Name of its atlas.
     contract : Contract
     home : Path
         Where fetched atlases are kept.
@@ -54,6 +56,7 @@ class EncodeTask:
     """
 
     spec: ModelSpec
+    atlas: str
     contract: Contract
     home: Path
     device: str
@@ -63,6 +66,11 @@ class EncodeTask:
     tokens: bool
     output: Path
     version: str
+
+
+def encode_step(atlas: str, label: str) -> str:
+    """What encoding with a model is called in the log folder."""
+    return f'atlas-{atlas}_desc-{label}'
 
 
 def embedding_path(output: Path, run: BoldRun, atlas: str, label: str) -> Path:
@@ -122,7 +130,7 @@ def encode_all(runs: list[BoldRun], task: EncodeTask, stop: bool = False) -> lis
     """
     from tqdm import tqdm
 
-    step, name = f'desc-{task.spec.label}', task.spec.card.name
+    step, name = encode_step(task.atlas, task.spec.label), task.spec.card.name
     outcomes: list[Outcome] = []
     started = time.monotonic()
     with tqdm(total=len(runs), desc=f'Encoding with {name}', unit='run', disable=None) as bar:
@@ -142,6 +150,8 @@ def encode_all(runs: list[BoldRun], task: EncodeTask, stop: bool = False) -> lis
             for run, work in _encode(runs, task, lambda n: bar.set_postfix(windows=n)):
                 settle(run, work)
         except Exception as error:  # the encoder itself failed: all that is left fails with it
+            if stop:
+                raise
             failing = partial(_fail, _explain(error, task))
             settled = {outcome.run for outcome in outcomes}
             for run in runs:
@@ -165,7 +175,7 @@ def _encode(runs: list[BoldRun], task: EncodeTask, progress):
                 series = read_series(series_paths(task.output, run, atlas.name)['series'])
                 prepared[run] = prepare(series, task.contract, atlas.xyz, atlas.name)
             except Exception as error:
-                failed.append((run, partial(_fail, error)))
+                failed.append((run, partial(_fail, _named(error, run, task))))
             else:
                 yield run, prepared[run][0].data
 
@@ -180,6 +190,13 @@ def _encode(runs: list[BoldRun], task: EncodeTask, progress):
 
 def _fail(error: Exception):
     raise error
+
+
+def _named(error: Exception, run: BoldRun, task: EncodeTask) -> Exception:
+    """Say which model it was that refused the run."""
+    if isinstance(error, BrainfmError):
+        return BrainfmError(f'{run.name}: {task.spec.card.name} cannot take it: {error}')
+    return error
 
 
 def _explain(error: Exception, task: EncodeTask) -> Exception:
@@ -201,13 +218,15 @@ def write_embedding(run, task: EncodeTask, atlas, windows, donors, encoding) -> 
 
     spec, card = task.spec, task.spec.card
     path = embedding_path(task.output, run, atlas.name, spec.label)
+    series = series_paths(task.output, run, atlas.name)['series']
+    source = writing.read_sidecar(series.with_suffix('.json'))
     shares = (windows.onset, windows.duration, windows.real, windows.flagged)
-    header, index = embedding_columns(*shares, encoding.summary.shape[1])
+    assessed = 'NumberOfVolumesFlagged' in source
+    flagged = windows.flagged if assessed else np.full(len(windows.data), np.nan)
+    header, index = embedding_columns(*shares[:3], flagged, encoding.summary.shape[1])
     writing.write_matrix(path, encoding.summary, header, index)
     if task.tokens:
         write_tokens(path.with_suffix('.h5'), encoding, windows, atlas)
-    series = series_paths(task.output, run, atlas.name)['series']
-    source = writing.read_sidecar(series.with_suffix('.json'))
     recorded = source['NumberOfVolumes'] * source['RepetitionTime']
     pictures = {
         'windows': figures.windows(*shares, recorded),
@@ -273,7 +292,7 @@ def write_embedding(run, task: EncodeTask, atlas, windows, donors, encoding) -> 
             'ShortRuns': task.contract.short_runs,
             'LeftOver': windows.left_over,
             'Denoising': source['Denoising'],
-            'ShareFlagged': windows.flagged,
+            'ShareFlagged': windows.flagged if assessed else None,
             'ShareReal': windows.real,
             'FilledParcels': filled,
             'FillRule': FILL_RULE,

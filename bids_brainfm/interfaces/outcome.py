@@ -22,7 +22,7 @@ class Outcome:
     run : str
         Name of the run.
     step : str
-        What was done, e.g. ``atlas-A424`` or ``desc-brainlm111m``.
+        What was done, e.g. ``atlas-A424`` or ``atlas-A424_desc-brainlm111m``.
     error : str or None
         One sentence, None where the step succeeded.
     """
@@ -83,7 +83,11 @@ def attempt(output: Path, run: BoldRun, step: str, work, stop: bool = False) -> 
     return done
 
 
-def read_failures(output: Path, subject: str) -> list[str]:
-    """Sentences of all steps that failed for a participant and have not succeeded since."""
-    folder = output / f'sub-{subject}' / 'log'
-    return [p.read_text().partition('\n')[0] for p in sorted(folder.glob('failed-*.txt'))]
+def read_failures(output: Path, subject: str) -> list[Outcome]:
+    """All steps that failed for a participant and have not succeeded since."""
+    outcomes = []
+    for path in sorted((output / f'sub-{subject}' / 'log').glob('failed-*.txt')):
+        run, _, step = path.stem.removeprefix('failed-').partition('_atlas-')
+        sentence = path.read_text().partition('\n')[0]
+        outcomes.append(Outcome(run, f'atlas-{step}', sentence))
+    return outcomes

@@ -41,8 +41,9 @@ def _series_facts(sidecar: dict) -> dict:
         'Volumes': f'{sidecar["NumberOfVolumes"]} at a repetition time of '
         f'{sidecar["RepetitionTime"]:g} s',
         'Left out at the start': f'{sidecar["StartTime"]:g} s (not in steady state)',
-        'Flagged volumes': f'{sidecar["NumberOfVolumesFlagged"]}'
-        + (' (interpolated)' if sidecar['FlaggedVolumesInterpolated'] else ''),
+        'Flagged volumes': f'{sidecar["NumberOfVolumesFlagged"]} (interpolated)'
+        if sidecar['FlaggedVolumesInterpolated']
+        else 'not assessed',
         'Denoising': f'{denoising["Name"]}, {n_confounds} confounds regressed out',
         'Mean brain signal': f'{sidecar["BrainMean"]:.1f} (BOLD units)',
         'Parcels below coverage': f'{len(sidecar["ParcelsBelowMinimumCoverage"])} '
@@ -57,7 +58,7 @@ def _series_facts(sidecar: dict) -> dict:
             'citation': sidecar['Atlas']['Citation'],
         },
         'warnings': list(sidecar['Warnings']),
-        'failure': None,
+        'failures': [],
     }
 
 
@@ -85,16 +86,22 @@ def _model_facts(label: str, sidecar: dict) -> dict:
 
 
 def _failed(output: Path, subject: str, listed: list[dict]) -> list[dict]:
-    """Failures on record: on their own, or with the run that they belong to."""
+    """Put failures on record with the run they belong to; those of no listed run are returned."""
     alone = []
-    for sentence in read_failures(output, subject):
-        name, _, reason = sentence.partition(': ')
-        own = [run for run in listed if run['name'].startswith(f'{name}_space-')]
+    for outcome in read_failures(output, subject):
+        atlas, _, model = outcome.step.partition('_')
+        reason = outcome.error.removeprefix(f'{outcome.run}: ')
+        own = [
+            run
+            for run in listed
+            if run['name'].startswith(f'{outcome.run}_space-') and run['name'].endswith(atlas)
+        ]
         if own:
-            own[0]['failure'] = reason or sentence
+            kept = '' if model else ' What is shown below is of an earlier input.'
+            own[0]['failures'].append(reason + kept)
         else:
-            facts = {'name': name, 'inputs': {}, 'models': [], 'atlas': None, 'warnings': []}
-            alone.append(facts | {'failure': reason or sentence})
+            facts = {'name': outcome.run, 'inputs': {}, 'models': [], 'atlas': None}
+            alone.append(facts | {'warnings': [], 'failures': [reason]})
     return alone
 
 

@@ -72,6 +72,11 @@ def report_name(run: BoldRun, atlas: str) -> str:
     return f'{run.name}_space-{run.space}_atlas-{atlas}'
 
 
+def series_step(atlas: str) -> str:
+    """What making the series of an atlas is called in the log folder."""
+    return f'atlas-{atlas}'
+
+
 def series_current(output: Path, run: BoldRun, atlas: str) -> bool:
     """Whether all derivatives of the parcel series stand and fit the inputs."""
     inputs = writing.input_fingerprints(run)
@@ -93,14 +98,14 @@ def read_series(path: Path) -> ParcelSeries:
 
     data, _ = writing.read_matrix(path)
     coverage_name = path.name.replace('_stat-mean_timeseries', '_stat-coverage_bold')
-    coverage = pd.read_csv(path.with_name(coverage_name), sep='\t')['coverage'].to_numpy()
+    coverage = pd.read_csv(path.with_name(coverage_name), sep='\t')['coverage']
     sidecar = writing.read_sidecar(path.with_suffix('.json'))
     flagged = np.zeros(len(data), dtype=bool)
     flagged[sidecar['FlaggedVolumes']] = True
     return ParcelSeries(
         data=data,
         tr=sidecar['RepetitionTime'],
-        coverage=coverage,
+        coverage=coverage.to_numpy(np.float32),
         flagged=flagged,
         brain_mean=sidecar['BrainMean'],
         start=sidecar['StartTime'],
@@ -147,14 +152,15 @@ def make_series(run: BoldRun, task: SeriesTask) -> None:
             f'{found.n_nonfinite} voxels hold NaN or infinite values and were left out.'
         )
     n_volumes = len(found.data)
-    if not preset.touches_nothing:
+    assessed = not preset.touches_nothing
+    if assessed:
         confounds = read_confounds(run.confounds, run.confounds_json, preset, n_volumes)
         data = denoise(found.data, confounds)
         flagged, dummy = confounds.flagged[confounds.dummy :], confounds.dummy
         names = list(confounds.names)
     else:
         data, flagged, dummy, names = found.data, np.zeros(n_volumes, dtype=bool), 0, []
-    covered = found.coverage >= task.min_coverage
+    covered = (found.coverage >= task.min_coverage) & np.isfinite(data).all(axis=0)
     series = np.where(covered, data, np.nan).astype(np.float32)
     if not covered.all():
         warnings.append(
@@ -177,9 +183,9 @@ def make_series(run: BoldRun, task: SeriesTask) -> None:
         'StartTime': dummy * tr,
         'NumberOfVolumes': n_volumes,
         'NumberOfVolumesDiscardedByNonsteadyStatesDetector': dummy,
-        'NumberOfVolumesFlagged': int(flagged.sum()),
+        'NumberOfVolumesFlagged': int(flagged.sum()) if assessed else None,
         'FlaggedVolumes': np.flatnonzero(flagged),
-        'FlaggedVolumesInterpolated': not preset.touches_nothing,
+        'FlaggedVolumesInterpolated': assessed,
         'Denoising': {
             'Name': preset.name,
             'Description': preset.description,
@@ -204,7 +210,8 @@ def make_series(run: BoldRun, task: SeriesTask) -> None:
     }
     paths = series_paths(task.output, run, atlas.name)
     relmat = connectome(series)
-    _write_tables(paths, series, found.coverage, relmat, atlas.names, (n_volumes - dummy) * tr, tr)
+    whole_run = [dummy * tr], [len(series) * tr], [1.0], [flagged.mean() if assessed else np.nan]
+    _write_tables(paths, series, found.coverage, relmat, atlas.names, whole_run)
     own = {name: writing.own_uri(task.output, path) for name, path in paths.items()}
     from_series = common | {'Sources': [own['series'], *common['Sources']]}
     sidecars = {
@@ -238,16 +245,16 @@ def make_series(run: BoldRun, task: SeriesTask) -> None:
         | {'Description': f'Mean BOLD signal of each parcel of {atlas.name}, in BOLD units.'}
         | details,
     }
-    _draw(run, task.output, atlas, found, data, series, relmat, flagged, dummy, tr, task)
+    _draw(run, atlas, found, series, relmat, flagged, dummy, tr, task)
     for name, path in paths.items():
         writing.write_json(path.with_suffix('.json'), sidecars[name])
 
 
-def _write_tables(paths, series, coverage, relmat, names, duration, tr) -> None:
+def _write_tables(paths, series, coverage, relmat, names, whole_run) -> None:
     writing.write_table(paths['coverage'], {'Node': list(names), 'coverage': coverage})
     writing.write_matrix(paths['relmat'], relmat, ['Node', *names], list(names))
     vector = connectome_vector(relmat)
-    header, index = embedding_columns([0.0], [duration], [1.0], [0.0], len(vector))
+    header, index = embedding_columns(*whole_run, len(vector))
     writing.write_matrix(paths['connectome'], vector[None], header, index)
     writing.write_matrix(paths['series'], series, list(names))
 
@@ -262,19 +269,19 @@ def embedding_columns(onset, duration, real, flagged, size: int) -> tuple[list[s
     header = ['window', 'onset', 'duration', 'real', 'flagged']
     header += [f'dim{i:0{width}d}' for i in range(size)]
     rows = zip(onset, duration, real, flagged, strict=True)
-    return header, [f'{i}\t' + '\t'.join(f'{v:.7g}' for v in row) for i, row in enumerate(rows)]
+    text = lambda value: 'n/a' if np.isnan(value) else f'{value:.7g}'
+    return header, ['\t'.join([str(i), *map(text, row)]) for i, row in enumerate(rows)]
 
 
-def _draw(run, output, atlas, found, data, series, relmat, flagged, dummy, tr, task) -> None:
+def _draw(run, atlas, found, series, relmat, flagged, dummy, tr, task) -> None:
     from bids_brainfm.reports import figures
     from bids_brainfm.reports.report import figure_path
 
-    after = np.where(found.coverage >= task.min_coverage, data, np.nan)
     order = np.lexsort((atlas.xyz[:, 1], atlas.xyz[:, 0] > 0))
     pictures = {
         'carpet': figures.carpet(
             found.data[dummy:],
-            after,
+            series,
             tr,
             flagged,
             order,
@@ -287,7 +294,7 @@ def _draw(run, output, atlas, found, data, series, relmat, flagged, dummy, tr, t
         ),
     }
     for what, figure in pictures.items():
-        figures.save(figure, figure_path(output, report_name(run, atlas.name), what))
+        figures.save(figure, figure_path(task.output, report_name(run, atlas.name), what))
 
 
 def voxel_size(bold: Path) -> float | None:
@@ -329,7 +336,7 @@ class MakeSeries(SimpleInterface):
         self._results['outcome'] = attempt(
             task.output,
             run,
-            f'atlas-{task.name}',
+            series_step(task.name),
             lambda: make_series(run, task),
             self.inputs.stop,
         )

@@ -6,6 +6,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.models.connectome import LABEL as CONNECTOME
+from bids_brainfm.signals.scale import METHODS
 
 PARCEL_ORDERS = ('atlas', 'ascending-y')
 
@@ -39,8 +41,6 @@ class ModelCard:
         Constant by which the scaled values are divided.
     denoising : str
         Name of a denoising preset.
-    trained : bool
-        Whether there are trained weights; if not, outputs say "untrained" in plain sight.
     licence, source : str
         Of the weights.
     citation : list of str
@@ -60,7 +60,6 @@ class ModelCard:
     scaling: str
     divide_by: float
     denoising: str
-    trained: bool
     licence: str
     source: str
     citation: list[str] = field(hash=False)
@@ -72,10 +71,25 @@ class ModelCard:
         return not self.weights
 
     def __post_init__(self):
-        if not self.label.isalnum():
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            wanted = (
+                (int, float) if item.type is float else getattr(item.type, '__origin__', item.type)
+            )
+            if not isinstance(value, wanted) or isinstance(value, bool):
+                raise BrainfmError(
+                    f'Model card {self.name}: {item.name} {value!r} is not a '
+                    f'{getattr(item.type, "__name__", item.type)}.'
+                )
+        if not self.label.isalnum() or self.label == CONNECTOME:
             raise BrainfmError(
                 f'Model card {self.name}: label {self.label!r} goes into file names, so it may '
-                f'have letters and digits only.'
+                f'have letters and digits only, and {CONNECTOME} is the name of the baseline.'
+            )
+        if self.scaling not in METHODS:
+            raise BrainfmError(
+                f'Model card {self.name}: scaling {self.scaling!r} is not one of '
+                f'{", ".join(METHODS)}.'
             )
         if self.parcel_order not in PARCEL_ORDERS:
             raise BrainfmError(
@@ -138,11 +152,11 @@ def load_card(name: str | Path) -> ModelCard:
             f'The model card {name} lacks or does not know: {", ".join(wrong)}; a card has the '
             f'fields {", ".join(f.name for f in fields)}.'
         )
-    card = ModelCard(**content)
-    if source is path and not card.atlas.isidentifier():
-        # an atlas card beside the user's own model card
-        card = dataclasses.replace(card, atlas=str(path.absolute().parent / card.atlas))
-    return card
+    if source is path:  # what a user's own card names lies beside it
+        for key in ('atlas', 'denoising'):
+            if str(content[key]).endswith(('.yml', '.yaml')):
+                content[key] = str(path.absolute().parent / content[key])
+    return ModelCard(**content)
 
 
 def checkpoint_dir(card: ModelCard, home: Path) -> Path:

@@ -34,8 +34,8 @@ class ModelSpec:
 
     @property
     def trained(self) -> bool:
-        """Whether the weights were learnt from data."""
-        return self.checkpoint is not None and self.card.trained
+        """Whether weights were loaded; else they are random."""
+        return self.checkpoint is not None
 
     @property
     def weights(self) -> str:

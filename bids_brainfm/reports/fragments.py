@@ -68,7 +68,7 @@ def untrained(models):
 def summary(subject, runs, software):
     """Who, how many runs, which models, what ran; one line per run."""
     models = [model for run in runs for model in run['models']]
-    failed = sum(bool(run['failure']) for run in runs)
+    failed = sum(bool(run['failures']) for run in runs)
     facts = {
         'Participant': f'sub-{subject}',
         'Runs': f'{len(runs) - failed} written' + (f', {failed} failed' if failed else ''),
@@ -77,7 +77,7 @@ def summary(subject, runs, software):
     rows = [
         (
             run['name'],
-            'failed' if run['failure'] else 'written',
+            result(run),
             ', '.join(f'{m["name"]}: {count(m["windows"], "window")}' for m in run['models']),
             len(run['warnings']) or 'none',
         )
@@ -90,9 +90,16 @@ def summary(subject, runs, software):
     )
 
 
+def result(run):
+    """Whether a run was written, failed, or both: a model may fail where another does not."""
+    if not run['failures']:
+        return 'written'
+    return 'failed in part' if run['inputs'] else 'failed'
+
+
 def warnings(runs):
     """Each failure and each warning as one sentence with its run, or that there were none."""
-    failures = [f'{run["name"]}: {run["failure"]}' for run in runs if run['failure']]
+    failures = [f'{run["name"]}: {failure}' for run in runs for failure in run['failures']]
     sentences = [f'{run["name"]}: {warning}' for run in runs for warning in run['warnings']]
     if not failures and not sentences:
         return notice(['None: every run was written and nothing was out of the ordinary.'], 'good')
@@ -101,7 +108,7 @@ def warnings(runs):
 
 def inputs(run):
     """What was read for a run and what was done to it."""
-    return notice([run['failure']] if run['failure'] else [], 'failure') + table(run['inputs'])
+    return notice(run['failures'], 'failure') + table(run['inputs'])
 
 
 def model(facts):

@@ -18,7 +18,9 @@ def read_methods(output: Path) -> str:
     return path.read_text() if path.is_file() else ''
 
 
-def write_methods(output: Path, parts: dict[str, tuple[str, list[str]]]) -> Path:
+def write_methods(
+    output: Path, parts: dict[str, tuple[str, list[str]]], record: bool = True
+) -> Path:
     """Write ``logs/CITATION.md``, from the parts of this run and of those before it.
 
     Parameters
@@ -28,6 +30,8 @@ def write_methods(output: Path, parts: dict[str, tuple[str, list[str]]]) -> Path
     parts : dict of str to (str, list of str)
         Name of each kind of output, as in ``logs/settings``: what was done, and what to cite for
         it. The tools that the text names are added.
+    record : bool
+        Whether the parts are of outputs that are now made, and stay for later runs' texts.
 
     Returns
     -------
@@ -37,11 +41,14 @@ def write_methods(output: Path, parts: dict[str, tuple[str, list[str]]]) -> Path
     import yaml
 
     folder = output / 'logs' / 'methods'
+    known = {path.stem: read_sidecar(path) for path in folder.glob('*.json')}
     for name, (text, citations) in parts.items():
-        write_json(folder / f'{name}.json', {'Text': text, 'References': citations})
-    known = [read_sidecar(path) for path in sorted(folder.glob('*.json'))]
-    texts = '\n\n'.join(part['Text'].strip() for part in known if part)
-    references = [citation for part in known if part for citation in part['References']]
+        known[name] = {'Text': text, 'References': citations}
+        if record:
+            write_json(folder / f'{name}.json', known[name])
+    ordered = [part for _, part in sorted(known.items()) if part]
+    texts = '\n\n'.join(part['Text'].strip() for part in ordered)
+    references = [citation for part in ordered for citation in part['References']]
     references += yaml.safe_load((DATA / 'references.yml').read_text())
     listed = '\n'.join(f'- {reference}' for reference in dict.fromkeys(references))
     text = f'# Methods\n\n{texts}\n\n# References\n\n{listed}\n'

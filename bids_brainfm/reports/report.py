@@ -70,8 +70,8 @@ def write_report(out_dir, subject, runs, methods='', software=None):
             With ``name``, ``licence`` and ``citation``.
         ``warnings`` : list of str
             One sentence each.
-        ``failure`` : str or None
-            One sentence, for a run that was not written.
+        ``failures`` : list of str
+            One sentence for each step that failed.
     methods : str
         Methods text: paragraphs between blank lines, ``#`` headings, ``-`` lists.
     software : dict of str to str, optional

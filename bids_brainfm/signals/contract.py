@@ -73,15 +73,15 @@ def prepare(
     BrainfmError
         The run is too short, has too little coverage, or cannot be scaled.
     """
-    needed = 1 + math.ceil((contract.window - 1) * contract.tr / series.tr - 1e-6)
-    if len(series.data) < needed and contract.short_runs == 'refuse':
+    volumes = nearest_volume(len(series.data), series.tr, contract.tr)
+    if len(volumes) < contract.window and contract.short_runs == 'refuse':
+        needed = 1 + math.ceil((contract.window - 1) * contract.tr / series.tr - 1e-6)
         raise BrainfmError(
-            f'The run has {len(series.data)} volumes ({len(series.data) * series.tr:.1f} s) and '
+            f'the run has {len(series.data)} volumes ({len(series.data) * series.tr:.1f} s) and '
             f'one window takes {needed} ({needed * series.tr:.1f} s): choose --short-runs pad or '
             f'tile, or leave the run out.'
         )
     data, donors = fill_uncovered(series.data, series.coverage, xyz, contract.min_coverage)
-    volumes = nearest_volume(len(data), series.tr, contract.tr)
     stats = load_scale_stats(contract.stats, atlas, data.shape[1]) if contract.stats else None
     scaled = scale(
         resample(data, series.tr, contract.tr),

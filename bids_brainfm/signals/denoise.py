@@ -212,7 +212,7 @@ def read_confounds(tsv, json_path, preset, n_volumes) -> Confounds:
                 f'{tsv} has no column {column}, which the outlier threshold of the denoising '
                 f'{preset.name} needs; use the confounds table as fMRIPrep wrote it.'
             )
-        flagged |= _numbers(table, [column], tsv)[:, 0] > limit
+        flagged |= _numbers(table, [column], tsv, fill=False)[:, 0] > limit
     return Confounds(regressors, tuple(names), flagged, dummy)
 
 
@@ -279,8 +279,12 @@ def _retained(names, mask, tsv, json_path):
     return [name for name in names if name not in components or wanted(name)]
 
 
-def _numbers(table, names, tsv):
-    """(T, K) float64 columns without gaps, the first row filled from the second."""
+def _numbers(table, names, tsv, fill=True):
+    """(T, K) float64 columns without gaps.
+
+    The first row, which has no change since the volume before, is filled from the second, or is 0
+    where nothing should be made of it.
+    """
     columns = table[names]
     for name, kind in columns.dtypes.items():
         if kind.kind not in 'iufb':
@@ -290,7 +294,7 @@ def _numbers(table, names, tsv):
             )
     values = columns.to_numpy(dtype=float, copy=True)
     if len(values) > 1:
-        values[0] = np.where(np.isnan(values[0]), values[1], values[0])
+        values[0] = np.where(np.isnan(values[0]), values[1] if fill else 0, values[0])
     gaps = ~np.isfinite(values)
     if gaps.any():
         row, column = np.argwhere(gaps)[0]

@@ -39,7 +39,7 @@ def init_participant_wf(plan: Plan, software: dict) -> LiterateWorkflow:
         It carries the methods text, see :func:`describe`.
     """
     settings = plan.settings
-    workflow = LiterateWorkflow('bids_brainfm_wf', base_dir=str(settings.work_dir))
+    workflow = LiterateWorkflow('bids_brainfm_wf', base_dir=str(plan.work))
     all_encoded = pe.Node(Merge(max(1, sum(len(a.models) for a in plan.atlases))), 'all_encoded')
     workflow.add_nodes([all_encoded])
     number = 0
@@ -94,16 +94,20 @@ def init_series_wf(atlas: AtlasPlan, plan: Plan) -> LiterateWorkflow:
 
     settings = plan.settings
     preset = load_preset(atlas.task.denoise)
+    steady = 'Volumes before the steady state, as found by fMRIPrep, were left out. '
+    dropped = '' if preset.touches_nothing else steady
     workflow = LiterateWorkflow(series_name(atlas))
     workflow.__desc__ = (
         'Preprocessed BOLD series were taken from fMRIPrep (Esteban et al. 2019) derivatives and '
         f'passed through bids_brainfm {plan.version}, which is built on Nipype (Gorgolewski et '
         'al. 2011), PyBIDS (Yarkoni et al. 2019), NiBabel and PyTorch.\n\n'
         f'The mean BOLD signal of each parcel of the {atlas.name} atlas was computed over the '
-        'voxels (or grayordinates) of the parcel that vary over the run; the atlas was matched to '
-        'the data by its affine, by nearest neighbour. Parcels with less than '
+        'voxels (or grayordinates) of the parcel that vary over the run. Atlas and data were '
+        'matched by their affines: each voxel took the label nearest to it or, where the data are '
+        'too coarse for that, each voxel of the atlas took the voxel of the data nearest to it. '
+        'Parcels with less than '
         f'{settings.min_coverage:.0%} of their volume in the field of view were set to n/a. '
-        f'{preset.description.strip()} '
+        f'{dropped}{preset.description.strip()} '
         'Functional connectivity (Pearson correlation between the denoised parcel series) was '
         'computed as the baseline to compare embeddings with.\n\n'
     )

@@ -7,7 +7,6 @@ that do not fit the outputs already there.
 import dataclasses
 import hashlib
 import json
-import shutil
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,9 +17,10 @@ from bids_brainfm.bids import reading, writing
 from bids_brainfm.bids.reading import BoldRun
 from bids_brainfm.config import Settings
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.interfaces.encode import EncodeTask, embedding_current
+from bids_brainfm.interfaces.encode import EncodeTask, embedding_current, encode_step
 from bids_brainfm.interfaces.outcome import Outcome, read_failures
-from bids_brainfm.interfaces.series import SeriesTask, series_current
+from bids_brainfm.interfaces.series import SeriesTask, series_current, series_step
+from bids_brainfm.signals.scale import load_scale_stats
 
 # The card's own space first; fMRIPrep's default comes last, where the atlas is a warped one
 SPACES = ('MNI152NLin6Asym', 'fsLR', 'MNI152NLin2009cAsym')
@@ -56,6 +56,7 @@ class Plan:
     settings: Settings
     version: str
     datasets: dict[str, Path]
+    work: Path
     atlases: list[AtlasPlan]
     failures: list[Outcome] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
@@ -66,17 +67,35 @@ class Plan:
         runs = {run.subject for atlas in self.atlases for run in atlas.runs}
         return sorted(runs | {_subject(failure.run) for failure in self.failures})
 
+    @property
+    def steps(self) -> list[Outcome]:
+        """Everything that this plan wants done, by run and step, as if it were."""
+        return [
+            Outcome(run.name, step)
+            for atlas in self.atlases
+            for run in atlas.runs
+            for step in (
+                series_step(atlas.name),
+                *(encode_step(atlas.name, model.task.spec.label) for model in atlas.models),
+            )
+        ]
+
+    def record_failures(self) -> None:
+        """Forget failures of earlier runs in what is to be done now, and write down the known."""
+        for outcome in self.steps + self.failures:
+            outcome.record(self.settings.output_dir)
+
     def read_failures(self) -> list[str]:
-        """Failures on record for the runs of this plan."""
-        names = {run.name for atlas in self.atlases for run in atlas.runs}
-        names |= {failure.run for failure in self.failures}
+        """Sentences of what failed in this plan."""
+        wanted = {(outcome.run, outcome.step) for outcome in self.steps + self.failures}
         recorded = [
-            sentence
+            outcome.error
             for subject in self.subjects
-            for sentence in read_failures(self.settings.output_dir, subject)
+            for outcome in read_failures(self.settings.output_dir, subject)
+            if (outcome.run, outcome.step) in wanted
         ]
         absent = [f'sub-{label}: no BOLD run matches what was asked for.' for label in self.absent]
-        return [s for s in recorded if s.partition(':')[0] in names] + absent
+        return recorded + absent
 
 
 def _subject(name: str) -> str:
@@ -121,6 +140,7 @@ def resolve_models(settings: Settings, home: Path, version: str) -> list[EncodeT
         tasks.append(
             EncodeTask(
                 spec=spec,
+                atlas=load_atlas(spec.card.atlas, home).name,
                 contract=_contract(settings, spec.card),
                 home=home,
                 device=str(device),
@@ -157,8 +177,18 @@ def _contract(settings: Settings, card):
     )
 
 
-def make_plan(settings: Settings, version: str) -> Plan:
+def make_plan(settings: Settings, datasets: dict[str, Path], work: Path, version: str) -> Plan:
     """Find the runs, the models and the atlases, and what is left to do.
+
+    Parameters
+    ----------
+    settings : Settings
+    datasets : dict of str to Path
+        fMRIPrep datasets to read.
+    work : Path
+        Work folder of this process.
+    version : str
+        Version of this program.
 
     Raises
     ------
@@ -168,9 +198,12 @@ def make_plan(settings: Settings, version: str) -> Plan:
     from bids_brainfm.atlases.atlas import home
 
     place = home()
-    datasets = reading.find_datasets(settings.bids_dir, settings.derivatives)
     tasks = resolve_models(settings, place, version)
-    layouts = {name: _index(settings, name, root) for name, root in datasets.items()}
+    database = settings.bids_database_dir or work / 'bids_db'
+    layouts = {
+        name: reading.index(root, settings.participant_label, database / name)
+        for name, root in datasets.items()
+    }
     prepare_output(settings.output_dir)
     failures: list[Outcome] = []
     plans = []
@@ -179,7 +212,7 @@ def make_plan(settings: Settings, version: str) -> Plan:
         plans.append(_plan_atlas(settings, version, place, atlas, of_atlas, layouts, failures))
     if not any(plan.runs for plan in plans):
         raise BrainfmError(_nothing(settings, datasets, failures))
-    plan = Plan(settings, version, datasets, plans, failures)
+    plan = Plan(settings, version, datasets, work, plans, failures)
     absent = sorted(set(settings.participant_label) - set(plan.subjects))
     return dataclasses.replace(plan, absent=absent)
 
@@ -202,23 +235,13 @@ def prepare_output(folder: Path) -> None:
             f'permissions, or choose another one.'
         ) from None
     if (folder / 'dataset_description.json').exists():
-        generators = reading.read_description(folder).get('GeneratedBy') or [{}]
-        author = generators[0].get('Name', 'unknown software')
+        programs = reading.generators(reading.read_description(folder))
+        author = next((p['Name'] for p in programs if 'Name' in p), 'unknown software')
         if author != 'bids_brainfm':
             raise BrainfmError(
                 f'{folder} already holds another dataset (by {author}): choose an output folder '
                 f'of its own.'
             )
-
-
-def _index(settings: Settings, name: str, root: Path):
-    database = settings.bids_database_dir
-    if database is None:
-        # an index of an earlier run may be out of date
-        database = settings.work_dir / 'bids_db'
-        shutil.rmtree(database / name, ignore_errors=True)
-    (database / name).mkdir(parents=True, exist_ok=True)
-    return reading.index(root, settings.participant_label, database / name)
 
 
 def _plan_atlas(settings, version, home, atlas_name, tasks, layouts, failures) -> AtlasPlan:
@@ -262,18 +285,35 @@ def _plan_atlas(settings, version, home, atlas_name, tasks, layouts, failures) -
         found, without = reading.find_runs(layout, name, spaces, filters)
         runs += found
         failures += [
-            Outcome(stem, f'atlas-{atlas.name}', sentence) for stem, sentence in without.items()
+            Outcome(stem, series_step(atlas.name), sentence) for stem, sentence in without.items()
         ]
+    if preset.touches_nothing:  # then the confounds are no input
+        runs = [dataclasses.replace(run, confounds=None, confounds_json=None) for run in runs]
     twice = [name for name, count in Counter(run.name for run in runs).items() if count > 1]
     if twice:
         raise BrainfmError(
             f'{", ".join(twice[:3])} is in more than one of the --derivatives datasets, and both '
             f'would write the same files: name one dataset.'
         )
+    for task in tasks:
+        _check_fit(task, atlas)
     _claim(settings, atlas.name, preset, tasks)
     todo = [run for run in runs if not series_current(output, run, atlas.name)]
     models = [ModelPlan(task, _to_encode(output, runs, todo, atlas.name, task)) for task in tasks]
     return AtlasPlan(atlas.name, atlas.citation, series, runs, todo, models)
+
+
+def _check_fit(task: EncodeTask, atlas) -> None:
+    """See that a model and its statistics are of this atlas, before anything is computed."""
+    card, stats = task.spec.card, task.contract.stats
+    parcels = card.config.get('num_brain_voxels', atlas.n_parcels)
+    if parcels != atlas.n_parcels:
+        raise BrainfmError(
+            f'{card.name} takes {parcels} parcels, but its atlas {atlas.name} has '
+            f'{atlas.n_parcels}: name the atlas that it was trained with in its card.'
+        )
+    if stats is not None:
+        load_scale_stats(stats, atlas.name, atlas.n_parcels)
 
 
 def _to_encode(output, runs, todo, atlas: str, task: EncodeTask) -> list[BoldRun]:
