@@ -112,6 +112,80 @@ def read_series(path: Path) -> ParcelSeries:
     )
 
 
+@dataclass(frozen=True)
+class Made:
+    """Parcel series of one run, and what is to be told of how they came about.
+
+    Attributes
+    ----------
+    run : BoldRun
+    tr : float
+        Repetition time in seconds.
+    atlas : Atlas
+    image : AtlasImage
+        The image of the atlas that was used.
+    preset : Preset
+        The denoising.
+    found : Parcellation
+        The series before denoising.
+    names : tuple of str
+        Confounds that were regressed out.
+    flagged : (T,) bool
+        Outliers among the volumes that were kept.
+    dummy : int
+        Volumes left out at the start.
+    series : (T, P) float32
+        Denoised series; NaN for parcels without enough coverage.
+    relmat : (P, P) float32
+        Functional connectivity.
+    """
+
+    run: BoldRun
+    tr: float
+    atlas: object
+    image: object
+    preset: object
+    found: object
+    names: tuple[str, ...]
+    flagged: np.ndarray
+    dummy: int
+    series: np.ndarray
+    relmat: np.ndarray
+
+    @property
+    def assessed(self) -> bool:
+        """Whether confounds were read, so that outliers are known."""
+        return not self.preset.touches_nothing
+
+    @property
+    def uncovered(self) -> list[str]:
+        """Names of the parcels that are n/a."""
+        missing = np.flatnonzero(np.isnan(self.series).all(axis=0))
+        return [self.atlas.names[i] for i in missing]
+
+    def warnings(self, min_coverage: float) -> list[str]:
+        """What is out of the ordinary, one sentence each."""
+        found, sentences = self.found, []
+        if found.header_tr and abs(found.header_tr - self.tr) > 1e-3 * self.tr:
+            sentences.append(
+                f'The header gives a repetition time of {found.header_tr:g} s, the sidecar '
+                f'{self.tr:g} s; the sidecar was used.'
+            )
+        if found.n_nonfinite:
+            sentences.append(
+                f'{found.n_nonfinite} voxels hold NaN or infinite values and were left out.'
+            )
+        if self.uncovered:
+            sentences.append(
+                f'{len(self.uncovered)} of {self.atlas.n_parcels} parcels have less than '
+                f'{min_coverage:.0%} of their volume in the field of view, or none, and are n/a: '
+                f'{_some(self.uncovered)}.'
+            )
+        if self.dummy:
+            sentences.append(f'{self.dummy} non-steady-state volumes at the start were left out.')
+        return sentences
+
+
 def make_series(run: BoldRun, task: SeriesTask) -> None:
     """Parcellate and denoise one run and write what comes from it.
 
@@ -120,13 +194,38 @@ def make_series(run: BoldRun, task: SeriesTask) -> None:
     BrainfmError
         The run's files are missing, damaged or contradict each other.
     """
-    from bids_brainfm.atlases.atlas import load_atlas
     from bids_brainfm.atlases.export import export_atlas
+
+    made = compute_series(run, task)
+    paths = series_paths(task.output, run, made.atlas.name)
+    sources = [run.uri(path) for path in run.companions().values()]
+    sources.append(writing.own_uri(task.output, export_atlas(task.output, made.atlas, made.image)))
+    _write_tables(paths, made)
+    _draw(made, task)
+    series_uri = writing.own_uri(task.output, paths['series'])
+    for name, content in _describe(made, task.min_coverage).items():
+        own = [] if name in ('series', 'coverage') else [series_uri]
+        common = {
+            'Sources': own + sources,
+            'InputFiles': writing.input_fingerprints(run),
+            'SoftwareVersion': task.version,
+        }
+        writing.write_json(paths[name].with_suffix('.json'), content | common)
+
+
+def compute_series(run: BoldRun, task: SeriesTask) -> Made:
+    """Parcellate and denoise one run.
+
+    Raises
+    ------
+    BrainfmError
+        The run's files are missing, damaged or contradict each other.
+    """
+    from bids_brainfm.atlases.atlas import load_atlas
     from bids_brainfm.signals.denoise import denoise, load_preset, read_confounds
     from bids_brainfm.signals.parcellate import parcellate
 
     tr = repetition_time(run)
-    atlas = load_atlas(task.atlas, task.home)
     preset = load_preset(task.denoise)
     if run.mask is None and not run.is_cifti:
         raise BrainfmError(
@@ -138,91 +237,38 @@ def make_series(run: BoldRun, task: SeriesTask) -> None:
             f'{run.name}: there is no desc-confounds_timeseries.tsv, which denoising '
             f'"{preset.name}" needs: copy it from the fMRIPrep output, or use --denoise none.'
         )
+    atlas = load_atlas(task.atlas, task.home)
     image = atlas.image_for(run.space, voxel_size(run.bold))
     found = parcellate(run.bold, image.path, atlas.n_parcels, run.mask)
-
-    warnings = []
-    if found.header_tr and abs(found.header_tr - tr) > 1e-3 * tr:
-        warnings.append(
-            f'The header gives a repetition time of {found.header_tr:g} s, the sidecar {tr:g} s; '
-            f'the sidecar was used.'
-        )
-    if found.n_nonfinite:
-        warnings.append(
-            f'{found.n_nonfinite} voxels hold NaN or infinite values and were left out.'
-        )
-    n_volumes = len(found.data)
-    assessed = not preset.touches_nothing
-    if assessed:
-        confounds = read_confounds(run.confounds, run.confounds_json, preset, n_volumes)
-        data = denoise(found.data, confounds)
-        flagged, dummy = confounds.flagged[confounds.dummy :], confounds.dummy
-        names = list(confounds.names)
-    else:
-        data, flagged, dummy, names = found.data, np.zeros(n_volumes, dtype=bool), 0, []
+    confounds = read_confounds(run.confounds, run.confounds_json, preset, len(found.data))
+    data = denoise(found.data, confounds)
     covered = (found.coverage >= task.min_coverage) & np.isfinite(data).all(axis=0)
     series = np.where(covered, data, np.nan).astype(np.float32)
-    if not covered.all():
-        warnings.append(
-            f'{(~covered).sum()} of {len(covered)} parcels have less than '
-            f'{task.min_coverage:.0%} of their volume in the field of view and are n/a: '
-            f'{_some([atlas.names[i] for i in np.flatnonzero(~covered)])}.'
-        )
-    if dummy:
-        warnings.append(f'{dummy} non-steady-state volumes at the start were left out.')
+    return Made(
+        run=run,
+        tr=tr,
+        atlas=atlas,
+        image=image,
+        preset=preset,
+        found=found,
+        names=tuple(confounds.names),
+        flagged=confounds.flagged[confounds.dummy :],
+        dummy=confounds.dummy,
+        series=series,
+        relmat=connectome(series),
+    )
 
-    uri = writing.own_uri(task.output, export_atlas(task.output, atlas, image))
-    common = {
-        'Sources': [run.uri(path) for path in run.companions().values()] + [uri],
-        'InputFiles': writing.input_fingerprints(run),
-        'SoftwareVersion': task.version,
-    }
-    details = {
-        'RepetitionTime': tr,
-        'SamplingFrequency': 1 / tr,
-        'StartTime': dummy * tr,
-        'NumberOfVolumes': n_volumes,
-        'NumberOfVolumesDiscardedByNonsteadyStatesDetector': dummy,
-        'NumberOfVolumesFlagged': int(flagged.sum()) if assessed else None,
-        'FlaggedVolumes': np.flatnonzero(flagged),
-        'FlaggedVolumesInterpolated': assessed,
-        'Denoising': {
-            'Name': preset.name,
-            'Description': preset.description,
-            'ConfoundRegressors': names,
-            'DegreesOfFreedomLost': len(names) + 1 if names else 0,
-            'MeanAddedBack': bool(names),
-        },
-        'Atlas': {
-            'Name': atlas.name,
-            'Image': image.path.name,
-            'Provenance': image.provenance,
-            'License': atlas.licence,
-            'Citation': ' '.join(atlas.citation),
-        },
-        'Space': run.space,
-        'Resolution': run.entities.get('res'),
-        'Sampling': found.sampling,
-        'BrainMean': found.brain_mean,
-        'MinimumCoverage': task.min_coverage,
-        'ParcelsBelowMinimumCoverage': [atlas.names[i] for i in np.flatnonzero(~covered)],
-        'Warnings': warnings,
-    }
-    paths = series_paths(task.output, run, atlas.name)
-    relmat = connectome(series)
-    whole_run = [dummy * tr], [len(series) * tr], [1.0], [flagged.mean() if assessed else np.nan]
-    _write_tables(paths, series, found.coverage, relmat, atlas.names, whole_run)
-    own = {name: writing.own_uri(task.output, path) for name, path in paths.items()}
-    from_series = common | {'Sources': [own['series'], *common['Sources']]}
-    sidecars = {
-        'coverage': common
-        | {
+
+def _describe(made: Made, min_coverage: float) -> dict[str, dict]:
+    """Sidecars of the tables, by the names of :func:`series_paths`, but for their sources."""
+    atlas, warnings = made.atlas, made.warnings(min_coverage)
+    return {
+        'coverage': {
             'Description': 'Share of each parcel inside the field of view of this run.',
             'Node': {'Description': f'Parcel of {atlas.name}'},
             'coverage': {'Description': 'Share of the parcel with signal', 'Units': 'arbitrary'},
         },
-        'relmat': from_series
-        | {
+        'relmat': {
             'Description': 'Functional connectivity between parcels.',
             'RelationshipMeasure': 'Pearson correlation',
             'Weighted': True,
@@ -230,8 +276,7 @@ def make_series(run: BoldRun, task: SeriesTask) -> None:
             'ValidDiagonal': True,
             'StorageFormat': 'Full',
         },
-        'connectome': from_series
-        | {
+        'connectome': {
             'Description': 'Functional connectivity as an embedding of the whole run: the '
             'baseline to compare model embeddings with.',
             'Model': {
@@ -241,22 +286,71 @@ def make_series(run: BoldRun, task: SeriesTask) -> None:
             'Pooling': 'upper triangle of the relmat, row by row, without the diagonal',
             'Warnings': warnings,
         },
-        'series': common
-        | {'Description': f'Mean BOLD signal of each parcel of {atlas.name}, in BOLD units.'}
-        | details,
+        'series': {
+            'Description': f'Mean BOLD signal of each parcel of {atlas.name}, in BOLD units.',
+            'RepetitionTime': made.tr,
+            'SamplingFrequency': 1 / made.tr,
+            'StartTime': made.dummy * made.tr,
+            'NumberOfVolumes': len(made.found.data),
+            'NumberOfVolumesDiscardedByNonsteadyStatesDetector': made.dummy,
+            'NumberOfVolumesFlagged': int(made.flagged.sum()) if made.assessed else None,
+            'FlaggedVolumes': np.flatnonzero(made.flagged),
+            'FlaggedVolumesInterpolated': made.assessed,
+            'Denoising': {
+                'Name': made.preset.name,
+                'Description': made.preset.description,
+                'ConfoundRegressors': made.names,
+                'DegreesOfFreedomLost': len(made.names) + 1 if made.names else 0,
+                'MeanAddedBack': bool(made.names),
+            },
+            'Atlas': {
+                'Name': atlas.name,
+                'Image': made.image.path.name,
+                'Provenance': made.image.provenance,
+                'License': atlas.licence,
+                'Citation': ' '.join(atlas.citation),
+            },
+            'Space': made.run.space,
+            'Resolution': made.run.entities.get('res'),
+            'Sampling': made.found.sampling,
+            'BrainMean': made.found.brain_mean,
+            'MinimumCoverage': min_coverage,
+            'ParcelsBelowMinimumCoverage': made.uncovered,
+            'Warnings': warnings,
+        },
     }
-    _draw(run, atlas, found, series, relmat, flagged, dummy, tr, task)
-    for name, path in paths.items():
-        writing.write_json(path.with_suffix('.json'), sidecars[name])
 
 
-def _write_tables(paths, series, coverage, relmat, names, whole_run) -> None:
-    writing.write_table(paths['coverage'], {'Node': list(names), 'coverage': coverage})
-    writing.write_matrix(paths['relmat'], relmat, ['Node', *names], list(names))
-    vector = connectome_vector(relmat)
-    header, index = embedding_columns(*whole_run, len(vector))
+def _write_tables(paths: dict[str, Path], made: Made) -> None:
+    names = list(made.atlas.names)
+    writing.write_table(paths['coverage'], {'Node': names, 'coverage': made.found.coverage})
+    writing.write_matrix(paths['relmat'], made.relmat, ['Node', *names], names)
+    vector = connectome_vector(made.relmat)
+    share_flagged = made.flagged.mean() if made.assessed else np.nan
+    header, index = embedding_columns(
+        [made.dummy * made.tr], [len(made.series) * made.tr], [1.0], [share_flagged], len(vector)
+    )
     writing.write_matrix(paths['connectome'], vector[None], header, index)
-    writing.write_matrix(paths['series'], series, list(names))
+    writing.write_matrix(paths['series'], made.series, names)
+
+
+def _draw(made: Made, task: SeriesTask) -> None:
+    from bids_brainfm.reports import figures
+    from bids_brainfm.reports.report import figure_path
+
+    xyz = made.atlas.xyz
+    order, label = np.lexsort((xyz[:, 1], xyz[:, 0] > 0)), 'left then right, back to front'
+    before, start = made.found.data[made.dummy :], made.dummy * made.tr
+    pictures = {
+        'carpet': figures.carpet(
+            before, made.series, made.tr, made.flagged, order, order_label=label, start=start
+        ),
+        'coverage': figures.coverage(xyz, made.found.coverage, task.min_coverage),
+        'connectivity': figures.connectivity(made.relmat, order, order_label=label),
+    }
+    name = report_name(made.run, made.atlas.name)
+    for what, figure in pictures.items():
+        figures.save(figure, figure_path(task.output, name, what))
 
 
 def embedding_columns(onset, duration, real, flagged, size: int) -> tuple[list[str], list[str]]:
@@ -271,30 +365,6 @@ def embedding_columns(onset, duration, real, flagged, size: int) -> tuple[list[s
     rows = zip(onset, duration, real, flagged, strict=True)
     text = lambda value: 'n/a' if np.isnan(value) else f'{value:.7g}'
     return header, ['\t'.join([str(i), *map(text, row)]) for i, row in enumerate(rows)]
-
-
-def _draw(run, atlas, found, series, relmat, flagged, dummy, tr, task) -> None:
-    from bids_brainfm.reports import figures
-    from bids_brainfm.reports.report import figure_path
-
-    order = np.lexsort((atlas.xyz[:, 1], atlas.xyz[:, 0] > 0))
-    pictures = {
-        'carpet': figures.carpet(
-            found.data[dummy:],
-            series,
-            tr,
-            flagged,
-            order,
-            order_label='left then right, back to front',
-            start=dummy * tr,
-        ),
-        'coverage': figures.coverage(atlas.xyz, found.coverage, task.min_coverage),
-        'connectivity': figures.connectivity(
-            relmat, order, order_label='left then right, back to front'
-        ),
-    }
-    for what, figure in pictures.items():
-        figures.save(figure, figure_path(task.output, report_name(run, atlas.name), what))
 
 
 def voxel_size(bold: Path) -> float | None:
