@@ -349,3 +349,15 @@ def test_random_weights_of_a_trained_model_have_their_own_name(tmp_path):
     assert spec.label == 'brainlm13mrandom'
     assert not spec.trained
     assert 'random' in spec.weights
+
+
+def test_tokens_of_another_input_are_not_left_beside_a_new_table(dataset, tmp_path, app):
+    """Without --tokens, a run whose input changed loses its old token file."""
+    out = tmp_path / 'out'
+    assert app(dataset, out, '--participant-label', '01', '--tokens') == 0
+    tokens = out / f'sub-01/func/{STEM}_desc-brainlmdemo_embedding.h5'
+    assert app(dataset, out, '--participant-label', '01') == 0
+    assert tokens.is_file()
+    next(dataset.glob('sub-01/func/*_bold.nii.gz')).touch()
+    assert app(dataset, out, '--participant-label', '01') == 0
+    assert not tokens.exists()

@@ -27,6 +27,7 @@ from bids_brainfm.interfaces.series import (
 )
 from bids_brainfm.models.spec import SEED, ModelSpec
 from bids_brainfm.signals.contract import Contract, prepare
+from bids_brainfm.signals.resample import same_rate
 
 LOGGER = logging.getLogger('bids_brainfm')
 
@@ -216,7 +217,7 @@ def write_embedding(run, task: EncodeTask, atlas, windows, donors, encoding) -> 
     from bids_brainfm.reports import figures
     from bids_brainfm.reports.report import figure_path
 
-    spec, card = task.spec, task.spec.card
+    spec = task.spec
     path = embedding_path(task.output, run, atlas.name, spec.label)
     series = series_paths(task.output, run, atlas.name)['series']
     source = writing.read_sidecar(series.with_suffix('.json'))
@@ -227,6 +228,8 @@ def write_embedding(run, task: EncodeTask, atlas, windows, donors, encoding) -> 
     writing.write_matrix(path, encoding.summary, header, index)
     if task.tokens:
         write_tokens(path.with_suffix('.h5'), encoding, windows, atlas)
+    else:  # tokens of an earlier input would not belong to this table
+        path.with_suffix('.h5').unlink(missing_ok=True)
     recorded = source['NumberOfVolumes'] * source['RepetitionTime']
     pictures = {
         'windows': figures.windows(*shares, recorded),
@@ -236,7 +239,14 @@ def write_embedding(run, task: EncodeTask, atlas, windows, donors, encoding) -> 
     for what, figure in pictures.items():
         figures.save(figure, figure_path(task.output, name, what, spec.label))
     filled = {atlas.names[i]: atlas.names[donor] for i, donor in enumerate(donors) if donor >= 0}
-    warnings = []
+    content = _describe(task, source, windows, encoding.summary.shape[1], filled)
+    own = {'Sources': [writing.own_uri(task.output, series), *source['Sources']]}
+    writing.write_json(path.with_suffix('.json'), content | own)
+
+
+def _warnings(task: EncodeTask, windows, filled: dict) -> list[str]:
+    """What is out of the ordinary with the windows of a run, one sentence each."""
+    spec, warnings = task.spec, []
     if not spec.trained:
         warnings.append(
             f'{spec.label} is untrained (random weights): its embeddings are a control, '
@@ -254,60 +264,75 @@ def write_embedding(run, task: EncodeTask, atlas, windows, donors, encoding) -> 
             f'{(windows.real < 1).sum()} window(s) of {spec.label} are not all recorded signal '
             f'(--short-runs {task.contract.short_runs}).'
         )
-    resampled = abs(source['RepetitionTime'] / card.tr - 1) >= 1e-3
-    writing.write_json(
-        path.with_suffix('.json'),
-        {
-            'Description': f'Embedding of each window of the run by {card.name}: the state of the '
-            f'class token after the last normalisation.',
-            'Sources': [writing.own_uri(task.output, series), *source['Sources']],
-            'InputFiles': source['InputFiles'],
-            'SoftwareVersion': task.version,
-            'Model': {
-                'Name': card.name,
-                'Description': card.description,
-                'Trained': spec.trained,
-                'Weights': spec.weights,
-                'WeightsSHA256': spec.sha256,
-                'License': card.licence,
-                'Source': card.source,
-                'Citation': card.citation,
-                'Architecture': card.config,
-            },
-            'Pooling': 'class token',
-            'ParcelOrder': card.parcel_order,
-            'EmbeddingSize': encoding.summary.shape[1],
-            'NumberOfWindows': len(windows.data),
-            'WindowLength': card.window * card.tr,
-            'WindowSamples': card.window,
-            'WindowStride': (task.contract.stride or card.window) * card.tr,
-            'WindowOnsets': windows.onset,
-            'SamplingFrequency': 1 / card.tr,
-            'RepetitionTime': source['RepetitionTime'],
-            'Resampled': resampled,
-            'ResamplingMethod': 'polyphase with anti-aliasing filter' if resampled else None,
-            'Scaling': task.contract.scaling,
-            'DividedBy': task.contract.divide_by if task.contract.scaling != 'none' else None,
-            'ScaleStatistics': task.contract.stats,
-            'ShortRuns': task.contract.short_runs,
-            'LeftOver': windows.left_over,
-            'Denoising': source['Denoising'],
-            'ShareFlagged': windows.flagged if assessed else None,
-            'ShareReal': windows.real,
-            'FilledParcels': filled,
-            'FillRule': FILL_RULE,
-            'Precision': task.precision,
-            'Device': task.device,
-            'Space': run.space,
-            'Atlas': source['Atlas'],
-            'Warnings': warnings,
-            'window': {'Description': 'Number of the window, from 0'},
-            'onset': {'Description': "Start of the window since the run's start", 'Units': 's'},
-            'duration': {'Description': 'Recorded signal in the window', 'Units': 's'},
-            'real': {'Description': 'Share of samples that were recorded'},
-            'flagged': {'Description': 'Share of recorded samples from flagged volumes'},
+    return warnings
+
+
+def _describe(task: EncodeTask, source: dict, windows, size: int, filled: dict) -> dict:
+    """Sidecar of a run's embeddings, but for its sources.
+
+    Parameters
+    ----------
+    task : EncodeTask
+    source : dict
+        Sidecar of the parcel series.
+    windows : Windows
+    size : int
+        Dimensions of the embedding.
+    filled : dict of str to str
+        Parcels that were filled, and from which.
+    """
+    spec, card, contract = task.spec, task.spec.card, task.contract
+    assessed = 'NumberOfVolumesFlagged' in source
+    resampled = not same_rate(source['RepetitionTime'], card.tr)
+    return {
+        'Description': f'Embedding of each window of the run by {card.name}: the state of the '
+        f'class token after the last normalisation.',
+        'InputFiles': source['InputFiles'],
+        'SoftwareVersion': task.version,
+        'Model': {
+            'Name': card.name,
+            'Description': card.description,
+            'Trained': spec.trained,
+            'Weights': spec.weights,
+            'WeightsSHA256': spec.sha256,
+            'License': card.licence,
+            'Source': card.source,
+            'Citation': card.citation,
+            'Architecture': card.config,
         },
-    )
+        'Pooling': 'class token',
+        'ParcelOrder': card.parcel_order,
+        'EmbeddingSize': size,
+        'NumberOfWindows': len(windows.data),
+        'WindowLength': card.window * card.tr,
+        'WindowSamples': card.window,
+        'WindowStride': (contract.stride or card.window) * card.tr,
+        'WindowOnsets': windows.onset,
+        'SamplingFrequency': 1 / card.tr,
+        'RepetitionTime': source['RepetitionTime'],
+        'Resampled': resampled,
+        'ResamplingMethod': 'polyphase with anti-aliasing filter' if resampled else None,
+        'Scaling': contract.scaling,
+        'DividedBy': contract.divide_by if contract.scaling != 'none' else None,
+        'ScaleStatistics': contract.stats,
+        'ShortRuns': contract.short_runs,
+        'LeftOver': windows.left_over,
+        'Denoising': source['Denoising'],
+        'ShareFlagged': windows.flagged if assessed else None,
+        'ShareReal': windows.real,
+        'FilledParcels': filled,
+        'FillRule': FILL_RULE,
+        'Precision': task.precision,
+        'Device': task.device,
+        'Space': source['Space'],
+        'Atlas': source['Atlas'],
+        'Warnings': _warnings(task, windows, filled),
+        'window': {'Description': 'Number of the window, from 0'},
+        'onset': {'Description': "Start of the window since the run's start", 'Units': 's'},
+        'duration': {'Description': 'Recorded signal in the window', 'Units': 's'},
+        'real': {'Description': 'Share of samples that were recorded'},
+        'flagged': {'Description': 'Share of recorded samples from flagged volumes'},
+    }
 
 
 def write_tokens(path: Path, encoding, windows, atlas) -> None:

@@ -38,7 +38,7 @@ def resample(data, tr, target_tr) -> np.ndarray:
     array([9000., 9000.], dtype=float32)
     """
     data = np.asarray(data)
-    if _same_rate(tr, target_tr) or len(data) < 2:
+    if same_rate(tr, target_tr) or len(data) < 2:
         return data.astype(np.float32)
     from scipy.signal import resample_poly  # a second of imports, which most runs can do without
 
@@ -71,12 +71,17 @@ def nearest_volume(n_volumes, tr, target_tr) -> np.ndarray:
     >>> nearest_volume(3, tr=2.0, target_tr=1.0)
     array([0, 0, 1, 2, 2])
     """
-    if _same_rate(tr, target_tr) or n_volumes < 2:
+    if same_rate(tr, target_tr) or n_volumes < 2:
         return np.arange(n_volumes)
     return np.rint(np.arange(_length(n_volumes, tr, target_tr)) * target_tr / tr).astype(int)
 
 
-def _same_rate(tr, target_tr):
+def same_rate(tr, target_tr) -> bool:
+    """Whether two repetition times are so near that series are not resampled.
+
+    >>> same_rate(0.7346, 0.735), same_rate(0.72, 0.735)
+    (True, False)
+    """
     return abs(tr / target_tr - 1) < _SAME_RATE
 
 
