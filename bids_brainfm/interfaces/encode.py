@@ -230,7 +230,7 @@ def write_embedding(run, task: EncodeTask, atlas, windows, donors, encoding) -> 
         write_tokens(path.with_suffix('.h5'), encoding, windows, atlas)
     else:  # tokens of an earlier input would not belong to this table
         path.with_suffix('.h5').unlink(missing_ok=True)
-    recorded = source['NumberOfVolumes'] * source['RepetitionTime']
+    recorded = (windows.onset + windows.duration).max() + windows.left_over
     pictures = {
         'windows': figures.windows(*shares, recorded),
         'embedding': figures.embedding(encoding.summary, windows.onset),

@@ -65,7 +65,7 @@ def _series_facts(sidecar: dict) -> dict:
 def _model_facts(label: str, sidecar: dict) -> dict:
     model = sidecar['Model']
     resampled = f', resampled to {1 / sidecar["SamplingFrequency"]:g} s'
-    divided = sidecar.get('DividedBy')
+    divided = sidecar.get('DividedBy', 1)
     return {
         'label': label,
         'name': model['Name'],
@@ -77,7 +77,7 @@ def _model_facts(label: str, sidecar: dict) -> dict:
             'Weights': model['Weights'],
             'Input': f'{sidecar["WindowSamples"]} samples ({sidecar["WindowLength"]:g} s) a window'
             + (resampled if sidecar['Resampled'] else ''),
-            'Scaling': sidecar['Scaling'] + (f', divided by {divided:g}' if divided else ''),
+            'Scaling': sidecar['Scaling'] + (f', divided by {divided:g}' if divided != 1 else ''),
             'Embedding': f'{sidecar["EmbeddingSize"]} dimensions ({sidecar["Pooling"]})',
             'Filled parcels': len(sidecar['FilledParcels']),
             'Ran on': f'{sidecar["Device"]}, {sidecar["Precision"]}',
