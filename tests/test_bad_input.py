@@ -287,8 +287,9 @@ def test_a_mended_fault_of_other_settings_is_not_held_against_a_run(dataset, tmp
     out = tmp_path / 'out'
     for path in (dataset / 'sub-02' / 'func').glob('*space-*'):
         path.rename(path.with_name(path.name.replace('2009cAsym', '6Asym')))
-    assert app(dataset, out, '--space', 'MNI152NLin2009cAsym') == 1
     assert app(dataset, out) == 0
+    assert app(dataset, out, '--space', 'MNI152NLin2009cAsym') == 1
+    assert app(dataset, out) == 0  # though nothing is left to do
     assert not list(out.rglob('failed-*'))
 
 
@@ -306,11 +307,12 @@ def test_failure_of_a_model_names_it_and_its_report(dataset, tmp_path, app):
 
 
 def test_stop_on_first_crash_blames_the_right_run(dataset, tmp_path, app):
-    short(dataset / 'sub-01' / 'func')
+    """Though runs before it wait in the same batch."""
+    short(copy_participant(dataset, '03'))
     out = tmp_path / 'out'
     assert app(dataset, out, '--stop-on-first-crash', '--nprocs', '1') == 1
     assert {p.name for p in out.rglob('failed-*')} == {
-        'failed-sub-01_task-rest_atlas-Demo424_desc-brainlmdemo.txt'
+        'failed-sub-03_task-rest_atlas-Demo424_desc-brainlmdemo.txt'
     }
 
 
