@@ -6,6 +6,7 @@ sentence, because a network that keeps some random weights still gives plausible
 
 import json
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -200,7 +201,9 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     if zipped and not zipfile.is_zipfile(path):
         raise _damaged(path, 'the archive has no end')
     try:
-        state = torch.load(path, map_location='cpu', weights_only=True, mmap=zipped)
+        with warnings.catch_warnings():  # of a strange pickle; the sentence below says it better
+            warnings.simplefilter('ignore')
+            state = torch.load(path, map_location='cpu', weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         raise BrainfmError(
             f'{path} is refused: it holds something other than tensors, which may run code on '
