@@ -26,6 +26,23 @@ def test_killed_worker_is_said_and_not_waited_for(tmp_path):
         run(workflow, plugin)
 
 
+def lose_folder():
+    """As another job does that empties a shared work folder."""
+    import shutil
+    from pathlib import Path
+
+    shutil.rmtree(Path.cwd().parent)
+
+
+def test_lost_work_folder_is_said_and_not_waited_for(tmp_path):
+    workflow = pe.Workflow('lost', base_dir=str(tmp_path))
+    workflow.config['execution'] = {'poll_sleep_duration': '0.1', 'crashdump_dir': str(tmp_path)}
+    workflow.add_nodes([pe.Node(Function(function=lose_folder), 'lose')])
+    plugin = _MultiProc({'n_procs': 2, 'mp_context': 'forkserver'})
+    with pytest.raises(BrainfmError, match='work folder'):
+        run(workflow, plugin)
+
+
 @pytest.mark.parametrize(
     ('text', 'word'),
     [('plugin: Teleport', 'Teleport'), ('- not a mapping', 'plugin_args'), ('{', 'plugin_args')],

@@ -15,19 +15,19 @@ LOGGER = logging.getLogger('bids_brainfm')
 
 
 class _MultiProc(MultiProcPlugin):
-    """Nipype's plugin, which waits for ever when the system kills a worker; this one does not."""
+    """Nipype's plugin, which waits for ever for a worker that was killed; this one does not."""
 
-    killed = False
+    lost: Exception | None = None
 
     def _async_callback(self, args):
         try:
             super()._async_callback(args)
-        except BrokenProcessPool:
-            self.killed = True
+        except Exception as error:  # whatever it is, this worker's result will never come
+            self.lost = error
 
     def _get_result(self, taskid):
-        if self.killed:
-            raise BrokenProcessPool
+        if self.lost is not None:
+            raise self.lost
         return super()._get_result(taskid)
 
 
@@ -81,20 +81,26 @@ def execute(workflow, plan: Plan) -> None:
 
 
 def run(workflow, plugin) -> None:
-    """Run a graph by a plugin, and say so where a worker was killed.
+    """Run a graph by a plugin, and say so where a worker was lost.
 
     Raises
     ------
     BrainfmError
-        A worker was killed.
+        A worker was killed, or its folder was taken away.
     """
     try:
         workflow.run(plugin=plugin)
     except Exception:
-        if getattr(plugin, 'killed', False):
+        lost = getattr(plugin, 'lost', None)
+        if isinstance(lost, BrokenProcessPool):
             raise BrainfmError(
                 'a worker process was killed, most often because memory ran out: ask for more '
                 'memory, or lower --nprocs; what is written is kept.'
+            ) from None
+        if lost is not None:
+            raise BrainfmError(
+                f'a worker ended without its result ({lost}), as when another job empties the '
+                f'work folder: start again; what is written is kept.'
             ) from None
         raise
 
