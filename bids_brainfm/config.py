@@ -88,7 +88,7 @@ class Settings:
                 value = tuple(str(v) for v in ([value] if isinstance(value, str) else value))
             object.__setattr__(self, item.name, value)
         # nodes of the graph work in folders of their own, so relative paths would not be found
-        object.__setattr__(self, 'denoise', absolute(self.denoise))
+        object.__setattr__(self, 'denoise', absolute(str(self.denoise)))
         object.__setattr__(self, 'model', tuple(map(absolute, self.model)))
 
     def to_toml(self) -> str:

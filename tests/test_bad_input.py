@@ -343,7 +343,8 @@ def test_half_covered_parcel_is_na_and_filled(dataset, tmp_path, app):
 @pytest.mark.parametrize(
     'line',
     [
-        'derivatives = ["a=b"]', 'task_id = 5', 'min_coverage = 3.0', 'batch_size = 0',
+        'derivatives = ["a=b"]', 'derivatives = {a = 1}', 'task_id = 5',
+        'min_coverage = 3.0', 'batch_size = 0',
         'stride = "abc"', 'short_runs = "foo"', 'tokens = "yes"', 'scale = "magic"',
     ],
 )  # fmt: skip
@@ -367,7 +368,9 @@ def test_statistics_of_another_atlas_are_refused_at_once(simulated, tmp_path, ap
     ('old', 'new'),
     [('tr: 0.735', 'tr: "x"'), ('label: brainlmdemo', 'label: 111'),
      ('scaling: run-robust', 'scaling: foo'), ('label: brainlmdemo', 'label: connectome'),
-     ('num_brain_voxels: 424', 'num_brain_voxels: 100'), ('window: 200', 'windw: 200')],
+     ('num_brain_voxels: 424', 'num_brain_voxels: 100'), ('patch_size: 16', 'patch_size: 0'),
+     ('hidden_size: 64', 'hidden_size: big'), ('model_type: vit_mae', 'model_type: bert'),
+     ('window: 200', 'windw: 200')],
 )  # fmt: skip
 def test_faulty_model_cards(simulated, tmp_path, app, capfd, old, new):
     package = Path(__file__).parents[1] / 'bids_brainfm' / 'data' / 'models'

@@ -60,3 +60,13 @@ def test_plugin_file_of_one_process(tmp_path):
     path.write_text('plugin: Linear\n')
     settings = Settings(bids_dir=tmp_path, output_dir=tmp_path / 'out', use_plugin=path)
     assert type(_from_file(settings, None)).__name__ == 'LinearPlugin'
+
+
+def test_plugin_file_of_a_cluster(tmp_path):
+    """The example of the documentation makes the plugin, though no Slurm is here to run it."""
+    path = tmp_path / 'plugin.yml'
+    path.write_text('plugin: SLURM\nplugin_args:\n  sbatch_args: --time=60 --mem=8G\n')
+    settings = Settings(bids_dir=tmp_path, output_dir=tmp_path / 'out', use_plugin=path)
+    plugin = _from_file(settings, None)
+    assert type(plugin).__name__ == 'SLURMPlugin'
+    assert plugin._sbatch_args == '--time=60 --mem=8G'

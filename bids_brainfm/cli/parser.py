@@ -254,7 +254,12 @@ def named_paths(pairs: list[str]) -> dict[str, str]:
     named = {}
     for pair in pairs:
         name, _, path = pair.rpartition('=') if '=' in pair else ('', '', pair)
-        named[name or Path(path).absolute().name] = str(Path(path).absolute())
+        name = name or Path(path).absolute().name
+        if name in named:
+            raise BrainfmError(
+                f'--derivatives names {name} twice: give each dataset its own name, NAME=PATH.'
+            )
+        named[name] = str(Path(path).absolute())
     return named
 
 
@@ -308,7 +313,8 @@ def _as_typed(found: dict, path: Path) -> dict:
                 f'{action.option_strings[-1] if action.option_strings else action.dest} takes: '
                 f'see bids_brainfm --help.'
             )
-    if not isinstance(found.get('derivatives', {}), dict):
+    named = found.get('derivatives', {})
+    if not isinstance(named, dict) or not all(isinstance(v, str) for v in named.values()):
         raise BrainfmError(
             f'--config-file {path}: derivatives must be a table of names and paths, such as '
             f'{{fmriprep = "/data/fmriprep"}}.'

@@ -95,9 +95,20 @@ def check_places(settings: Settings, datasets: dict[str, Path]) -> None:
                 f'outside it.'
             )
     if settings.clean_workdir:
+        from bids_brainfm.atlases.atlas import home
+
         work = settings.work_dir.resolve()
         kept = [*read, raw, settings.output_dir.resolve()]
-        kept += [p.resolve() for p in (settings.bids_database_dir, settings.use_plugin) if p]
+        files = (
+            settings.bids_database_dir,
+            settings.use_plugin,
+            settings.scale_stats,
+            settings.bids_filter_file,
+            *map(Path, (settings.denoise, *settings.model)),
+            *(Path(model.partition('=')[2] or '/') for model in settings.model),
+            home(),
+        )
+        kept += [path.resolve() for path in files if path is not None and path.exists()]
         for path in kept:
             if path.is_relative_to(work):
                 raise BrainfmError(

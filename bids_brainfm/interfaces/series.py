@@ -155,7 +155,7 @@ class Made:
     @property
     def assessed(self) -> bool:
         """Whether confounds were read, so that outliers are known."""
-        return not self.preset.touches_nothing
+        return bool(self.preset.outliers)
 
     @property
     def uncovered(self) -> list[str]:

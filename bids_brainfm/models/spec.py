@@ -102,6 +102,14 @@ def resolve_model(text: str, home: Path, random_weights: bool = False) -> ModelS
 
     card, folder = find_checkpoint(text, home, random_weights)
     digest = None
+    try:
+        build(card.config)
+    except (TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
+        reason = str(error).partition('\n')[0]
+        raise BrainfmError(
+            f'The config of the model card {card.name} makes no network ({reason}): compare it '
+            f'with that of brainlm-demo.'
+        ) from None
     if folder is not None:
         config = read_config(folder)
         if config.get('model_type') != card.config['model_type']:

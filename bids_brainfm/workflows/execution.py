@@ -145,4 +145,4 @@ def _from_file(settings: Settings, progress: Progress):
             f'--use-plugin {settings.use_plugin} names {name!r}, which is no Nipype plugin: use '
             f'MultiProc, Linear or SLURM.'
         )
-    return plugin(args | {'status_callback': progress})
+    return plugin(plugin_args=args | {'status_callback': progress})
