@@ -17,15 +17,6 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_killed_worker_is_said_and_not_waited_for(tmp_path):
-    workflow = pe.Workflow('killed', base_dir=str(tmp_path))
-    workflow.config['execution'] = {'poll_sleep_duration': '0.1', 'crashdump_dir': str(tmp_path)}
-    workflow.add_nodes([pe.Node(Function(function=die), 'die')])
-    plugin = _MultiProc({'n_procs': 2, 'mp_context': 'forkserver'})
-    with pytest.raises(BrainfmError, match='memory'):
-        run(workflow, plugin)
-
-
 def lose_folder():
     """As another job does that empties a shared work folder."""
     import shutil
@@ -34,12 +25,13 @@ def lose_folder():
     shutil.rmtree(Path.cwd().parent)
 
 
-def test_lost_work_folder_is_said_and_not_waited_for(tmp_path):
+@pytest.mark.parametrize(('fate', 'word'), [(die, 'memory'), (lose_folder, 'work folder')])
+def test_lost_worker_is_said_and_not_waited_for(tmp_path, fate, word):
     workflow = pe.Workflow('lost', base_dir=str(tmp_path))
     workflow.config['execution'] = {'poll_sleep_duration': '0.1', 'crashdump_dir': str(tmp_path)}
-    workflow.add_nodes([pe.Node(Function(function=lose_folder), 'lose')])
+    workflow.add_nodes([pe.Node(Function(function=fate), 'node')])
     plugin = _MultiProc({'n_procs': 2, 'mp_context': 'forkserver'})
-    with pytest.raises(BrainfmError, match='work folder'):
+    with pytest.raises(BrainfmError, match=word):
         run(workflow, plugin)
 
 
