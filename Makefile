@@ -27,4 +27,6 @@ clean:
 
 .venv/installed-test: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	# of the extra "gradients", without VTK (640 MB), which computing gradients does not need
+	$(BIN)/python -m pip install --quiet --no-deps brainspace==0.3.0
 	touch $@

@@ -1,8 +1,9 @@
-"""Time of one window through each BrainLM encoder, beside its matrix products alone.
+"""Time of one window through each encoder, beside its matrix products alone.
 
 The products are the very same ones (each linear layer's and each attention's shapes, with the
 network's own weights) run back to back. Weights are random, the sizes official. Repeats of both
-are interleaved and medians printed, so that a busy machine disturbs the ratio little.
+are interleaved and medians printed, so that a busy machine disturbs the ratio little. With
+``--block``, so is encoding with latent prediction, of families that have it.
 
 Example: python benchmarks/encode.py --sizes 111m --precisions float32
 """
@@ -16,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bids_brainfm.models import brain_jepa, layers
 from bids_brainfm.models.encoder import Encoder, resolve_device
-from bids_brainfm.models.layers import Attention
+from bids_brainfm.models.masking import BLOCKS
 from bids_brainfm.models.weights import build, initialise
 
 WINDOW = {'num_brain_voxels': 424, 'num_timepoints_per_voxel': 200, 'num_channels': 3}
@@ -50,6 +52,18 @@ CONFIGS = {
     '650m': COMMON
     | sizes(1280, 32, 16, 5120)
     | {'model_type': 'vit_mae', 'image_size': [434, 434], 'patch_size': 14},
+    'jepa-vitb': {
+        'model_type': 'brain_jepa',
+        'crop_size': [450, 160],
+        'patch_size': 16,
+        'embed_dim': 768,
+        'depth': 12,
+        'num_heads': 12,
+        'predictor_embed_dim': 384,
+        'predictor_depth': 6,
+        'predictor_num_heads': 12,
+        'add_w': 'mapping',
+    },
 }
 
 
@@ -70,13 +84,17 @@ def products(encoder: Encoder, windows: np.ndarray) -> list:
         calls.append(lambda: torch.mm(x, weight, out=out))
 
     def attention(module, inputs, output):
-        q, k, v = (module.split(buffer(i, inputs[0], module.key.weight)) for i in range(3))
+        weight = next(module.parameters())
+        if isinstance(module, brain_jepa.Attention):
+            q, k, v = module.split(buffer('qkv', inputs[0].repeat(1, 1, 3), weight))
+        else:
+            q, k, v = (module.split(buffer(i, inputs[0], weight)) for i in range(3))
         calls.append(lambda: F.scaled_dot_product_attention(q, k, v))
 
     for module in encoder.network.modules():
         if isinstance(module, nn.Linear):
             hooks.append(module.register_forward_hook(linear))
-        elif isinstance(module, Attention):
+        elif isinstance(module, (layers.Attention, brain_jepa.Attention)):
             hooks.append(module.register_forward_hook(attention))
     encoder.encode(windows)
     for hook in hooks:
@@ -84,8 +102,10 @@ def products(encoder: Encoder, windows: np.ndarray) -> list:
     return calls
 
 
-def measure(encoder: Encoder, windows: np.ndarray, repeats: int) -> tuple[float, float]:
-    """Return median seconds of encoding and of the products alone."""
+def measure(
+    encoder: Encoder, predicting: Encoder | None, windows: np.ndarray, repeats: int
+) -> dict[str, float]:
+    """Return median seconds of encoding, of the products alone, and with latent prediction."""
 
     def run_products():
         for product in calls:
@@ -96,16 +116,16 @@ def measure(encoder: Encoder, windows: np.ndarray, repeats: int) -> tuple[float,
     with torch.inference_mode():
         calls = products(encoder, windows)
         run_products()
-        taken = {'encode': [], 'products': []}
+        jobs = {'encode': lambda: encoder.encode(windows), 'products': run_products}
+        if predicting:
+            jobs['predict'] = lambda: predicting.encode(windows)
+        taken = {name: [] for name in jobs}
         for _ in range(repeats):
-            for name, job in [
-                ('encode', lambda: encoder.encode(windows)),
-                ('products', run_products),
-            ]:
+            for name, job in jobs.items():
                 start = time.perf_counter()
                 job()
                 taken[name].append(time.perf_counter() - start)
-    return statistics.median(taken['encode']), statistics.median(taken['products'])
+    return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
 
 def main() -> None:
@@ -122,6 +142,7 @@ def main() -> None:
     parser.add_argument('--device', choices=['auto', 'cpu', 'cuda'], default='cpu')
     parser.add_argument('--windows', type=int, default=1, help='windows per call (default 1)')
     parser.add_argument('--repeats', type=int, default=7)
+    parser.add_argument('--block', choices=BLOCKS, help='time latent prediction of it, too')
     parser.add_argument('--threads', type=int, help="default: PyTorch's")
     args = parser.parse_args()
     if args.threads:
@@ -129,21 +150,27 @@ def main() -> None:
     device = resolve_device(args.device)
 
     print(f'{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}')
-    print('size\tprecision\tseconds per window\tproducts alone\tratio')
+    columns = ['size', 'precision', 'seconds per window', 'products alone', 'ratio']
+    print(*columns, *['with prediction', 'ratio to without'] * bool(args.block), sep='\t')
     rng = np.random.default_rng(0)
-    windows = rng.standard_normal((args.windows, 424, 200), dtype=np.float32)
     xyz = rng.uniform(-70, 70, (424, 3)).astype(np.float32)
+    gradients = rng.standard_normal((450, 30), dtype=np.float32)
     for size in args.sizes:
         for precision in args.precisions:
             network = initialise(build(CONFIGS[size]), seed=0)
-            encoder = Encoder(network, None, xyz, device, precision, size)
-            whole, alone = measure(encoder, windows, args.repeats)
-            per_window = [seconds / args.windows for seconds in (whole, alone)]
-            print(
-                f'{size}\t{precision}\t{per_window[0]:.4f}\t{per_window[1]:.4f}'
-                f'\t{whole / alone:.3f}',
-                flush=True,
-            )
+            if hasattr(network, 'set_gradients'):
+                network.set_gradients(gradients)
+            windows = rng.standard_normal((args.windows, *network.window_shape), dtype=np.float32)
+            encoder, predicting = Encoder(network, None, xyz, device, precision, size), None
+            if args.block and hasattr(network, 'latent_error'):
+                predicting = Encoder(network, None, xyz, device, precision, size, args.block)
+            taken = measure(encoder, predicting, windows, args.repeats)
+            row = [f'{taken[name] / args.windows:.4f}' for name in ('encode', 'products')]
+            row.append(f'{taken["encode"] / taken["products"]:.3f}')
+            if predicting:
+                row.append(f'{taken["predict"] / args.windows:.4f}')
+                row.append(f'{taken["predict"] / taken["encode"]:.3f}')
+            print(size, precision, *row, sep='\t', flush=True)
 
 
 if __name__ == '__main__':

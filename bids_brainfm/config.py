@@ -54,10 +54,12 @@ class Settings:
     denoise: str = 'card'
     min_coverage: float = 0.5
     scale: str = 'card'
-    scale_stats: Path | None = None
+    scale_stats: tuple[Path, ...] = ()
+    temporal: str = 'resample'
     stride: int | None = None
     short_runs: str = 'refuse'
     tokens: bool = False
+    latent_prediction: str = 'cross-time'
     random_weights: bool = False
 
     device: str = 'auto'
@@ -82,10 +84,12 @@ class Settings:
             value = getattr(self, item.name)
             if value is None:
                 continue
-            if 'Path' in str(item.type):
+            is_path = 'Path' in str(item.type)
+            if 'tuple' in str(item.type):
+                values = [value] if isinstance(value, (str, Path)) else value
+                value = tuple(Path(v).absolute() if is_path else str(v) for v in values)
+            elif is_path:
                 value = Path(value).absolute()
-            elif 'tuple' in str(item.type):
-                value = tuple(str(v) for v in ([value] if isinstance(value, str) else value))
             object.__setattr__(self, item.name, value)
         # nodes of the graph work in folders of their own, so relative paths would not be found
         object.__setattr__(self, 'denoise', absolute(str(self.denoise)))
@@ -102,7 +106,8 @@ class Settings:
                 pairs = ', '.join(f'{json.dumps(k)} = {json.dumps(v)}' for k, v in value.items())
                 text = f'{{{pairs}}}'
             else:
-                text = json.dumps(str(value) if isinstance(value, Path) else value)
+                # JSON's strings and lists are TOML's, and a path is a string
+                text = json.dumps(value, default=str)
             lines.append(f'{item.name} = {text}')
         return '\n'.join(lines) + '\n'
 

@@ -25,7 +25,7 @@ from bids_brainfm.errors import BrainfmError
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / 'shared' / 'atlases'
 SPACES = ('MNI152NLin6Asym', 'MNI152NLin2009cAsym', 'fsLR')
-WARP = load_card('A424').files[-1].warp
+WARP = load_card('A424').files[-1].made
 
 needs_a424 = pytest.mark.skipif(
     not SHARED.is_dir(), reason='the A424 files are GPL-3 and not in the repository'
@@ -271,7 +271,7 @@ def test_bad_card(own_atlas, old, new, sentence):
 
 
 def test_unknown_atlas_names_the_known():
-    with pytest.raises(BrainfmError, match='choose A424, Demo424'):
+    with pytest.raises(BrainfmError, match='choose A424, Demo424, Schaefer2018Tian2020'):
         load_card('A425')
 
 

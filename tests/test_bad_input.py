@@ -356,7 +356,8 @@ def test_configuration_file_is_held_to_the_command_line(simulated, tmp_path, app
 
 def test_statistics_of_another_atlas_are_refused_at_once(simulated, tmp_path, app, capfd):
     stats = tmp_path / 'stats.json'
-    columns = dict.fromkeys(('Median', 'IQR', 'Lower', 'Upper'), [1.0] * 424)
+    columns = {'Median': 0.0, 'IQR': 1.0, 'Lower': -1.0, 'Upper': 1.0}
+    columns = {name: [value] * 424 for name, value in columns.items()}
     stats.write_text(json.dumps({'Atlas': 'A424'} | columns))
     options = ['--scale', 'cohort', '--scale-stats', stats]
     assert 'A424' in refused(app, capfd, simulated, tmp_path / 'out', *options)

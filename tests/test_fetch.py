@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from bids_brainfm.atlases.fetch import Resource, fetch, is_present, recorded_sha256, sha256_of
+from bids_brainfm.atlases.fetch import (
+    Resource,
+    fetch,
+    forget,
+    is_present,
+    recorded_sha256,
+    sha256_of,
+)
 from bids_brainfm.cli.models import main
 from bids_brainfm.errors import BrainfmError
 
@@ -123,6 +130,13 @@ def test_unknown_sha256_is_recorded_and_holds(server, tmp_path):
     assert not is_present(resource)
 
 
+def test_what_is_forgotten_leaves_no_trace(server, resource):
+    fetch([resource])
+    forget(resource)
+    assert list(resource.target.parent.iterdir()) == []
+    forget(resource)
+
+
 @pytest.mark.parametrize('where', ['nobody_listens', 'absent'])
 def test_unreachable_names_url_and_command(server, tmp_path, where):
     url = f'{server.url}/absent' if where == 'absent' else 'http://127.0.0.1:9/w.bin'
@@ -189,19 +203,50 @@ def run(capsys, *argv):
     return code, *capsys.readouterr()
 
 
-def test_command_fetches_a_model_in_either_format(checkpoint, tmp_path, monkeypatch, capsys):
+def test_command_fetches_a_model_in_either_format(tmp_path, monkeypatch, capsys):
+    """A user's own card asks for a pickle; the folder has the same weights as safetensors."""
+    import yaml
+    from safetensors.torch import save_file
+
+    from bids_brainfm.models.weights import build, initialise
+
+    cards = Path(__file__).parents[1] / 'bids_brainfm' / 'data' / 'models'
+    text = yaml.safe_load((cards / 'brainlm-demo.yml').read_text())
+    names = ('config.json', 'pytorch_model.bin')
+    text |= {'name': 'mine', 'atlas': 'A424', 'weights': [{'name': name} for name in names]}
+    card = tmp_path / 'mine.yml'
+    card.write_text(yaml.safe_dump(text))
+    source = tmp_path / 'usb'
+    source.mkdir()
+    (source / 'config.json').write_text(json.dumps(text['config']))
+    state = initialise(build(text['config']), 1).state_dict()
+    save_file({k: v.contiguous() for k, v in state.items()}, source / 'model.safetensors')
     monkeypatch.setenv('BIDS_BRAINFM_HOME', str(tmp_path / 'home'))
-    code, out, _ = run(capsys, 'fetch', 'brainlm-111m', '--from', checkpoint)
+    code, out, _ = run(capsys, 'fetch', card, '--from', source)
     assert code == 0
-    assert 'CC BY-NC-ND' in out.splitlines()[0]
+    assert text['licence'] in out.splitlines()[0]
     assert 'fetch A424' in out  # the atlas is still to be had
-    folder = tmp_path / 'home' / 'models' / 'brainlm-111m'
-    assert (folder / 'model.safetensors').read_bytes() == b'weights'
+    fetched = tmp_path / 'home' / 'models' / 'mine' / 'model.safetensors'
+    assert fetched.read_bytes() == (source / 'model.safetensors').read_bytes()
+
+
+def test_command_lists_what_is_present(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('BIDS_BRAINFM_HOME', str(tmp_path / 'home'))
+    shutil.copytree(checkpoint, tmp_path / 'home' / 'models' / 'brainlm-111m')
     _, out, _ = run(capsys, 'list')
     rows = {line.split()[0]: line for line in out.splitlines() if line}
     assert ' yes ' in rows['brainlm-111m']
     assert ' no ' in rows['brainlm-13m']
     assert 'yes (embedded)' in rows['Demo424']
+    assert rows['Schaefer2018Tian2020'].split()[2] == 'no'
+
+
+def test_command_keeps_no_weights_that_do_not_load(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('BIDS_BRAINFM_HOME', str(tmp_path / 'home'))
+    code, _, err = run(capsys, 'fetch', 'brainlm-111m', '--from', checkpoint)
+    assert code == 2
+    assert len(err.strip().splitlines()) == 1
+    assert list((tmp_path / 'home' / 'models' / 'brainlm-111m').iterdir()) == []
 
 
 def test_command_refuses_another_model_under_the_name(checkpoint, tmp_path, monkeypatch, capsys):
@@ -220,13 +265,11 @@ def test_command_unknown_name(name, capsys):
     assert 'brainlm-111m' in err
 
 
-def test_command_fetches_the_atlas_from_renamed_files(
-    shared_atlases, tmp_path, monkeypatch, capsys
-):
+def test_command_fetches_the_atlas_from_renamed_files(shared, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('BIDS_BRAINFM_HOME', str(tmp_path / 'home'))
     source = tmp_path / 'usb'
     source.mkdir()
-    for number, path in enumerate(sorted(shared_atlases.glob('*A424*'))):
+    for number, path in enumerate(sorted((shared / 'atlases').glob('*A424*'))):
         shutil.copy(path, source / f'file{number}')
     code, out, err = run(capsys, 'fetch', 'A424', '--from', source)
     assert (code, err) == (0, '')
@@ -235,9 +278,27 @@ def test_command_fetches_the_atlas_from_renamed_files(
     assert next(line for line in out.splitlines() if line.startswith('A424')).split()[2] == 'yes'
 
 
-@pytest.fixture
-def shared_atlases():
-    folder = Path(__file__).parents[1].parent / 'shared' / 'atlases'
-    if not folder.is_dir():
-        pytest.skip('the A424 files are GPL-3 and not in the repository')
-    return folder
+def test_command_fetches_the_atlas_of_brain_jepa(shared, tmp_path, monkeypatch, capsys):
+    """From a folder with everything; then a folder that lacks the cortex says what is lacking."""
+    monkeypatch.setenv('BIDS_BRAINFM_HOME', str(tmp_path / 'home'))
+    name = 'Schaefer2018Tian2020'
+    source = tmp_path / 'usb'
+    source.mkdir()
+    for path in (shared / 'atlases').glob('*Tian_Subcortex_S3*.nii*'):
+        shutil.copy(path, source)
+    code, _, err = run(capsys, 'fetch', name, '--from', source)
+    assert code == 2
+    assert 'is ready except for space MNI152NLin6Asym and MNI152NLin2009cAsym' in err
+    for space in ('MNI152NLin6Asym', 'MNI152NLin2009cAsym'):
+        part = f'tpl-{space}_res-02_atlas-Schaefer2018_desc-400Parcels17Networks_dseg.nii.gz'
+        assert f'{source} does not hold {part}: add' in err
+    _, out, _ = run(capsys, 'list')
+    row = next(line for line in out.splitlines() if line.startswith(name))
+    assert 'only for fsLR' in row
+    code, out, err = run(capsys, 'fetch', name, '--from', shared / 'atlases')
+    assert (code, err) == (0, '')
+    assert 'MIT' in out.splitlines()[0]
+    assert 'Melbourne Subcortex Atlas' in out.splitlines()[0]
+    _, out, _ = run(capsys, 'list')
+    row = next(line for line in out.splitlines() if line.startswith(name))
+    assert row.split()[2] == 'yes'

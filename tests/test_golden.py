@@ -1,7 +1,8 @@
 """The networks give what the official implementations give, for random weights of any size.
 
-``BRAINFM_GOLDEN`` names the directory of the cases: folders ``brainlm_vitmae*`` and
-``brainlm_legacy*`` with a checkpoint, and with inputs and answers in ``expected.safetensors``.
+``BRAINFM_GOLDEN`` names the directory of the cases: folders ``brainlm_vitmae*``,
+``brainlm_legacy*`` and ``brainjepa*`` with a checkpoint, and with inputs and answers in
+``expected.safetensors``.
 """
 
 import os
@@ -12,14 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bids_brainfm.models.brain_jepa import token_error
 from bids_brainfm.models.brainlm_vitmae import predict_last, predict_last_pixel
+from bids_brainfm.models.gradient_table import read_gradients
 from bids_brainfm.models.masking import keep_lowest, keep_visible, masked_loss, masked_tokens
 from bids_brainfm.models.weights import build, load_checkpoint, read_config
 
 SHARED = Path(__file__).parents[1].parent / 'shared'
 GOLDEN = Path(os.environ.get('BRAINFM_GOLDEN', SHARED / 'golden'))
 TOLERANCE = 1e-4
-INPUTS = {'input', 'xyz', 'noise', 'masked.noise'}
+INPUTS = {'input', 'xyz', 'noise', 'masked.noise', 'context_mask', 'target_mask'}
 
 
 def cases(family):
@@ -104,6 +107,23 @@ def legacy_answers(network, expected):
     return found
 
 
+def jepa_answers(network, expected):
+    signal = expected['input'].flatten(0, 1)
+    context_idx, target_idx = expected['context_mask'], expected['target_mask']
+    hidden, attention = network.encode(signal, return_attention=True)
+    context = network.context(signal, context_idx)
+    prediction = network.predict(context, context_idx, target_idx)
+    target = network.targets(hidden, target_idx)
+    return {
+        'tokens': hidden,
+        'last_layer_attention_received_head_mean': attention,
+        'context_tokens': context,
+        'predicted_tokens': prediction,
+        'target_tokens': target,
+        'loss': token_error(prediction, target).mean(),
+    }
+
+
 def compare(found, expected):
     """Check every answer that is expected; masks must be equal."""
     tested = sorted(found.keys() & expected.keys())
@@ -134,3 +154,12 @@ def test_vitmae(folder):
 def test_legacy(folder):
     network, expected = load(folder)
     compare(legacy_answers(network, expected), expected)
+
+
+@pytest.mark.parametrize('folder', cases('brainjepa'))
+@torch.inference_mode()
+def test_jepa(folder):
+    network, expected = load(folder)
+    (table,) = folder.glob('*gradient*.csv')
+    network.set_gradients(read_gradients(table))
+    compare(jepa_answers(network, expected), expected)

@@ -343,9 +343,10 @@ def test_checkpoint_of_another_family(tmp_path, config, held, sentence):
 
 def test_brain_jepa_checkpoint_is_named(tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps(SMALL['vit16']))
-    parts = {'encoder': {}, 'predictor': {}, 'target_encoder': {}, 'epoch': 300}
+    norm = {'module.norm.weight': torch.ones(2)}
+    parts = {'encoder': norm, 'predictor': {}, 'target_encoder': norm, 'epoch': 300}
     torch.save(parts, tmp_path / 'pytorch_model.bin')
-    with pytest.raises(BrainfmError, match='holds a Brain-JEPA checkpoint'):
+    with pytest.raises(BrainfmError, match=r'holds a Brain-JEPA \(brain_jepa\) checkpoint'):
         load(tmp_path)
 
 
@@ -427,6 +428,7 @@ def test_encoding(name, xyz):
     else:
         assert encoding.parcels is None
         assert encoding.attention is None
+    assert encoder_of(name, xyz).encode(windows_of(1)).attention is None
     for values in vars(encoding).values():
         assert values is None or values.dtype == np.float32
 

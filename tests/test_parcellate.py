@@ -243,6 +243,44 @@ def test_cifti_of_another_density_is_refused(tmp_path):
         parcellate(*paths, 1)
 
 
+def test_cifti_of_cortex_only_is_refused_by_what_it_lacks(tmp_path):
+    """Parcel 3 lies in the cerebellum alone, parcel 2 also in cortex, parcel 1 in cortex alone."""
+    data = np.random.default_rng(0).random((T, 70), np.float32)
+    labels = np.repeat([1, 2, 2, 3], [30, 10, 10, 20])
+    paths = cifti(tmp_path / 'a.dtseries.nii', data, labels, tmp_path / 'a.dlabel.nii')
+    whole = nib.load(paths[0])
+    time, axis = (whole.header.get_axis(i) for i in range(2))
+    cortex = tmp_path / 'cortex.dtseries.nii'
+    nib.save(nib.Cifti2Image(data[:, :40], header=(time, axis[:40])), cortex)
+    refused(
+        r'cortex only \(40 grayordinates\).* 1 parcels.*--cifti-output 91k', cortex, paths[1], 3
+    )
+    assert np.isfinite(parcellate(*paths, 3).data).all()
+
+
+def test_cifti_of_cortex_only_is_well_where_the_atlas_is_of_cortex(tmp_path):
+    data = np.random.default_rng(0).random((T, 70), np.float32)
+    bold, dlabel = cifti(tmp_path / 'a.dtseries.nii', data, np.ones(70), tmp_path / 'a.dlabel.nii')
+    for path in (bold, dlabel):
+        image = nib.load(path)
+        axes = image.header.get_axis(0), image.header.get_axis(1)[:40]
+        data = np.asarray(image.dataobj)[:, :40]
+        nib.save(nib.Cifti2Image(data, header=axes), path.with_name(f'cortex_{path.name}'))
+    found = parcellate(*(path.with_name(f'cortex_{path.name}') for path in (bold, dlabel)), 1)
+    assert found.coverage.tolist() == [1]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason='the shared test material is absent')
+def test_the_subcortical_parcels_of_brain_jepa_are_counted(tmp_path):
+    dlabel = 'Schaefer2018_400Parcels_17Networks_order_Tian_Subcortex_S3.dlabel.nii'
+    axis = nib.load(SHARED / 'atlases' / dlabel).header.get_axis(1)
+    axis = axis[axis.surface_mask]
+    data = np.random.default_rng(0).random((2, len(axis)), np.float32)
+    path = tmp_path / 'a.dtseries.nii'
+    nib.save(nib.Cifti2Image(data, header=(nib.cifti2.SeriesAxis(0, 0.8, 2), axis)), path)
+    refused(r'59412 grayordinates.* 50 parcels', path, SHARED / 'atlases' / dlabel, 450)
+
+
 def refused(match, *arguments):
     with pytest.raises(BrainfmError, match=match) as caught:
         parcellate(*arguments)

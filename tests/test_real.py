@@ -62,12 +62,12 @@ ATLASES = {
 }
 
 
-def paint(shared, out: Path, space: str, *options: str) -> Path:
-    """Make a full-size tree with known parcel series (in ``<out>_truth``)."""
+def paint(shared, out: Path, space: str, *options: str, atlas: str | None = None) -> Path:
+    """Make a full-size tree with known parcel series (in ``<out>_truth``); A424 by default."""
     subprocess.run(
         [
             sys.executable, shared / 'tools' / 'make_fmriprep_tree.py', out,
-            '--atlas', shared / 'atlases' / ATLASES[space], '--space', space,
+            '--atlas', shared / 'atlases' / (atlas or ATLASES[space]), '--space', space,
             '--truth', f'{out}_truth', '--volumes', '205', *options,
         ],
         check=True,
@@ -163,6 +163,74 @@ def test_cifti_takes_the_same_way(shared, a424, small, tmp_path, app):
     assert app(root, out, '--model', small, '--denoise', 'none') == 0
     series, _ = read_matrix(next(out.glob('sub-01/func/*space-fsLR*_timeseries.tsv')))
     assert np.abs(series - truth[:, 1:]).max() < 0.05
+
+
+@pytest.fixture(scope='module')
+def schaefer_tian(shared, tmp_path_factory):
+    """A home with the atlas of Brain-JEPA, completed from a folder."""
+    from bids_brainfm.cli.models import main
+
+    home = tmp_path_factory.mktemp('schaefer_tian')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('BIDS_BRAINFM_HOME', str(home))
+        source = str(shared / 'atlases')
+        assert main(['fetch', 'Schaefer2018Tian2020', 'A424', '--from', source]) == 0
+        assert main(['fetch', 'brain-jepa-vitb', '--from', source]) == 2  # but for the weights
+        yield home
+
+
+@pytest.mark.parametrize('space', ['MNI152NLin6Asym', 'MNI152NLin2009cAsym'])
+def test_brain_jepa_series_and_orientation(shared, schaefer_tian, tmp_path, app, space):
+    """Series are the painted ones, 50 Tian parcels first; a mirrored copy gives the same."""
+    model = f'brain-jepa-vitb={shared / "golden" / "brainjepa"}'
+    (image,) = (shared / 'atlases').glob(f'tpl-{space}_res-02_*Schaefer2018Tian2020*')
+    options = ['--subjects', '01', '--tr', '2.0', '--volumes', '178']
+    found = []
+    for flip in ([], ['--flip']):
+        kind = flip[0].strip('-') if flip else 'plain'
+        data = paint(shared, tmp_path / kind, space, *options, *flip, atlas=image.name)
+        out = tmp_path / f'{kind}_out'
+        assert app(data, out, '--model', model, '--denoise', 'none') == 0
+        (truth,) = Path(f'{data}_truth').glob('*.npy')
+        (path,) = out.glob('sub-01/func/*_stat-mean_timeseries.tsv')
+        series, names = read_matrix(path)
+        assert (names[0], names[50]) == ('HIP-head-m-rh', '17Networks_LH_VisCent_ExStr_1')
+        assert np.abs(series - np.load(truth)).max() < 0.05
+        (table,) = out.glob('sub-01/func/*_desc-brainjepavitb_embedding.tsv')
+        found.append((series, pd.read_csv(table, sep='\t').to_numpy()))
+    (series, table), (mirrored, mirrored_table) = found
+    np.testing.assert_allclose(series, mirrored, rtol=1e-6)
+    np.testing.assert_allclose(table, mirrored_table, atol=1e-5)
+
+
+def test_both_models_at_full_size(shared, schaefer_tian, tmp_path, app):
+    """BrainLM 111M and Brain-JEPA ViT-B, with random weights, in one command on real series."""
+    data = paint(
+        shared, tmp_path / 'data', 'MNI152NLin6Asym', '--subjects', '01', '--tr', '2.0',
+        '--volumes', '178', '--seed', '3',
+    )  # fmt: skip
+    out = tmp_path / 'out'
+    models = ('--model', 'brainlm-111m', 'brain-jepa-vitb', '--random-weights')
+    assert app(data, out, *models) == 0
+    for label, size in (('brainlm111mrandom', 768), ('brainjepavitbrandom', 768)):
+        (path,) = out.glob(f'sub-01/func/*_desc-{label}_embedding.tsv')
+        table = pd.read_csv(path, sep='\t')
+        assert table.shape[1] == 5 + size
+        assert np.isfinite(table.to_numpy()).all()
+
+
+def test_run_without_subcortex_is_refused(shared, schaefer_tian, tmp_path, app):
+    """50 missing rows are neither zero nor taken from the cortex."""
+    image = next((shared / 'atlases').glob('tpl-MNI152NLin6Asym*Schaefer2018Tian2020*'))
+    data = paint(
+        shared, tmp_path / 'data', 'MNI152NLin6Asym', '--subjects', '01', '--tr', '2.0',
+        '--volumes', '178', '--drop-parcels', *map(str, range(1, 51)), atlas=image.name,
+    )  # fmt: skip
+    out, model = tmp_path / 'out', f'brain-jepa-vitb={shared / "golden" / "brainjepa"}'
+    assert app(data, out, '--model', model, '--denoise', 'none') == 1
+    (reason,) = (out / 'sub-01' / 'log').glob('failed-*.txt')
+    assert 'none of the 50 subcortex parcels' in reason.read_text()
+    assert not list(out.glob('sub-01/func/*_desc-brainjepavitb_embedding.tsv'))
 
 
 def test_full_size_network(shared, a424, tmp_path, app):

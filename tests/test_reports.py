@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from bids_brainfm.analyses.order import order_check
 from bids_brainfm.reports import figures, fragments
 from bids_brainfm.reports.report import figure_path, write_report
 
@@ -345,6 +346,80 @@ def test_missing_parcels_are_grey_in_the_matrix(arrays):
     image = figure.axes[0].images[0]
     colours = image.cmap(image.norm(image.get_array()))
     assert np.allclose(colours[3], [0xBD / 255] * 3 + [1])
+
+
+@pytest.fixture(scope='module')
+def order(arrays):
+    """Gradients whose distances the connectivity follows, but for two missing parcels."""
+    gradients = arrays['xyz'] / 100
+    fc = np.exp(-np.linalg.norm(gradients[:, None] - gradients, axis=2))
+    return gradients, np.where(np.isnan(arrays['relmat']), np.nan, fc)
+
+
+def test_order_check_shows_every_reading(order):
+    gradients, fc = order
+    found = order_check(gradients, fc, {'backwards': np.arange(P)[::-1]})
+    figure = figures.order_check(found, gradients, fc)
+    shown = words(figure)
+    assert 'The order as read fits' in shown
+    pairs = (P - 2) * (P - 3) // 2
+    assert f'{pairs} pairs of parcels: r = {found["as read"]:.2f}' in shown
+    assert np.nansum(figure.axes[0].images[0].get_array()) == pairs
+    near, mean = figure.axes[0].lines[0].get_data()
+    assert len(near) == 20
+    assert mean == pytest.approx(np.exp(near), rel=0.1)
+    bars = figure.axes[1].patches
+    assert [bar.get_width() for bar in bars] == pytest.approx(list(found.values()))
+    assert [label.get_text() for label in figure.axes[1].get_yticklabels()] == list(found)
+    assert 'expected' not in shown
+
+
+def test_order_check_names_doubt_and_what_is_expected(order):
+    gradients, fc = order
+    rows = np.random.default_rng(0).permutation(P)
+    shuffled = fc[np.ix_(rows, rows)]
+    found = order_check(gradients, shuffled, {'7-network order': rows})
+    shown = words(figures.order_check(found, gradients, shuffled))
+    assert 'in doubt' in shown
+    assert 'right order: 0.41' in shown
+    assert '7-network order: 0.16' in shown
+
+
+@pytest.mark.parametrize('count', [1, 3])
+def test_latent_error_counts_what_the_model_gained(count):
+    """Odd parcels are predicted at the last three patches; two do worse than the baseline."""
+    baseline = np.full((count, 40, 10), np.nan)
+    baseline[:, 1::2, 7:] = 0.4
+    error = 0.5 * baseline
+    error[:, [1, 39]] *= 3
+    figure = figures.latent_error(error, baseline, np.arange(40)[::-1], order_label='backwards')
+    assert '18 of 20 parcels below the baseline' in words(figure)
+    assert ('mean of 3 windows' in words(figure)) == (count > 1)
+    drawn = np.asarray(figure.axes[0].images[0].get_array().filled(np.nan))
+    assert np.isfinite(drawn[:20, 7:]).all()
+    assert np.isnan(drawn[20:]).all()
+    assert np.isnan(drawn[:, :7]).all()
+    assert drawn[[0, 1, 19], 7] == pytest.approx([0.6, 0.2, 0.6])  # parcels 39, 37 and 1
+    panels = [axes for axes in figure.axes if axes.get_xlabel() == 'window']
+    assert len(panels) == (count > 1)
+    for axes in panels:
+        means = [line.get_ydata() for line in axes.lines]
+        assert np.allclose(means, [[0.4] * 3, [0.24] * 3])
+
+
+def test_model_figures_are_small_and_the_same_again(order, tmp_path):
+    gradients, fc = order
+    rng = np.random.default_rng(0)
+    error = rng.random((4, 450, 10))
+    found = order_check(gradients, fc, {})
+    draw = {
+        'order': lambda: figures.order_check(found, gradients, fc),
+        'latent': lambda: figures.latent_error(error, error + 0.1),
+    }
+    for name, figure in draw.items():
+        first = figures.save(figure(), tmp_path / f'{name}.svg').read_bytes()
+        assert len(first) < 400_000
+        assert figures.save(figure(), tmp_path / f'{name}.svg').read_bytes() == first
 
 
 def test_pictures_leave_no_global_state(arrays):

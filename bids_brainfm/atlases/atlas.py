@@ -2,16 +2,26 @@
 
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from bids_brainfm.atlases.faults import Places, fault_of_names
+from bids_brainfm.atlases.images import (
+    check_complete,
+    check_image,
+    label_centres,
+    misfit,
+    read_labels,
+)
 from bids_brainfm.errors import BrainfmError
 
 CARDS = Path(__file__).parents[1] / 'data' / 'atlases'
-ROLES = ('image', 'labels', 'coordinates', 'table')
-MEDIAN_SHIFT_MM = 10.0  # labels of one atlas agree within 2 mm; a flip or another order is far off
+DESCRIBED = ('labels', 'coordinates', 'table')  # an atlas cannot be read without these
+ROLES = ('image', *DESCRIBED, 'places', 'part')
+MADE_BY = ('warp', 'overlay')
 
 
 def home() -> Path:
@@ -24,7 +34,17 @@ def home() -> Path:
 
 @dataclass(frozen=True)
 class AtlasFile:
-    """One file of an atlas card; ``warp`` says how an image is made where it is not supplied."""
+    """One file of an atlas card.
+
+    Attributes
+    ----------
+    made : dict or None
+        How the image is made at fetch time where it is not supplied: ``by`` 'warp' or
+        'overlay', ``of`` which files of the card, ``provenance`` in words, and what
+        :mod:`bids_brainfm.atlases.obtain` needs besides.
+    parcels : list of two int, or None
+        First and last parcel that the labels 1, 2, ... of a part stand for.
+    """
 
     name: str
     role: str
@@ -33,12 +53,23 @@ class AtlasFile:
     sha256: str | None = None
     url: str | None = None
     provenance: str = ''
-    warp: dict | None = None
+    made: dict | None = None
+    parcels: list | None = None
 
 
 @dataclass(frozen=True)
 class AtlasCard:
-    """A YAML file that says what an atlas is and of which files it consists."""
+    """A YAML file that says what an atlas is and of which files it consists.
+
+    Attributes
+    ----------
+    order : dict of str to int
+        What the names of the labels look like (``*`` for any text), in order, and how many of
+        each there are; empty where the order is not checked by name.
+    lookalikes : str or None
+        Files of this kind (a glob pattern) are looked into where a file is not found in a
+        folder, since they may be the right atlas in a wrong order.
+    """
 
     name: str
     parcels: int
@@ -48,13 +79,24 @@ class AtlasCard:
     description: str = ''
     citation: tuple[str, ...] = ()
     embedded: bool = False
+    order: dict = field(default_factory=dict)
+    lookalikes: str | None = None
 
     def folder(self, home: Path) -> Path:
         """Where the files lie: below `home`, or beside a card that is embedded or the user's."""
         fetched = self.path.parent == CARDS and not self.embedded
         return Path(home) / 'atlases' / self.name if fetched else self.path.parent
 
-    def warped_name(self, file: AtlasFile) -> str:
+    def path_of(self, file: AtlasFile, home: Path) -> Path:
+        """Where a file lies: a table of places comes with its card, others are fetched."""
+        return (self.path.parent if file.role == 'places' else self.folder(home)) / file.name
+
+    @property
+    def patterns(self) -> list[str]:
+        """What the name of each parcel looks like; empty where the card does not say."""
+        return [pattern for pattern, count in self.order.items() for _ in range(count)]
+
+    def made_name(self, file: AtlasFile) -> str:
         """Name of the image that is made where `file` was not supplied."""
         return f'tpl-{file.space}_atlas-{self.name}_res-{file.resolution:02d}_dseg.nii.gz'
 
@@ -90,8 +132,8 @@ class Atlas:
     names : tuple of P str
     hemispheres : tuple of P str
         'L', 'R' or 'B' (midline).
-    xyz : (P, 3) float
-        Centre of each parcel in mm (MNI, RAS).
+    places : Places
+        Centre and structure of each parcel, and known wrong orders.
     networks : tuple of P str, or None
     images : tuple of AtlasImage
         Those present on this machine.
@@ -100,7 +142,7 @@ class Atlas:
     name: str
     names: tuple[str, ...]
     hemispheres: tuple[str, ...]
-    xyz: np.ndarray
+    places: Places
     networks: tuple[str, ...] | None
     licence: str
     citation: tuple[str, ...]
@@ -110,6 +152,21 @@ class Atlas:
     def n_parcels(self) -> int:
         """Number of parcels P."""
         return len(self.names)
+
+    @property
+    def xyz(self) -> np.ndarray:
+        """Centre of each parcel in mm (MNI, RAS), (P, 3) float."""
+        return self.places.xyz
+
+    @property
+    def structures(self) -> tuple[str, ...] | None:
+        """'subcortex' or 'cortex' for each parcel; None where the atlas does not say."""
+        return self.places.structures
+
+    @property
+    def misorders(self) -> Mapping[str, np.ndarray]:
+        """Known wrong orders by name: row i of such a file is parcel ``misorders[name][i]``."""
+        return self.places.misorders
 
     def image_for(self, space: str, voxel_size_mm: float | None = None) -> AtlasImage:
         """Image of a space with the nearest voxel size, checked label by label.
@@ -129,7 +186,7 @@ class Atlas:
             )
         wanted = voxel_size_mm or 0
         image = min(here, key=lambda image: abs((image.resolution or wanted) - wanted))
-        check_image(image.path, self.name, self.xyz)
+        check_image(image.path, self.name, self.places)
         return image
 
     def table(self):
@@ -183,20 +240,43 @@ def load_card(name_or_path: str | Path) -> AtlasCard:
             'compare it with the card of Demo424.'
         ) from None
     for file in card.files:
-        if file.role not in ROLES:
-            raise BrainfmError(
-                f'The atlas card {path} gives {file.name} the role {file.role}; '
-                f'the roles are {", ".join(ROLES)}.'
-            )
-        if file.role == 'image' and not (file.space and file.resolution):
-            raise BrainfmError(
-                f'The atlas card {path} must state space and resolution (mm) of {file.name}.'
-            )
+        _check_entry(file, card)
+    if card.order and len(card.patterns) != card.parcels:
+        raise BrainfmError(
+            f'The atlas card {path} gives the order of {len(card.patterns)} names for '
+            f'{card.parcels} parcels.'
+        )
     return card
 
 
+def _check_entry(file, card):
+    """Refuse an entry of a card that lacks what its role needs."""
+    if file.role not in ROLES:
+        raise BrainfmError(
+            f'The atlas card {card.path} gives {file.name} the role {file.role}; '
+            f'the roles are {", ".join(ROLES)}.'
+        )
+    if file.role == 'image' and not (file.space and file.resolution):
+        raise BrainfmError(
+            f'The atlas card {card.path} must state space and resolution (mm) of {file.name}.'
+        )
+    if file.role == 'part' and not file.parcels:
+        raise BrainfmError(
+            f'The atlas card {card.path} must state the parcels (first, last) of {file.name}.'
+        )
+    if file.made is None:
+        return
+    by, sources = file.made.get('by'), file.made.get('of')
+    known = sources and {other.name for other in card.files} >= set(sources)
+    if by not in MADE_BY or not known or not file.made.get('provenance'):
+        raise BrainfmError(
+            f'The atlas card {card.path} must state how {file.name} is made: by '
+            f'({" or ".join(MADE_BY)}), of (files of the card) and provenance (in words).'
+        )
+
+
 def images_here(card: AtlasCard, home: Path) -> tuple[AtlasImage, ...]:
-    """Images of an atlas that are present, a supplied file before its warped stand-in."""
+    """Images of an atlas that are present, a supplied file before the one made in its stead."""
     folder = card.folder(home)
     images = []
     for file in card.files:
@@ -204,11 +284,8 @@ def images_here(card: AtlasCard, home: Path) -> tuple[AtlasImage, ...]:
             continue
         if (folder / file.name).is_file():
             path, provenance = folder / file.name, file.provenance or file.name
-        elif file.warp and (folder / card.warped_name(file)).is_file():
-            path = folder / card.warped_name(file)
-            provenance = (
-                f'{file.warp["source"]} warped nearest-neighbour with {file.warp["transform"]}'
-            )
+        elif file.made and (folder / card.made_name(file)).is_file():
+            path, provenance = folder / card.made_name(file), file.made['provenance']
         else:
             continue
         images.append(AtlasImage(path, file.space, file.resolution, provenance))
@@ -221,7 +298,7 @@ def missing_files(card: AtlasCard, home: Path, spaces: list[str] | None = None) 
     One image is enough for a space that has several.
     """
     folder = card.folder(home)
-    described = [f for f in card.files if f.role in ('labels', 'coordinates', 'table')]
+    described = [f for f in card.files if f.role in DESCRIBED]
     missing = [f.name for f in described if not (folder / f.name).is_file()]
     present = {image.space for image in images_here(card, home)}
     for file in card.files:
@@ -263,17 +340,19 @@ def load_atlas(name_or_path: str | Path, home: Path) -> Atlas:
             f'{", ".join(missing)}): run `{again}`, or `{again} --from DIR` with the files in '
             'DIR on a machine without internet.'
         )
-    names, hemispheres, xyz, networks = _read_parcels(card, home, images)
+    names, hemispheres, places, networks = _read_parcels(card, home, images)
     if hemispheres is None:
-        hemispheres = tuple(hemisphere(n, x) for n, x in zip(names, xyz[:, 0], strict=True))
+        hemispheres = tuple(hemisphere(n, x) for n, x in zip(names, places.xyz[:, 0], strict=True))
     side = np.array([{'L': -1, 'R': 1}.get(h, 0) for h in hemispheres])
-    if np.any(wrong := side * xyz[:, 0] < -5):
+    if np.any(wrong := side * places.xyz[:, 0] < -5):
         raise BrainfmError(
             f'Atlas {card.name} places {names[np.argmax(wrong)]} at x = '
-            f'{xyz[np.argmax(wrong), 0]:.0f} mm, on the other side than its name says: the '
+            f'{places.xyz[np.argmax(wrong), 0]:.0f} mm, on the other side than its name says: the '
             f'coordinates in {card.folder(home)} are flipped or in another order.'
         )
-    return Atlas(card.name, names, hemispheres, xyz, networks, card.licence, card.citation, images)
+    return Atlas(
+        card.name, names, hemispheres, places, networks, card.licence, card.citation, images
+    )
 
 
 def hemisphere(name: str, x: float) -> str:
@@ -281,28 +360,47 @@ def hemisphere(name: str, x: float) -> str:
 
     >>> [hemisphere(*p) for p in [('R_V1_ROI', 14), ('GP_L', -20), ('Vermis_Crus_I', -4)]]
     ['R', 'L', 'B']
+    >>> [hemisphere(*p) for p in [('PUT-VA-rh', 26), ('17Networks_LH_ContA_PFCl_1', -40)]]
+    ['R', 'L']
     """
-    if named := re.match(r'(L|R)(?:eft|ight)?_', name) or re.search(r'_(L|R)$', name):
-        return named[1]
+    for form in (r'(L|R)(?:eft|ight)?_', r'.*_(L|R)$', r'\d+Networks_(L|R)H_', r'.*-([lr])h$'):
+        if named := re.match(form, name):
+            return named[1].upper()
     if name.startswith('Vermis') or x == 0:
         return 'B'
     return 'L' if x < 0 else 'R'
 
 
+def networks_of(names, structures=None) -> tuple[str, ...] | None:
+    """Networks that the names of Schaefer's parcels tell, None where no name does.
+
+    >>> networks_of(['GP-rh', '17Networks_LH_ContA_PFCl_1'], ['subcortex', 'cortex'])
+    ('Subcortex', 'ContA')
+    """
+    named = [re.match(r'\d+Networks_[LR]H_([^_]+)', name) for name in names]
+    if not any(named):
+        return None
+    others = [s.capitalize() for s in structures or ['n/a'] * len(named)]
+    return tuple(n[1] if n else other for n, other in zip(named, others, strict=True))
+
+
 def _read_parcels(card, home, images):
-    """Names, hemispheres (or None), centres and networks (or None) of a card's parcels."""
-    folder = card.folder(home)
+    """Names, hemispheres (or None), places and networks (or None) of a card's parcels."""
+    import nibabel as nib
+
     names, hemispheres, xyz, networks = None, None, None, None
-    source = card.path
+    places, source = None, card.path
     for file in card.files:
-        path = folder / file.name
+        path = card.path_of(file, home)
         try:
             if file.role == 'labels':
-                names, source = _cifti_names(path), path
+                names, source = _label_names(nib.load(path)), path
             elif file.role == 'coordinates':
                 rows = np.loadtxt(path)
                 _check_order(rows[:, 0], card, path)
                 xyz = rows[:, 1:4].astype(np.float32)
+            elif file.role == 'places':
+                places = _read_places(path, card)
             elif file.role == 'table':
                 names, hemispheres, xyz, networks = _read_table(path, card)
                 source = path
@@ -315,15 +413,20 @@ def _read_parcels(card, home, images):
             f'The card of atlas {card.name} says {card.parcels} parcels, but {source} names '
             f'{len(names or ())}: give a table (TSV with index, name) or a dlabel file that fits.'
         )
-    if xyz is None:
+    if places is None and xyz is None:
         volume = next((image for image in images if image.resolution), None)
         if volume is None:
             raise BrainfmError(
                 f'Atlas {card.name} has neither coordinates nor a volume to take them from: '
                 f'add columns x, y, z (mm) to {source}.'
             )
-        xyz = label_centres(*_read_labels(volume.path, card.name, card.parcels), card.parcels)
-    return names, hemispheres, xyz, networks
+        image, labels = read_labels(volume.path, card.name)
+        check_complete(labels, volume.path, card.name, card.parcels)
+        xyz = label_centres(labels, image.affine, card.parcels)
+    places = places or Places(xyz)
+    if card.order and (fault := fault_of_names(names, card.patterns, places)):
+        raise misfit(source, card.name, fault)
+    return names, hemispheres, places, networks or networks_of(names, places.structures)
 
 
 def _check_order(index, card, path):
@@ -333,11 +436,9 @@ def _check_order(index, card, path):
         )
 
 
-def _cifti_names(path):
-    """Names of the labels 1..P in a dlabel file's table, in the order of the labels."""
-    import nibabel as nib
-
-    table = nib.load(path).header.get_axis(0).label[0]
+def _label_names(image):
+    """Names of the labels 1..P in a dlabel image's table, in the order of the labels."""
+    table = image.header.get_axis(0).label[0]
     return tuple(table[key][0] for key in sorted(table) if key > 0)
 
 
@@ -352,66 +453,34 @@ def _read_table(path, card):
     return column('name'), column('hemisphere'), xyz, column('network')
 
 
-def _read_labels(path, name, n_parcels):
-    """Labels as integers and the affine (None for CIFTI); every label 1..P must be there."""
-    import nibabel as nib
+def _read_places(path, card):
+    """Centres, structures and misorders; the columns after these are numbers in wrong orders."""
+    import pandas as pd
 
-    try:
-        image = nib.load(path)
-        values = np.asanyarray(image.dataobj)
-    except (OSError, EOFError, ValueError, nib.filebasedimages.ImageFileError) as error:
-        raise BrainfmError(
-            f'The image {path} of atlas {name} cannot be read ({error}): fetch it anew.'
-        ) from None
-    labels = np.rint(values).astype(np.int32)
-    if not np.array_equal(labels, values):
-        raise BrainfmError(
-            f'{path} of atlas {name} holds values that are not whole numbers: labels must be '
-            'resampled by nearest neighbour.'
-        )
-    absent = np.setdiff1d(np.arange(1, n_parcels + 1), labels)
-    if absent.size:
-        shown = ', '.join(map(str, absent[:5])) + (' ...' if absent.size > 5 else '')
-        raise BrainfmError(
-            f'{path} lacks {absent.size} of the {n_parcels} labels of atlas {name} ({shown}): '
-            f'use the file that the atlas card names.'
-        )
-    if labels.min() < 0 or labels.max() > n_parcels:
-        raise BrainfmError(
-            f'{path} has labels from {labels.min()} to {labels.max()} where atlas {name} has 1 '
-            f'to {n_parcels}: it shows another atlas.'
-        )
-    return labels, getattr(image, 'affine', None)
+    frame = pd.read_csv(path, sep='\t').set_index('index')
+    _check_order(frame.index, card, path)
+    xyz = frame[['x', 'y', 'z']].to_numpy(np.float32)
+    wrong = frame.drop(columns=['x', 'y', 'z', 'structure'])
+    for name, numbers in wrong.items():
+        _check_order(np.sort(numbers), card, f'Column {name} of {path}')
+    # A column says where parcel i stands in the wrong order, argsort who stands at i.
+    misorders = {name: np.argsort(numbers.to_numpy()) for name, numbers in wrong.items()}
+    return Places(xyz, tuple(frame['structure']), misorders)
 
 
-def label_centres(labels: np.ndarray, affine: np.ndarray, n_parcels: int) -> np.ndarray:
-    """Centre of mass of each label 1..P in mm, (P, 3) float32."""
-    import nibabel as nib
-
-    where = np.nonzero(labels)
-    label = labels[where]
-    counts = np.bincount(label, minlength=n_parcels + 1)[1:]
-    ijk = [np.bincount(label, axis, n_parcels + 1)[1:] / counts for axis in where]
-    return nib.affines.apply_affine(affine, np.stack(ijk, axis=1)).astype(np.float32)
-
-
-def check_image(path: Path, name: str, xyz: np.ndarray) -> None:
-    """Refuse an image that does not show the atlas whose parcels lie at `xyz`.
-
-    Labels must be the whole numbers 0..P, each of 1..P present; in volumes they must lie where
-    the atlas says, which a left-right flip or another order of the labels does not.
+def check_lookalike(path: Path, card: AtlasCard, home: Path) -> None:
+    """Refuse a file that may be an atlas in a wrong order, by its names (CIFTI) and its places.
 
     Raises
     ------
     BrainfmError
-        Says which of these fails.
+        Names the fault.
     """
-    labels, affine = _read_labels(path, name, len(xyz))
-    if affine is None:
-        return
-    shift = np.linalg.norm(label_centres(labels, affine, len(xyz)) - xyz, axis=1)
-    if np.median(shift) > MEDIAN_SHIFT_MM:
-        raise BrainfmError(
-            f'The labels of {path} lie {np.median(shift):.0f} mm (median) away from the centres '
-            f'of atlas {name}: the image is flipped left to right or numbered in another order.'
-        )
+    file = next(file for file in card.files if file.role == 'places')
+    places = _read_places(card.path_of(file, home), card)
+    image, _ = read_labels(path, card.name)
+    if hasattr(image.header, 'get_axis'):
+        fault = fault_of_names(_label_names(image), card.patterns, places)
+        if fault:
+            raise misfit(path, card.name, fault)
+    check_image(path, card.name, places)

@@ -108,6 +108,12 @@ def fetch(
         ) from None
 
 
+def forget(resource: Resource) -> None:
+    """Remove a file that turned out to be a wrong one, and the record of its checksum."""
+    resource.target.unlink(missing_ok=True)
+    _beside(resource.target, '.sha256').unlink(missing_ok=True)
+
+
 def _beside(target, suffix):
     return target.with_name(target.name + suffix)
 

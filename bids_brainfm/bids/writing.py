@@ -150,6 +150,13 @@ def read_matrix(path: Path) -> tuple[np.ndarray, list[str]]:
     return frame.to_numpy(), list(frame.columns)
 
 
+def read_relmat(path: Path) -> np.ndarray:
+    """Read a square table between parcels, (P, P) float32; the first column is their names."""
+    import pandas as pd
+
+    return pd.read_csv(path, sep='\t', na_values='n/a', index_col=0).to_numpy(np.float32)
+
+
 def derivative_path(output: Path, run: BoldRun, suffix: str, extension: str, **entities) -> Path:
     """Path of an output of a run; entities come in the order of BIDS, ``desc`` last.
 

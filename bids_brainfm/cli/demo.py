@@ -10,7 +10,7 @@ import numpy as np
 
 from bids_brainfm.errors import BrainfmError
 
-MODEL, ATLAS = 'brainlm-demo', 'Demo424'
+MODELS, ATLAS = ('brainlm-demo', 'brain-jepa-demo'), 'Demo424'
 SPACE, TASK, TR = 'MNI152NLin2009cAsym', 'rest', 0.735
 # The field of view of the template at a coarse voxel size keeps the files small.
 SHAPE, VOXEL_MM = (49, 58, 49), 4.0
@@ -23,7 +23,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='bids_brainfm_demo',
         description='Simulate a small dataset laid out as fMRIPrep writes it (OUTDIR/data), run '
-        'bids_brainfm on it with the embedded model and atlas, and say where the report is '
+        'bids_brainfm on it with the embedded models and atlas, and say where the report is '
         '(OUTDIR/out). Further options are passed on to bids_brainfm.',
     )
     parser.add_argument('outdir', metavar='OUTDIR', type=Path)
@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     from bids_brainfm.cli.run import main as run_app
 
     work = options.outdir / 'work'
-    arguments = [data, out, 'participant', '--model', MODEL, '-w', work, *passed_on]
+    arguments = [data, out, 'participant', '--model', *MODELS, '-w', work, *passed_on]
     print(f'bids_brainfm {" ".join(map(str, arguments))}', flush=True)
     code = run_app([str(argument) for argument in arguments])
     if code == 0:

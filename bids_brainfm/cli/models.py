@@ -12,8 +12,10 @@ from bids_brainfm.atlases.fetch import Resource, fetch
 from bids_brainfm.atlases.obtain import obtain_atlas
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.cards import ModelCard, checkpoint_dir, load_card, model_names
+from bids_brainfm.models.spec import resolve_model
 
-WEIGHTS = ('model.safetensors', 'pytorch_model.bin')  # a checkpoint has one of the two
+# A checkpoint has one of these
+WEIGHTS = ('model.safetensors', 'pytorch_model.bin', 'jepa-ep300.pth.tar')
 SIZES = ('model_type', 'hidden_size', 'num_hidden_layers')
 
 
@@ -46,16 +48,15 @@ def model_resources(card: ModelCard, home: Path, source_dir: Path | None = None)
     """
     folder = checkpoint_dir(card, home)
     resources = []
-    for file in card.weights:
+    searched = [folder, *([source_dir] if source_dir else [])]
+    has = lambda name: any(any(place.rglob(name)) for place in searched)
+    for file in [*card.weights, *([card.gradients] if card.gradients else [])]:
         resource = Resource(
             file['name'], folder / file['name'], file.get('url'), file.get('sha256')
         )
-        if resource.name in WEIGHTS and resource.sha256 is None:
-            other = WEIGHTS[1 - WEIGHTS.index(resource.name)]
-            searched = [folder, *([source_dir] if source_dir else [])]
-            has = lambda name, places=searched: any(any(p.rglob(name)) for p in places)
-            if has(other) and not has(resource.name):
-                resource = Resource(other, folder / other)
+        if resource.name in WEIGHTS and resource.sha256 is None and not has(resource.name):
+            other = next(filter(has, WEIGHTS), None)
+            resource = Resource(other, folder / other) if other else resource
         resources.append(resource)
     return resources
 
@@ -107,8 +108,9 @@ def list_all(home: Path) -> str:
     return '\n'.join([line.rstrip() for line in lines] + ['', f'fetched files: {home}'])
 
 
-def fetch_model(card: ModelCard, home: Path, source_dir: Path | None) -> None:
-    """Fetch a model's checkpoint and see that it is the model of that name."""
+def fetch_model(text: str, home: Path, source_dir: Path | None) -> None:
+    """Fetch the checkpoint of a card (name or path) and see that it is that model."""
+    card = load_card(text)
     name = card.name
     resources = model_resources(card, home, source_dir)
     fetch(resources, source_dir, f'bids_brainfm_models fetch {name}')
@@ -116,13 +118,16 @@ def fetch_model(card: ModelCard, home: Path, source_dir: Path | None) -> None:
     found = json.loads(config.read_text()) if config.is_file() else {}
     for key in SIZES:
         if key in found and key in card.config and found[key] != card.config[key]:
-            for resource in resources:
-                resource.target.unlink(missing_ok=True)
-                resource.target.with_name(f'{resource.target.name}.sha256').unlink(True)
+            forget(resources)
             raise BrainfmError(
                 f'The config.json of {source_dir or "the download"} says {key} {found[key]}, but '
                 f'{name} has {card.config[key]}: it is another model and was not kept.'
             )
+    try:  # what was fetched must be what the card describes, to the last tensor
+        resolve_model(text, home)
+    except BrainfmError:
+        forget(resources)
+        raise
     if missing := missing_files(load_atlas_card(card.atlas), home):
         print(
             f'{name} needs the atlas {card.atlas}, which lacks {", ".join(missing)}: run '
@@ -149,7 +154,7 @@ def fetch_named(name: str, home: Path, source_dir: Path | None) -> None:
         obtain_atlas(card, home, source_dir)
         print(f'{card.name} is in {card.folder(home)}')
     else:
-        fetch_model(card, home, source_dir)
+        fetch_model(name, home, source_dir)
         print(f'{card.name} is in {checkpoint_dir(card, home)}')
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from bids_brainfm.config import Settings, read_toml
 from bids_brainfm.errors import BrainfmError
 
+# as models.masking.BLOCKS, which is not imported here: --help is to be instant
+BLOCKS = ('cross-time', 'cross-roi', 'double-cross')
 SCALINGS = ('card', 'none', 'run-robust', 'global-z', 'parcel-z', 'cohort')
 
 
@@ -156,8 +158,14 @@ def get_parser() -> argparse.ArgumentParser:
         'are (default: what the model card says)',
     )  # fmt: skip
     model.add_argument(
-        '--scale-stats', '--scale_stats', type=Path, metavar='FILE',
-        help='fitted statistics for --scale cohort',
+        '--scale-stats', '--scale_stats', nargs='+', type=Path, metavar='FILE',
+        help='fitted statistics for --scale cohort, one file for each atlas',
+    )  # fmt: skip
+    model.add_argument(
+        '--temporal', choices=['resample', 'official'],
+        help="how a run is brought to the model's repetition time: resample with an "
+        'anti-aliasing filter, or pick frames as the official code of Brain-JEPA does '
+        '(default: resample)',
     )  # fmt: skip
     model.add_argument(
         '--stride', type=positive(int), metavar='SAMPLES',
@@ -171,7 +179,12 @@ def get_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     model.add_argument(
         '--tokens', action='store_true', default=None,
-        help='also write the embedding of every token (and parcel) as HDF5',
+        help='also write the embedding of every token as HDF5',
+    )  # fmt: skip
+    model.add_argument(
+        '--latent-prediction', '--latent_prediction', choices=[*BLOCKS, 'none'],
+        help='block of the window that Brain-JEPA predicts from the rest, as a map of quality: '
+        'the last time patches, every second parcel, or both (default: cross-time)',
     )  # fmt: skip
     model.add_argument(
         '--random-weights', '--random_weights', action='store_true', default=None,
@@ -323,12 +336,12 @@ def _as_typed(found: dict, path: Path) -> dict:
 
 
 def _check(settings: Settings) -> None:
-    if settings.scale == 'cohort' and settings.scale_stats is None:
+    if settings.scale == 'cohort' and not settings.scale_stats:
         raise BrainfmError('--scale cohort needs the fitted statistics: add --scale-stats FILE.')
-    if settings.scale_stats is not None and settings.scale != 'cohort':
+    if settings.scale_stats and settings.scale != 'cohort':
         raise BrainfmError('--scale-stats is used by --scale cohort only: add --scale cohort.')
     for option, path in (
-        ('--scale-stats', settings.scale_stats),
+        *(('--scale-stats', path) for path in settings.scale_stats),
         ('--bids-filter-file', settings.bids_filter_file),
         ('--use-plugin', settings.use_plugin),
     ):

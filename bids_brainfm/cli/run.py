@@ -102,7 +102,7 @@ def check_places(settings: Settings, datasets: dict[str, Path]) -> None:
         files = (
             settings.bids_database_dir,
             settings.use_plugin,
-            settings.scale_stats,
+            *settings.scale_stats,
             settings.bids_filter_file,
             *map(Path, (settings.denoise, *settings.model)),
             *(Path(model.partition('=')[2] or '/') for model in settings.model),

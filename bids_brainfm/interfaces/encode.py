@@ -2,9 +2,7 @@
 
 import logging
 import time
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from nipype.interfaces.base import (
@@ -14,59 +12,15 @@ from nipype.interfaces.base import (
     traits,
 )
 
-from bids_brainfm.bids import writing
 from bids_brainfm.bids.reading import BoldRun
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.interfaces.embedding import EncodeTask, write_outputs
 from bids_brainfm.interfaces.outcome import Outcome, attempt
-from bids_brainfm.interfaces.series import (
-    FILL_RULE,
-    embedding_columns,
-    read_series,
-    report_name,
-    series_paths,
-)
-from bids_brainfm.models.spec import SEED, ModelSpec
-from bids_brainfm.signals.contract import Contract, prepare
-from bids_brainfm.signals.resample import same_rate
+from bids_brainfm.interfaces.series import read_series, series_paths
+from bids_brainfm.models.spec import SEED
+from bids_brainfm.signals.contract import prepare
 
 LOGGER = logging.getLogger('bids_brainfm')
-
-
-@dataclass(frozen=True)
-class EncodeTask:
-    """How one model encodes, for all runs.
-
-    Attributes
-    ----------
-    spec : ModelSpec
-    atlas : str
-        Name of its atlas.
-    contract : Contract
-    home : Path
-        Where fetched atlases are kept.
-    device, precision : str
-        As resolved: ``cpu`` or ``cuda``, ``float32`` or ``bfloat16``.
-    batch_size, threads : int
-        Windows at once; CPU threads.
-    tokens : bool
-        Whether to write token embeddings.
-    output : Path
-        The output dataset.
-    version : str
-        Version of this program, for the sidecars.
-    """
-
-    spec: ModelSpec
-    atlas: str
-    contract: Contract
-    home: Path
-    device: str
-    precision: str
-    batch_size: int
-    threads: int
-    tokens: bool
-    output: Path
-    version: str
 
 
 def encode_step(atlas: str, label: str) -> str:
@@ -74,26 +28,12 @@ def encode_step(atlas: str, label: str) -> str:
     return f'atlas-{atlas}_desc-{label}'
 
 
-def embedding_path(output: Path, run: BoldRun, atlas: str, label: str) -> Path:
-    """Path of the table of embeddings of a run."""
-    return writing.derivative_path(output, run, 'embedding', '.tsv', atlas=atlas, desc=label)
-
-
-def embedding_current(
-    output: Path, run: BoldRun, atlas: str, label: str, inputs: dict, tokens: bool
-) -> bool:
-    """Whether a run's embeddings stand and fit the inputs."""
-    path = embedding_path(output, run, atlas, label)
-    if tokens and not path.with_suffix('.h5').is_file():
-        return False
-    return writing.is_current(path.with_suffix('.json'), path, inputs)
-
-
 def load_encoder(task: EncodeTask, xyz: np.ndarray):
     """Build the network of a task and give it its weights."""
     import torch
 
     from bids_brainfm.models.encoder import Encoder, ascending_y
+    from bids_brainfm.models.gradient_table import read_gradients
     from bids_brainfm.models.weights import build, initialise, load_checkpoint
 
     torch.set_num_threads(task.threads)
@@ -103,6 +43,8 @@ def load_encoder(task: EncodeTask, xyz: np.ndarray):
         initialise(network, SEED)
     else:
         load_checkpoint(network, spec.checkpoint)
+    if spec.gradients is not None:
+        network.set_gradients(read_gradients(spec.gradients.path))
     order = ascending_y(xyz) if spec.card.parcel_order == 'ascending-y' else None
     return Encoder(
         network,
@@ -111,6 +53,7 @@ def load_encoder(task: EncodeTask, xyz: np.ndarray):
         xyz=xyz,
         device=task.device,
         precision=task.precision,
+        block=task.block,
     )
 
 
@@ -174,7 +117,9 @@ def _encode(runs: list[BoldRun], task: EncodeTask, progress):
         for run in runs:
             try:
                 series = read_series(series_paths(task.output, run, atlas.name)['series'])
-                prepared[run] = prepare(series, task.contract, atlas.xyz, atlas.name)
+                prepared[run] = prepare(
+                    series, task.contract, atlas.xyz, atlas.name, atlas.structures
+                )
             except Exception as error:
                 failed.append((run, partial(_fail, _named(error, run, task))))
             else:
@@ -183,7 +128,7 @@ def _encode(runs: list[BoldRun], task: EncodeTask, progress):
     encodings = encode_runs(encoder, windows_of_runs(), task.batch_size, task.tokens, progress)
     for run, encoding in encodings:
         windows, donors = prepared.pop(run)
-        yield run, partial(write_embedding, run, task, atlas, windows, donors, encoding)
+        yield run, partial(write_outputs, run, task, atlas, windows, donors, encoding)
         while failed:
             yield failed.pop(0)
     yield from failed
@@ -210,147 +155,6 @@ def _explain(error: Exception, task: EncodeTask) -> Exception:
             f"GPU's memory: lower --batch-size, or use --precision bfloat16 or --device cpu."
         )
     return error
-
-
-def write_embedding(run, task: EncodeTask, atlas, windows, donors, encoding) -> None:
-    """Write one run's embeddings: table, tokens on request, figures, sidecar."""
-    from bids_brainfm.reports import figures
-    from bids_brainfm.reports.report import figure_path
-
-    spec = task.spec
-    path = embedding_path(task.output, run, atlas.name, spec.label)
-    series = series_paths(task.output, run, atlas.name)['series']
-    source = writing.read_sidecar(series.with_suffix('.json'))
-    shares = (windows.onset, windows.duration, windows.real, windows.flagged)
-    assessed = 'NumberOfVolumesFlagged' in source
-    flagged = windows.flagged if assessed else np.full(len(windows.data), np.nan)
-    header, index = embedding_columns(*shares[:3], flagged, encoding.summary.shape[1])
-    writing.write_matrix(path, encoding.summary, header, index)
-    if task.tokens:
-        write_tokens(path.with_suffix('.h5'), encoding, windows, atlas)
-    else:  # tokens of an earlier input would not belong to this table
-        path.with_suffix('.h5').unlink(missing_ok=True)
-    recorded = (windows.onset + windows.duration).max() + windows.left_over
-    pictures = {
-        'windows': figures.windows(*shares, recorded),
-        'embedding': figures.embedding(encoding.summary, windows.onset),
-    }
-    name = report_name(run, atlas.name)
-    for what, figure in pictures.items():
-        figures.save(figure, figure_path(task.output, name, what, spec.label))
-    filled = {atlas.names[i]: atlas.names[donor] for i, donor in enumerate(donors) if donor >= 0}
-    content = _describe(task, source, windows, encoding.summary.shape[1], filled)
-    own = {'Sources': [writing.own_uri(task.output, series), *source['Sources']]}
-    writing.write_json(path.with_suffix('.json'), content | own)
-
-
-def _warnings(task: EncodeTask, windows, filled: dict) -> list[str]:
-    """What is out of the ordinary with the windows of a run, one sentence each."""
-    spec, warnings = task.spec, []
-    if not spec.trained:
-        warnings.append(
-            f'{spec.label} is untrained (random weights): its embeddings are a control, '
-            f'not a result.'
-        )
-    if filled:
-        warnings.append(f'{len(filled)} parcels were filled before encoding with {FILL_RULE}.')
-    if windows.left_over > 0:
-        warnings.append(
-            f'The last {windows.left_over:.1f} s of the run are in no window of {spec.label} '
-            f'(--short-runs pad would add one).'
-        )
-    if (windows.real < 1).any():
-        warnings.append(
-            f'{(windows.real < 1).sum()} window(s) of {spec.label} are not all recorded signal '
-            f'(--short-runs {task.contract.short_runs}).'
-        )
-    return warnings
-
-
-def _describe(task: EncodeTask, source: dict, windows, size: int, filled: dict) -> dict:
-    """Sidecar of a run's embeddings, but for its sources.
-
-    Parameters
-    ----------
-    task : EncodeTask
-    source : dict
-        Sidecar of the parcel series.
-    windows : Windows
-    size : int
-        Dimensions of the embedding.
-    filled : dict of str to str
-        Parcels that were filled, and from which.
-    """
-    spec, card, contract = task.spec, task.spec.card, task.contract
-    assessed = 'NumberOfVolumesFlagged' in source
-    resampled = not same_rate(source['RepetitionTime'], card.tr)
-    return {
-        'Description': f'Embedding of each window of the run by {card.name}: the state of the '
-        f'class token after the last normalisation.',
-        'InputFiles': source['InputFiles'],
-        'SoftwareVersion': task.version,
-        'Model': {
-            'Name': card.name,
-            'Description': card.description,
-            'Trained': spec.trained,
-            'Weights': spec.weights,
-            'WeightsSHA256': spec.sha256,
-            'License': card.licence,
-            'Source': card.source,
-            'Citation': card.citation,
-            'Architecture': card.config,
-        },
-        'Pooling': 'class token',
-        'ParcelOrder': card.parcel_order,
-        'EmbeddingSize': size,
-        'NumberOfWindows': len(windows.data),
-        'WindowLength': card.window * card.tr,
-        'WindowSamples': card.window,
-        'WindowStride': (contract.stride or card.window) * card.tr,
-        'WindowOnsets': windows.onset,
-        'SamplingFrequency': 1 / card.tr,
-        'RepetitionTime': source['RepetitionTime'],
-        'Resampled': resampled,
-        'ResamplingMethod': 'polyphase with anti-aliasing filter' if resampled else None,
-        'Scaling': contract.scaling,
-        'DividedBy': contract.divide_by if contract.scaling != 'none' else None,
-        'ScaleStatistics': contract.stats,
-        'ShortRuns': contract.short_runs,
-        'LeftOver': windows.left_over,
-        'Denoising': source['Denoising'],
-        'ShareFlagged': windows.flagged if assessed else None,
-        'ShareReal': windows.real,
-        'FilledParcels': filled,
-        'FillRule': FILL_RULE,
-        'Precision': task.precision,
-        'Device': task.device,
-        'Space': source['Space'],
-        'Atlas': source['Atlas'],
-        'Warnings': _warnings(task, windows, filled),
-        'window': {'Description': 'Number of the window, from 0'},
-        'onset': {'Description': "Start of the window since the run's start", 'Units': 's'},
-        'duration': {'Description': 'Recorded signal in the window', 'Units': 's'},
-        'real': {'Description': 'Share of samples that were recorded'},
-        'flagged': {'Description': 'Share of recorded samples from flagged volumes'},
-    }
-
-
-def write_tokens(path: Path, encoding, windows, atlas) -> None:
-    """Write token and parcel embeddings as HDF5.
-
-    Datasets: ``tokens`` (windows, tokens, dimensions) in canonical order without the class token,
-    ``parcels`` (windows, parcels, dimensions) where the model has one token or more a parcel,
-    ``onset`` (windows,) in seconds and ``parcel_names``.
-    """
-    import h5py
-
-    with writing.atomic(path) as temporary, h5py.File(temporary, 'w') as file:
-        file['onset'] = windows.onset
-        file['parcel_names'] = list(atlas.names)
-        for name in ('tokens', 'parcels'):
-            values = getattr(encoding, name)
-            if values is not None:
-                file.create_dataset(name, data=values, compression='gzip', compression_opts=1)
 
 
 class _EncodeInputSpec(BaseInterfaceInputSpec):

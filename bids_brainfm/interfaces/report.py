@@ -10,6 +10,7 @@ from nipype.interfaces.base import (
 )
 
 from bids_brainfm.bids.writing import read_sidecar
+from bids_brainfm.interfaces.embedding import latent_name
 from bids_brainfm.interfaces.outcome import read_failures
 from bids_brainfm.models.connectome import LABEL as CONNECTOME
 
@@ -26,7 +27,8 @@ def collect_runs(output: Path, subject: str) -> list[dict]:
         label = rest.removesuffix('_embedding.json')
         sidecar = read_sidecar(path)
         if sidecar is not None and label != CONNECTOME and name in runs:
-            runs[name]['models'].append(_model_facts(label, sidecar))
+            latent = read_sidecar(path.with_name(f'{name}_{latent_name(label)}_boldmap.json'))
+            runs[name]['models'].append(_model_facts(label, sidecar, latent or {}))
             runs[name]['warnings'] += sidecar['Warnings']
     listed = [{'name': name} | facts for name, facts in runs.items()]
     return listed + _failed(output, subject, listed)
@@ -62,10 +64,29 @@ def _series_facts(sidecar: dict) -> dict:
     }
 
 
-def _model_facts(label: str, sidecar: dict) -> dict:
+def _placement(sidecar: dict) -> dict[str, str]:
+    """What placed the parcels, for a model that is given gradients."""
+    table, check = sidecar['Model'].get('GradientTable'), sidecar.get('OrderCheck')
+    if not table:
+        return {}
+    found, *others = check['Correlation'].items()
+    wrong = ', '.join(f'{r:.2f} ({name})' for name, r in others)
+    return {
+        'Gradient table': f'{table["Name"]}, sha256 {table["SHA256"]}',
+        'Order of parcels': f'correlation of connectivity with nearness in gradient space '
+        f'{found[1]:.2f}, in wrong orders {wrong}',
+    }
+
+
+def _model_facts(label: str, sidecar: dict, latent: dict) -> dict:
     model = sidecar['Model']
     resampled = f', resampled to {1 / sidecar["SamplingFrequency"]:g} s'
     divided = sidecar.get('DividedBy', 1)
+    if latent:
+        latent = {
+            'Latent prediction': f'{latent["Block"]}: mean error {latent["MeanError"]:.3f}, of a '
+            f'guess without a model {latent["MeanBaseline"]:.3f}'
+        }
     return {
         'label': label,
         'name': model['Name'],
@@ -78,10 +99,14 @@ def _model_facts(label: str, sidecar: dict) -> dict:
             'Input': f'{sidecar["WindowSamples"]} samples ({sidecar["WindowLength"]:g} s) a window'
             + (resampled if sidecar['Resampled'] else ''),
             'Scaling': sidecar['Scaling'] + (f', divided by {divided:g}' if divided != 1 else ''),
+            'Static share': f'{sidecar["StaticVariance"]:.1%} of the variance that the model is '
+            f'given does not change over time',
             'Embedding': f'{sidecar["EmbeddingSize"]} dimensions ({sidecar["Pooling"]})',
             'Filled parcels': len(sidecar['FilledParcels']),
             'Ran on': f'{sidecar["Device"]}, {sidecar["Precision"]}',
-        },
+        }
+        | _placement(sidecar)
+        | latent,
     }
 
 

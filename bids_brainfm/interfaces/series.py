@@ -18,7 +18,10 @@ from bids_brainfm.interfaces.outcome import attempt
 from bids_brainfm.models.connectome import LABEL, connectome, connectome_vector
 from bids_brainfm.signals.series import ParcelSeries
 
-FILL_RULE = 'the series of the nearest parcel (by centroid) with enough coverage'
+FILL_RULE = (
+    'the series of the nearest parcel (by centroid, and of the same structure where the atlas '
+    'tells cortex from subcortex) with enough coverage'
+)
 
 
 @dataclass(frozen=True)
@@ -338,19 +341,23 @@ def _draw(made: Made, task: SeriesTask) -> None:
     from bids_brainfm.reports import figures
     from bids_brainfm.reports.report import figure_path
 
-    xyz = made.atlas.xyz
-    order, label = np.lexsort((xyz[:, 1], xyz[:, 0] > 0)), 'left then right, back to front'
+    order, label = display_order(made.atlas.xyz)
     before, start = made.found.data[made.dummy :], made.dummy * made.tr
     pictures = {
         'carpet': figures.carpet(
             before, made.series, made.tr, made.flagged, order, order_label=label, start=start
         ),
-        'coverage': figures.coverage(xyz, made.found.coverage, task.min_coverage),
+        'coverage': figures.coverage(made.atlas.xyz, made.found.coverage, task.min_coverage),
         'connectivity': figures.connectivity(made.relmat, order, order_label=label),
     }
     name = report_name(made.run, made.atlas.name)
     for what, figure in pictures.items():
         figures.save(figure, figure_path(task.output, name, what))
+
+
+def display_order(xyz: np.ndarray) -> tuple[np.ndarray, str]:
+    """Order in which pictures show parcels, from their centres (P, 3) in mm, and its name."""
+    return np.lexsort((xyz[:, 1], xyz[:, 0] > 0)), 'left then right, back to front'
 
 
 def embedding_columns(onset, duration, real, flagged, size: int) -> tuple[list[str], list[str]]:

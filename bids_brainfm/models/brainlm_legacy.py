@@ -13,7 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.models.layers import Attention, angles, boxed, gelu, without_autocast
+from bids_brainfm.models.layers import (
+    Attention,
+    angles,
+    boxed,
+    draw_state,
+    draw_uniform,
+    gelu,
+    without_autocast,
+)
 from bids_brainfm.models.masking import put_back, take
 
 TABLE_LENGTH = 5000  # rows of the official position tables; a window uses the first ten
@@ -74,6 +82,8 @@ class BrainLMLegacy(nn.Module):
     """
 
     model_type = 'brainlm_mae'
+    has_class_token = True
+    pooling = 'class token'
     needs_xyz = True
 
     def __init__(self, config: dict):
@@ -124,6 +134,11 @@ class BrainLMLegacy(nn.Module):
             decoder_pred2=nn.Linear(narrow // 2, self.patch),
         )
         self.decoder.mask_token = nn.Parameter(torch.empty(1, 1, narrow))
+
+    @property
+    def transformers(self) -> tuple[nn.Module, ...]:
+        """The layers whose matrices may be of lower precision; a decoder's are not."""
+        return (self.vit.encoder,)
 
     def encode(
         self,
@@ -213,6 +228,10 @@ class BrainLMLegacy(nn.Module):
             f'{part}.pos_embedding.pe': position_table(self.config['hidden_size'])
             for part in ('vit.embeddings', 'decoder')
         }
+
+    def initial_state(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Draw the official initialisation."""
+        return draw_state(self, self.position_tables(), draw_uniform, generator)
 
     def _layers(self, part: str) -> nn.ModuleList:
         """Return the layers of the encoder (``''``) or of the decoder (``'decoder_'``)."""

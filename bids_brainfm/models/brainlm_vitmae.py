@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.models.layers import Attention, angles, boxed, gelu
+from bids_brainfm.models.layers import Attention, angles, boxed, draw_state, draw_uniform, gelu
 from bids_brainfm.models.masking import put_back, take
 
 
@@ -204,6 +204,8 @@ class BrainLMViT(nn.Module):
 
     model_type = 'vit_mae'
     tokens_per_parcel = None  # a token spans as many parcels as time points
+    has_class_token = True
+    pooling = 'class token'
     needs_xyz = False
 
     def __init__(self, config: dict):
@@ -246,6 +248,11 @@ class BrainLMViT(nn.Module):
         )
         self.decoder.mask_token = nn.Parameter(torch.empty(1, 1, narrow))
         self.decoder.decoder_pos_embed = self._table(narrow)
+
+    @property
+    def transformers(self) -> tuple[nn.Module, ...]:
+        """The layers whose matrices may be of lower precision; a decoder's are not."""
+        return (self.vit.encoder,)
 
     def encode(
         self,
@@ -332,6 +339,10 @@ class BrainLMViT(nn.Module):
             'vit.embeddings.position_embeddings': position_table(across, config['hidden_size']),
             'decoder.decoder_pos_embed': position_table(across, config['decoder_hidden_size']),
         }
+
+    def initial_state(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Draw the official initialisation."""
+        return draw_state(self, self.position_tables(), draw_uniform, generator)
 
     def _blocks(self, part: str) -> nn.ModuleList:
         """Return the layers of the encoder (``''``) or of the decoder (``'decoder_'``)."""

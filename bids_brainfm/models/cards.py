@@ -47,6 +47,17 @@ class ModelCard:
     weights : list of dict
         Files of the checkpoint: ``name``, and ``url`` and ``sha256`` where known. Empty for a
         model that comes with this package.
+    gradients : dict or None
+        The table of brain gradients that places the parcels (Brain-JEPA): ``name`` of the file,
+        and ``url`` and ``sha256`` where known.
+    official_volumes : int or None
+        Volumes that the official code spans with one window by picking frames, whatever the
+        repetition time; None where ``--temporal official`` means nothing.
+    min_real : float
+        Share of a window that must be recorded for it to be taken; what lacks is completed and
+        said.
+    cohort_scaling : str
+        Method that ``--scale cohort`` means for this model.
     """
 
     name: str
@@ -64,6 +75,10 @@ class ModelCard:
     source: str
     citation: list[str] = field(hash=False)
     weights: list[dict] = field(hash=False, default_factory=list)
+    gradients: dict | None = field(hash=False, default=None)
+    official_volumes: int | None = None
+    min_real: float = 1.0
+    cohort_scaling: str = 'cohort'
 
     @property
     def embedded(self) -> bool:
@@ -86,11 +101,16 @@ class ModelCard:
                 f'Model card {self.name}: label {self.label!r} goes into file names, so it may '
                 f'have letters and digits only, and {CONNECTOME} is the name of the baseline.'
             )
-        if self.scaling not in METHODS:
-            raise BrainfmError(
-                f'Model card {self.name}: scaling {self.scaling!r} is not one of '
-                f'{", ".join(METHODS)}.'
-            )
+        for scaling in (self.scaling, self.cohort_scaling):
+            if scaling not in METHODS:
+                raise BrainfmError(
+                    f'Model card {self.name}: scaling {scaling!r} is not one of '
+                    f'{", ".join(METHODS)}.'
+                )
+        if not all(isinstance(citation, str) for citation in self.citation):
+            raise BrainfmError(f'Model card {self.name}: citation must be a list of texts.')
+        if self.gradients is not None and 'name' not in self.gradients:
+            raise BrainfmError(f'Model card {self.name}: gradients must give the name of a file.')
         if self.parcel_order not in PARCEL_ORDERS:
             raise BrainfmError(
                 f'Model card {self.name}: parcel_order {self.parcel_order!r} is not one of '
@@ -99,6 +119,11 @@ class ModelCard:
         if not (self.tr > 0 and self.window > 0 and self.divide_by > 0):
             raise BrainfmError(
                 f'Model card {self.name}: tr, window and divide_by must be above zero.'
+            )
+        if not 0 < self.min_real <= 1 or (self.official_volumes or self.window) < self.window:
+            raise BrainfmError(
+                f'Model card {self.name}: min_real must be a share above 0, and official_volumes '
+                f'at least the window of {self.window} samples.'
             )
 
 
@@ -109,7 +134,8 @@ def model_names() -> list[str]:
     True
     """
     folder = files('bids_brainfm') / 'data' / 'models'
-    return sorted(entry.name.removesuffix('.yml') for entry in folder.iterdir())
+    names = (entry.name for entry in folder.iterdir())
+    return sorted(name.removesuffix('.yml') for name in names if name.endswith('.yml'))
 
 
 def load_card(name: str | Path) -> ModelCard:
@@ -145,7 +171,8 @@ def load_card(name: str | Path) -> ModelCard:
     except (yaml.YAMLError, TypeError, UnicodeDecodeError) as error:
         raise BrainfmError(f'The model card {name} is not a YAML mapping: {error}.') from None
     fields = dataclasses.fields(ModelCard)
-    needed = {f.name for f in fields if f.default_factory is dataclasses.MISSING} | {'citation'}
+    missing = dataclasses.MISSING
+    needed = {f.name for f in fields if f.default is f.default_factory is missing}
     wrong = sorted(needed - given) + sorted(given - {f.name for f in fields})
     if wrong:
         raise BrainfmError(
@@ -156,7 +183,11 @@ def load_card(name: str | Path) -> ModelCard:
         for key in ('atlas', 'denoising'):
             if str(content[key]).endswith(('.yml', '.yaml')):
                 content[key] = str(path.absolute().parent / content[key])
-    return ModelCard(**content)
+    card = ModelCard(**content)
+    if card.gradients and (source is path or card.embedded):
+        beside = Path(source).absolute().parent / card.gradients['name']
+        card = dataclasses.replace(card, gradients=card.gradients | {'name': str(beside)})
+    return card
 
 
 def checkpoint_dir(card: ModelCard, home: Path) -> Path:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.models.masking import spatiotemporal_block
 
 
 @dataclass(frozen=True)
@@ -17,23 +18,31 @@ class Encoding:
     Attributes
     ----------
     summary : (W, D)
-        The embedding of each window: the class token after the final LayerNorm.
+        The embedding of each window: the class token after the final LayerNorm, or the mean of
+        all tokens for a model without one.
     parcels : (W, P, D) or None
         Mean of each parcel's tokens, parcels in atlas order; None where a token spans several
         parcels.
     tokens : (W, N, D) or None
         All tokens in their canonical order, without the class token. For a model with tokens
         per parcel: parcel by parcel in atlas order, in time within a parcel. For a ViT: row by
-        row of its grid, parcels in the model's order.
+        row of its grid, parcels in the model's order. None where not asked for.
     attention : (W, P) or None
-        Share of the class token's attention in the last layer that falls on each parcel (mean
-        over heads, sum over the parcel's tokens), in atlas order; None as for ``parcels``.
+        Share of attention in the last layer that falls on each parcel (mean over heads, sum over
+        the parcel's tokens), in atlas order: the class token's, or the mean over all tokens for a
+        model without one. None as for ``parcels``, and where tokens were not asked for.
+    latent_error, latent_baseline : (W, P, K) or None
+        Smooth L1 error of the latents of a block of each window as predicted from the rest, and
+        as guessed without a model, for each parcel in atlas order and each of K time patches; NaN
+        outside the block. None where no block was asked for.
     """
 
     summary: np.ndarray
     parcels: np.ndarray | None = None
     tokens: np.ndarray | None = None
     attention: np.ndarray | None = None
+    latent_error: np.ndarray | None = None
+    latent_baseline: np.ndarray | None = None
 
     def __len__(self) -> int:
         """Number of windows."""
@@ -75,11 +84,15 @@ class Encoder:
         float32 always.
     name : str
         The model's name, for messages.
+    block : str, optional
+        Block of each window to predict from the rest, for families that predict latents; see
+        :func:`bids_brainfm.models.masking.spatiotemporal_block`.
 
     Raises
     ------
     BrainfmError
-        Coordinates are needed and not given, or ``order`` or ``xyz`` do not fit the model.
+        Coordinates are needed and not given, ``order`` or ``xyz`` do not fit the model, or it has
+        no such block.
     """
 
     def __init__(
@@ -90,6 +103,7 @@ class Encoder:
         device: torch.device | str = 'cpu',
         precision: str = 'float32',
         name: str = 'the model',
+        block: str | None = None,
     ):
         self.name = name
         self.device = torch.device(device)
@@ -97,7 +111,7 @@ class Encoder:
         self.network = network.eval().requires_grad_(False).to(self.device)
         if precision == 'bfloat16':
             # Autocast would convert these anew for every window.
-            for module in network.vit.encoder.modules():
+            for module in nn.ModuleList(network.transformers).modules():
                 if isinstance(module, nn.Linear):
                     module.to(torch.bfloat16)
         self.shape = network.window_shape
@@ -119,6 +133,15 @@ class Encoder:
                 )
             rows = self.xyz if self.order is None else self.xyz[self.order]
             self._place = (torch.from_numpy(rows)[None].to(self.device),)
+        self._block = None
+        if block is not None:
+            if not hasattr(network, 'latent_error'):
+                raise BrainfmError(
+                    f'{name} predicts no latents, so it has no block {block}; leave latent '
+                    'prediction out or take a Brain-JEPA.'
+                )
+            tokens = spatiotemporal_block(block, parcels, network.tokens_per_parcel)
+            self._block = tuple(part.to(self.device) for part in tokens)
 
     def encode(self, windows: np.ndarray, tokens: bool = False) -> Encoding:
         """Encode windows, unmasked and with tokens in their own order.
@@ -128,7 +151,7 @@ class Encoder:
         windows : (B, P, T) float32
             Scaled windows, parcels in atlas order.
         tokens : bool
-            Whether to return all tokens.
+            Whether to return all tokens, and attention with them.
 
         Returns
         -------
@@ -165,17 +188,23 @@ class Encoder:
         network, per_parcel = self.network, self.network.tokens_per_parcel
         coarse = self.precision == 'bfloat16'
         with torch.autocast(self.device.type, torch.bfloat16, enabled=coarse):
-            hidden, row = network.encode(signal, *self._place, return_attention=bool(per_parcel))
-        found = {'summary': hidden[:, 0]}
+            attend = tokens and bool(per_parcel)
+            hidden, row = network.encode(signal, *self._place, return_attention=attend)
+            errors = network.latent_error(signal, hidden, *self._block) if self._block else ()
+        first = int(network.has_class_token)
+        body = hidden[:, first:]
+        found = {'summary': hidden[:, 0] if first else body.mean(1)}
         if per_parcel:
-            by_parcel = hidden[:, 1:].unflatten(1, (-1, per_parcel))
+            by_parcel = body.unflatten(1, (-1, per_parcel))
             found['parcels'] = self._atlas_order(by_parcel.mean(2))
-            shares = row[:, 1:].unflatten(1, (-1, per_parcel)).sum(2)
+            body = self._atlas_order(by_parcel).flatten(1, 2)
+        if tokens:
+            found['tokens'] = body
+        if attend:
+            shares = row[:, first:].unflatten(1, (-1, per_parcel)).sum(2)
             found['attention'] = self._atlas_order(shares)
-            if tokens:
-                found['tokens'] = self._atlas_order(by_parcel).flatten(1, 2)
-        elif tokens:
-            found['tokens'] = hidden[:, 1:]
+        for name, error in zip(('latent_error', 'latent_baseline'), errors, strict=False):
+            found[name] = self._atlas_order(error.unflatten(1, (-1, per_parcel)))
         # Copied, so that a summary does not hold the memory of all tokens.
         return Encoding(**{name: x.cpu().numpy().copy() for name, x in found.items()})
 
@@ -201,7 +230,7 @@ def encode_runs(
     batch_size : int
         Windows per batch.
     tokens : bool
-        Whether to return all tokens.
+        Whether to return all tokens, and attention with them.
     progress : callable, optional
         Called after each batch with the number of windows done so far.
 

@@ -1,4 +1,6 @@
-"""What the transformer families share: attention, and the angles of sin-cos position tables."""
+"""What the transformer families share: attention, angles of position tables, initial weights."""
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +40,54 @@ def angles(length: int, channels: int) -> Tensor:
     """
     frequencies = 10000.0 ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
     return torch.arange(length, dtype=torch.float64)[:, None] * frequencies
+
+
+def draw_state(
+    module: nn.Module,
+    tables: dict[str, Tensor],
+    matrix: Callable[[str, torch.Size, torch.Generator], Tensor],
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """Draw initial weights for a module, by their names in its state dict.
+
+    Parameters
+    ----------
+    module : nn.Module
+    tables : dict of Tensor
+        Fixed position tables, taken as they are.
+    matrix : callable
+        Draws a matrix or a convolution of a name and a shape. All families agree on the rest:
+        zero biases, unit LayerNorm, N(0, 0.02) class and mask tokens.
+    generator : torch.Generator
+
+    Returns
+    -------
+    dict of Tensor
+    """
+
+    def draw(name: str, shape: torch.Size) -> Tensor:
+        if name in tables:
+            return tables[name]
+        if name.endswith('_token'):
+            return draw_normal(name, shape, generator)
+        if name.endswith('bias'):
+            return torch.zeros(shape)
+        return torch.ones(shape) if len(shape) == 1 else matrix(name, shape, generator)
+
+    return {name: draw(name, tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def draw_normal(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Draw from N(0, 0.02)."""
+    # In double precision, where PyTorch draws normals by the same code on every processor.
+    return 0.02 * torch.randn(shape, generator=generator, dtype=torch.float64).float()
+
+
+def draw_uniform(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Draw Xavier-uniform; the token convolution as PyTorch has it."""
+    fan_out, fan_in = shape[0], shape[1:].numel()
+    bound = fan_in**-0.5 if name.endswith('conv.weight') else (6 / (fan_in + fan_out)) ** 0.5
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
 def without_autocast(x: Tensor) -> torch.autocast:

@@ -1,4 +1,4 @@
-"""Which tokens a masked autoencoder sees, and how far it misses the ones it does not see.
+"""Which tokens a network sees, and how far it misses the ones it does not see.
 
 A selection of tokens is written as ``keep``: the indices (B, K) of the tokens that are encoded,
 in the order in which they are encoded.
@@ -7,6 +7,11 @@ in the order in which they are encoded.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from bids_brainfm.errors import BrainfmError
+
+# Blocks of a window that Brain-JEPA predicts from the rest.
+BLOCKS = ('cross-time', 'cross-roi', 'double-cross')
 
 
 def keep_lowest(noise: Tensor, ratio: float) -> Tensor:
@@ -67,14 +72,67 @@ def masked_tokens(keep: Tensor, n_tokens: int) -> Tensor:
 
 
 def take(x: Tensor, keep: Tensor) -> Tensor:
-    """Return the tokens ``keep`` (B, K) of ``x`` (B, N, H) as (B, K, H)."""
-    return x.gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))
+    """Return the tokens ``keep`` (B, K), or (K,), of ``x`` (B, N, H) as (B, K, H)."""
+    return x.gather(1, keep[..., None].expand(len(x), -1, x.shape[-1]))
 
 
 def put_back(x: Tensor, keep: Tensor, mask_token: Tensor, n_tokens: int) -> Tensor:
     """Put tokens (B, K, H) back in their places among mask tokens: (B, N, H)."""
     places = keep[..., None].expand(-1, -1, x.shape[-1])
     return mask_token.expand(len(x), n_tokens, -1).scatter(1, places, x)
+
+
+def spatiotemporal_block(name: str, parcels: int, patches: int) -> tuple[Tensor, Tensor]:
+    """Split the tokens of a window into a context and a target to predict from it.
+
+    After the three regions of Brain-JEPA's masking (Dong et al. 2024, section 3.2), each alone and
+    without chance: ``cross-time`` predicts the last 30 % of the time patches (rounded down, at
+    least one) of all parcels from those before; ``cross-roi`` every second parcel from the
+    others at the same times; ``double-cross`` every second parcel in the last patches from the
+    others before.
+
+    Parameters
+    ----------
+    name : {'cross-time', 'cross-roi', 'double-cross'}
+    parcels, patches : int
+        Size of the window in tokens.
+
+    Returns
+    -------
+    context, target : (K,) and (M,) int64
+        Tokens, ascending: patches × parcel + patch.
+
+    Raises
+    ------
+    BrainfmError
+        There is no such block, or the window is too small for it.
+
+    Examples
+    --------
+    >>> for name in BLOCKS:
+    ...     context, target = spatiotemporal_block(name, parcels=2, patches=3)
+    ...     print(name, context.tolist(), target.tolist())
+    cross-time [0, 1, 3, 4] [2, 5]
+    cross-roi [0, 1, 2] [3, 4, 5]
+    double-cross [0, 1] [5]
+    """
+    late = (torch.arange(patches) >= patches - max(1, 3 * patches // 10)).expand(parcels, -1)
+    other = (torch.arange(parcels) % 2 == 1)[:, None].expand(-1, patches)
+    if name not in BLOCKS:
+        raise BrainfmError(
+            f'The block of latent prediction {name!r} is not known; choose {", ".join(BLOCKS)}.'
+        )
+    context, target = {
+        'cross-time': (~late, late),
+        'cross-roi': (~other, other),
+        'double-cross': (~late & ~other, late & other),
+    }[name]
+    if not (context.any() and target.any()):
+        raise BrainfmError(
+            f'A window of {parcels} parcels × {patches} time patches is too small for the block '
+            f'{name}; take a model with at least two of each.'
+        )
+    return context.flatten().nonzero().flatten(), target.flatten().nonzero().flatten()
 
 
 def masked_loss(

@@ -12,6 +12,24 @@ SEED = 20240606
 
 
 @dataclass(frozen=True)
+class GradientTable:
+    """The table of brain gradients that a network is given.
+
+    Attributes
+    ----------
+    path : Path
+        A CSV file, see :func:`bids_brainfm.models.gradient_table.read_gradients`.
+    sha256 : str
+    named : bool
+        Whether it is the one that the card names by its sha256.
+    """
+
+    path: Path
+    sha256: str
+    named: bool
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """One network of a run.
 
@@ -22,15 +40,29 @@ class ModelSpec:
     label : str
         BIDS label of its outputs.
     checkpoint : Path or None
-        Folder of the weights; None for random weights.
+        The weights, or their folder; None for random weights.
     sha256 : str or None
         Of the weights file.
+    n_parcels : int
+        Rows of a window.
+    pooling : str
+        What the embedding of a window is, in words.
+    per_parcel : bool
+        Whether the network has an embedding for each parcel.
+    predicts_latents : bool
+        Whether it can predict masked latents.
+    gradients : GradientTable or None
     """
 
     card: ModelCard
     label: str
     checkpoint: Path | None
     sha256: str | None
+    n_parcels: int
+    pooling: str
+    per_parcel: bool
+    predicts_latents: bool
+    gradients: GradientTable | None = None
 
     @property
     def trained(self) -> bool:
@@ -54,7 +86,7 @@ def split_name(text: str) -> tuple[str, Path | None]:
 
 
 def find_checkpoint(text: str, home: Path, random_weights: bool) -> tuple[ModelCard, Path | None]:
-    """Card and checkpoint folder that ``NAME[=PATH]`` means.
+    """Card and checkpoint (a folder, or its file of weights) that ``NAME[=PATH]`` means.
 
     Raises
     ------
@@ -65,19 +97,70 @@ def find_checkpoint(text: str, home: Path, random_weights: bool) -> tuple[ModelC
     card = load_card(name)
     if path is None and (card.embedded or random_weights):
         return card, None
-    folder = path or checkpoint_dir(card, home)
-    if not (folder / 'config.json').is_file():
+    checkpoint = path or checkpoint_dir(card, home)
+    folder = checkpoint.parent if checkpoint.is_file() else checkpoint
+    # Where the publisher gives no configuration, the card's own holds
+    described = [file['name'] for file in card.weights]
+    needed = 'config.json' if 'config.json' in described or card.embedded else None
+    present = (folder / needed).is_file() if needed else checkpoint.exists()
+    if not present:
         if path is not None:
             raise BrainfmError(
                 f'{path} has no config.json, so it is not a checkpoint in Hugging Face layout: '
                 f'give the folder with config.json and model.safetensors or pytorch_model.bin.'
+                if needed
+                else f'{path} does not exist: give the checkpoint of {name}, or its folder.'
             )
         raise BrainfmError(
             f'The weights of {name} are not in {folder}: run "bids_brainfm_models fetch {name}" '
             f'(on a machine without internet, fetch elsewhere and add --from DIR), or give '
             f'a checkpoint folder with --model {name}=PATH.'
         )
-    return card, folder
+    return card, checkpoint
+
+
+def find_gradients(card: ModelCard, home: Path, checkpoint: Path | None) -> GradientTable | None:
+    """Find the table of gradients that a card asks for.
+
+    A checkpoint of one's own may come with a table of its own: the only ``gradient*.csv`` in its
+    folder. Otherwise it is the table that the card names.
+
+    Raises
+    ------
+    BrainfmError
+        There is none, there are several, or it has not the content that the card names.
+    """
+    from bids_brainfm.atlases.fetch import sha256_of
+
+    if card.gradients is None:
+        return None
+    name, expected = card.gradients['name'], card.gradients.get('sha256')
+    fetched = checkpoint_dir(card, home)  # an absolute name, of an own card, stays as it is
+    path, own = fetched / name, False
+    if checkpoint is not None and fetched not in (checkpoint, checkpoint.parent):
+        folder = checkpoint.parent if checkpoint.is_file() else checkpoint
+        tables = sorted(folder.glob('gradient*.csv'))
+        if len(tables) > 1:
+            raise BrainfmError(
+                f'{folder} holds {len(tables)} tables of gradients '
+                f'({", ".join(table.name for table in tables)}): leave the one that the '
+                f'checkpoint was trained with.'
+            )
+        own = bool(tables)
+        path = tables[0] if own else path
+    if not path.is_file():
+        raise BrainfmError(
+            f'{card.name} needs the table of brain gradients {Path(name).name}, which is not in '
+            f'{path.parent}: run "bids_brainfm_models fetch {card.name}" (without internet, add '
+            f'--from DIR), or put the table that your checkpoint was trained with beside it.'
+        )
+    digest = sha256_of(path)
+    if expected and digest != expected and not own:
+        raise BrainfmError(
+            f'{path} has sha256 {digest} where {expected} was expected: another table places the '
+            f'parcels elsewhere and makes the weights meaningless; fetch it again.'
+        )
+    return GradientTable(path, digest, digest == expected or not (expected or own))
 
 
 def resolve_model(text: str, home: Path, random_weights: bool = False) -> ModelSpec:
@@ -95,34 +178,49 @@ def resolve_model(text: str, home: Path, random_weights: bool = False) -> ModelS
     Raises
     ------
     BrainfmError
-        The card or the checkpoint is missing or is of another family.
+        The card, the checkpoint or the table of gradients is missing, or of another family.
     """
     from bids_brainfm.atlases.fetch import sha256_of
+    from bids_brainfm.models.gradient_table import read_gradients
     from bids_brainfm.models.weights import build, load_checkpoint, read_config
 
-    card, folder = find_checkpoint(text, home, random_weights)
+    card, checkpoint = find_checkpoint(text, home, random_weights)
     digest = None
     try:
-        build(card.config)
+        network = build(card.config)
     except (TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
         reason = str(error).partition('\n')[0]
         raise BrainfmError(
             f'The config of the model card {card.name} makes no network ({reason}): compare it '
             f'with that of brainlm-demo.'
         ) from None
-    if folder is not None:
-        config = read_config(folder)
+    if checkpoint is not None:
+        folder = checkpoint.parent if checkpoint.is_file() else checkpoint
+        config = read_config(folder, default=card.config)
         if config.get('model_type') != card.config['model_type']:
             raise BrainfmError(
                 f'{folder} holds a checkpoint of the family {config.get("model_type")}, but '
                 f'{card.name} is of the family {card.config["model_type"]}: choose a card and a '
                 f'folder that match.'
             )
-        samples = config.get('num_timepoints_per_voxel', card.window)
-        card = dataclasses.replace(card, config=config, window=samples)
+        network = build(config)
+        card = dataclasses.replace(card, config=config, window=network.window_shape[1])
         if not random_weights:
             # weights that do not fit are found now, not after hours of parcellation
-            digest = sha256_of(load_checkpoint(build(config), folder))
+            digest = sha256_of(load_checkpoint(network, checkpoint))
+    gradients = find_gradients(card, home, checkpoint)
+    if gradients is not None:
+        network.set_gradients(read_gradients(gradients.path))
     # the control stands beside the real outputs, never in their place
     label = card.label + ('random' if random_weights and not card.embedded else '')
-    return ModelSpec(card, label, folder if digest else None, digest)
+    return ModelSpec(
+        card=card,
+        label=label,
+        checkpoint=checkpoint if digest else None,
+        sha256=digest,
+        n_parcels=network.window_shape[0],
+        pooling=network.pooling,
+        per_parcel=bool(network.tokens_per_parcel),
+        predicts_latents=hasattr(network, 'latent_error'),
+        gradients=gradients,
+    )

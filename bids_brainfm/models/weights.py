@@ -1,4 +1,4 @@
-"""Checkpoints in the Hugging Face layout: a folder with ``config.json`` and the weights.
+"""Checkpoints: a folder with a configuration and the weights, in Hugging Face's layout or our own.
 
 Loading is strict: a checkpoint fits its network to the last tensor or is refused in one
 sentence, because a network that keeps some random weights still gives plausible numbers.
@@ -15,10 +15,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.models.brain_jepa import BrainJEPA
 from bids_brainfm.models.brainlm_legacy import BrainLMLegacy
 from bids_brainfm.models.brainlm_vitmae import BrainLMViT
 
-FAMILIES = {family.model_type: family for family in (BrainLMViT, BrainLMLegacy)}
+FAMILIES = {family.model_type: family for family in (BrainLMViT, BrainLMLegacy, BrainJEPA)}
 
 WEIGHTS_FILES = ('model.safetensors', 'pytorch_model.bin')
 
@@ -26,19 +27,36 @@ WEIGHTS_FILES = ('model.safetensors', 'pytorch_model.bin')
 SIGNATURES = {
     'vit.embeddings.patch_embeddings.projection.weight': 'a ViT-MAE BrainLM (vit_mae)',
     'vit.embeddings.xyz_embedding_projection.weight': 'a legacy 13M BrainLM (brainlm_mae)',
-    'target_encoder': 'a Brain-JEPA',
+    'target_encoder.norm.weight': 'a Brain-JEPA (brain_jepa)',
 }
 
+# What the official Brain-JEPA file holds: networks, and what belongs to their training.
+NETWORKS = ('encoder', 'predictor', 'target_encoder')
+TRAINING = ('opt', 'scaler', 'epoch', 'loss', 'batch_size', 'world_size', 'lr')
 
-def read_config(folder: str | Path) -> dict:
-    """Read ``config.json`` of a checkpoint folder.
+
+def read_config(folder: str | Path, default: dict | None = None) -> dict:
+    """Read the configuration of a checkpoint folder.
+
+    Parameters
+    ----------
+    folder : path-like
+        Holds ``config.json``, or ``architecture.json``, which describes a Brain-JEPA and need not
+        say so.
+    default : dict, optional
+        What is returned where neither is there: the official Brain-JEPA comes without.
 
     Raises
     ------
     BrainfmError
         The file is absent, is not a JSON object, or does not name a ``model_type``.
     """
-    path = Path(folder) / 'config.json'
+    path, known = Path(folder) / 'config.json', {}
+    if not path.exists():
+        if path.with_name('architecture.json').exists():
+            path, known = path.with_name('architecture.json'), {'model_type': BrainJEPA.model_type}
+        elif default is not None:
+            return default
     try:
         config = json.loads(path.read_text(encoding='utf-8'))
     except OSError as error:
@@ -50,6 +68,7 @@ def read_config(folder: str | Path) -> dict:
         raise BrainfmError(f'{path} is not valid JSON ({error}); fetch it again.') from error
     if not isinstance(config, dict):
         raise BrainfmError(f'{path} holds no JSON object; fetch it again.')
+    config = known | config
     if 'model_type' not in config:
         raise BrainfmError(
             f'{path} has no model_type, so the family of the model is unknown; fetch it again or '
@@ -71,7 +90,7 @@ def build(config: dict) -> nn.Module:
 
     Returns
     -------
-    BrainLMViT or BrainLMLegacy
+    BrainLMViT, BrainLMLegacy or BrainJEPA
         In evaluation mode.
 
     Raises
@@ -83,7 +102,7 @@ def build(config: dict) -> nn.Module:
     if model_type not in FAMILIES:
         raise BrainfmError(
             f'The configuration has model_type {model_type!r}, which is not known here; '
-            f'known are {" and ".join(FAMILIES)}.'
+            f'known are {", ".join(FAMILIES)}.'
         )
     if config.get('hidden_act', 'gelu') != 'gelu':
         raise BrainfmError(
@@ -94,30 +113,45 @@ def build(config: dict) -> nn.Module:
             return FAMILIES[model_type](config).eval()
     except KeyError as error:
         raise BrainfmError(
-            f'The configuration of a {model_type} model lacks {error.args[0]!r}; add it to '
-            'config.json.'
+            f'The configuration of a {model_type} model lacks {error.args[0]!r}; add it.'
         ) from error
 
 
-def weights_file(folder: str | Path) -> Path:
-    """Return the weights file of a checkpoint folder, safetensors before pickle.
+def weights_file(checkpoint: str | Path) -> Path:
+    """Return the weights file of a checkpoint: safetensors, a pickle, or an official Brain-JEPA.
+
+    Parameters
+    ----------
+    checkpoint : path-like
+        A folder, or the file itself.
 
     Raises
     ------
     BrainfmError
-        There is none.
+        There is none, or several of which none goes first.
     """
+    checkpoint = Path(checkpoint)
+    if checkpoint.is_file():
+        return checkpoint
     for name in WEIGHTS_FILES:
-        if (Path(folder) / name).is_file():
-            return Path(folder) / name
+        if (checkpoint / name).is_file():
+            return checkpoint / name
+    official = sorted(checkpoint.glob('*.pth.tar'))
+    if len(official) == 1:
+        return official[0]
+    if official:
+        raise BrainfmError(
+            f'{checkpoint} holds {len(official)} checkpoints '
+            f'({", ".join(path.name for path in official)}); give the one file that is meant.'
+        )
     raise BrainfmError(
-        f'{folder} holds no weights: neither {" nor ".join(WEIGHTS_FILES)} is there; fetch the '
-        'checkpoint or give its folder.'
+        f'{checkpoint} holds no weights: neither {", ".join(WEIGHTS_FILES)} nor a *.pth.tar is '
+        'there; fetch the checkpoint or give its folder.'
     )
 
 
-def load_checkpoint(module: nn.Module, folder: str | Path) -> Path:
-    """Give a network the weights of a checkpoint folder, strictly.
+def load_checkpoint(module: nn.Module, checkpoint: str | Path) -> Path:
+    """Give a network the weights of a checkpoint, strictly.
 
     The file is mapped, not read: weights cost memory once, and only when they are used.
 
@@ -125,8 +159,8 @@ def load_checkpoint(module: nn.Module, folder: str | Path) -> Path:
     ----------
     module : nn.Module
         From ``build``.
-    folder : path
-        Holds ``model.safetensors`` or ``pytorch_model.bin``.
+    checkpoint : path-like
+        A file of weights, or the folder of one; see ``weights_file``.
 
     Returns
     -------
@@ -138,18 +172,16 @@ def load_checkpoint(module: nn.Module, folder: str | Path) -> Path:
     BrainfmError
         No weights file, a damaged one, one that would run code, or one that does not fit.
     """
-    path = weights_file(folder)
+    path = weights_file(checkpoint)
     state = _read_safetensors(path) if path.suffix == '.safetensors' else _read_pickle(path)
+    state = _flatten(state)
     _check_fit(module, state, path)
     module.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     return path
 
 
 def initialise(module: nn.Module, seed: int) -> nn.Module:
-    """Give a network the official random initialisation, the same on every machine.
-
-    Xavier-uniform matrices, zero biases, unit LayerNorm, N(0, 0.02) class and mask tokens, the
-    token convolution as PyTorch has it, fixed position tables.
+    """Give a network its family's official random initialisation, the same on every machine.
 
     Parameters
     ----------
@@ -163,27 +195,8 @@ def initialise(module: nn.Module, seed: int) -> nn.Module:
         The same network.
     """
     generator = torch.Generator().manual_seed(seed)
-    tables = module.position_tables()
-    state = {
-        name: tables[name] if name in tables else _draw(name, tensor.shape, generator)
-        for name, tensor in module.state_dict().items()
-    }
-    module.load_state_dict(state, assign=True)
+    module.load_state_dict(module.initial_state(generator), assign=True)
     return module
-
-
-def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Draw one tensor of the official initialisation by its name in the state dict."""
-    if name.endswith('_token'):
-        # In double precision, where PyTorch draws normals by the same code on every processor.
-        return 0.02 * torch.randn(shape, generator=generator, dtype=torch.float64).float()
-    if name.endswith('bias'):
-        return torch.zeros(shape)
-    if len(shape) == 1:
-        return torch.ones(shape)
-    fan_out, fan_in = shape[0], shape[1:].numel()
-    bound = fan_in**-0.5 if name.endswith('conv.weight') else (6 / (fan_in + fan_out)) ** 0.5
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -217,6 +230,20 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def _flatten(state: dict) -> dict:
+    """Bring the official Brain-JEPA's nested state dicts, and names behind ``module.``, to ours.
+
+    >>> _flatten({'encoder': {'module.norm.bias': 1}, 'target_encoder': {}, 'epoch': 300})
+    {'encoder.norm.bias': 1}
+    """
+    parts = {part: state[part] for part in NETWORKS if isinstance(state.get(part), dict)}
+    if parts:
+        rest = {name: x for name, x in state.items() if name not in (*parts, *TRAINING)}
+        state = rest | {f'{part}.{name}': x for part in parts for name, x in parts[part].items()}
+    # The prefix of networks trained on several GPUs.
+    return {f'.{name}'.replace('.module.', '.')[1:]: x for name, x in state.items()}
+
+
 def _damaged(path: Path, reason: object) -> BrainfmError:
     first = str(reason).strip().splitlines()[0][:120] if str(reason).strip() else 'it ends early'
     return BrainfmError(
@@ -232,7 +259,7 @@ def _check_fit(module: nn.Module, state: dict, path: Path) -> None:
         if key in state and key not in wanted:
             raise BrainfmError(
                 f'{path} holds {family} checkpoint, but its configuration says '
-                f'{module.model_type}; give the folder of one model with its own config.json.'
+                f'{module.model_type}; give the folder of one model with its own configuration.'
             )
     missing = [name for name in wanted if name not in state]
     extra = [name for name in state if name not in wanted]
@@ -240,7 +267,7 @@ def _check_fit(module: nn.Module, state: dict, path: Path) -> None:
         faults = [f'lacks {_some(missing)}'] * bool(missing)
         faults += [f'has unexpected {_some(extra)}'] * bool(extra)
         raise BrainfmError(
-            f'{path} does not fit its config.json: it {" and ".join(faults)}; give a complete '
+            f'{path} does not fit its configuration: it {" and ".join(faults)}; give a complete '
             f'checkpoint of this {module.model_type} model.'
         )
     wrong = [
@@ -251,8 +278,8 @@ def _check_fit(module: nn.Module, state: dict, path: Path) -> None:
     if wrong:
         more = f' (and {len(wrong) - 1} more)' if len(wrong) > 1 else ''
         raise BrainfmError(
-            f'{path} does not fit its config.json: {wrong[0]}{more}; correct the sizes in '
-            'config.json or give the checkpoint that belongs to it.'
+            f'{path} does not fit its configuration: {wrong[0]}{more}; correct the sizes there or '
+            'give the checkpoint that belongs to it.'
         )
 
 

@@ -14,7 +14,9 @@ from functools import wraps
 
 import numpy as np
 
+from bids_brainfm.analyses.order import AS_READ, EXPECTED, SHUFFLED, order_warning, proximity
 from bids_brainfm.bids.writing import write_text
+from bids_brainfm.models.connectome import connectome_vector
 
 BLUE, ORANGE, VERMILION = '#0072B2', '#E69F00', '#D55E00'
 INK, GREY, PALE = '#333333', '#999999', '#ECECEC'
@@ -625,4 +627,146 @@ def connectivity(relmat, order=None, *, order_label='atlas order'):
         beside.set_title(f'Median r = {np.median(values):.2f}')
     beside.set_anchor('S')
     beside.set_box_aspect(1.2)
+    return figure
+
+
+@_styled
+def order_check(found, gradients, fc):
+    """Whether parcels that are near in gradient space are strongly connected.
+
+    Parameters
+    ----------
+    found : dict of float
+        What :func:`bids_brainfm.analyses.order.order_check` answers.
+    gradients : (P, G) float
+        Row i is of parcel i.
+    fc : (P, P) float
+        Connectivity; NaN where parcels are missing.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    near, values = proximity(gradients), connectome_vector(np.asarray(fc, float))
+    near, values = near[np.isfinite(values)], values[np.isfinite(values)]
+    figure = _figure(3.3)
+    axes, beside = figure.subplots(1, 2, gridspec_kw={'width_ratios': [1.25, 1]})
+
+    counts, across, up = np.histogram2d(near, values, bins=(70, 50))
+    picture = axes.imshow(
+        np.where(counts > 0, counts, np.nan).T, origin='lower', aspect='auto', norm='log',
+        cmap=_colours('Blues', 24, 'white'), extent=(across[0], across[-1], up[0], up[-1]),
+    )  # fmt: skip
+    step = np.quantile(near, np.linspace(0, 1, 21))
+    bin_of = np.clip(np.searchsorted(step, near, side='right') - 1, 0, 19)
+    filled = np.unique(bin_of)
+    mean_of = lambda what: [what[bin_of == each].mean() for each in filled]
+    axes.plot(
+        mean_of(near), mean_of(values), 'o-', color=VERMILION, markersize=3, linewidth=1,
+        label='mean per 5% of the pairs',
+    )  # fmt: skip
+    axes.legend(loc='upper left', handlelength=1.5, borderaxespad=0.2)
+    axes.set_xlabel('proximity in gradient space (minus the distance)')
+    axes.set_ylabel('connectivity (Pearson r)')
+    axes.set_title(f'{len(values)} pairs of parcels: r = {found[AS_READ]:.2f}')
+    figure.colorbar(picture, ax=axes, shrink=0.8, aspect=25, pad=0.01, label='pairs')
+
+    row = np.arange(len(found))
+    colours = {AS_READ: BLUE, SHUFFLED: GREY}
+    beside.barh(row, found.values(), 0.6, color=[colours.get(name, ORANGE) for name in found])
+    for each, r in zip(row, found.values(), strict=True):
+        beside.text(
+            max(r, 0) + 0.01, each, f'{r:z.2f}', va='center', fontsize=8,
+            bbox={'facecolor': 'white', 'edgecolor': 'none', 'pad': 0.5},
+        )  # fmt: skip
+    beside.set_yticks(row, found)
+    beside.tick_params(axis='y', length=0)
+    beside.set_ylim(max(len(found), 4) - 0.5, -0.5)  # two bars would be walls
+    beside.axvline(0, color=INK, linewidth=0.8)
+    largest = max(found.values())
+    if EXPECTED.keys() & found.keys():  # else another table, of which nothing is known
+        largest = max(largest, *EXPECTED.values())
+        for name, r in EXPECTED.items():
+            beside.axvline(r, color=INK, linewidth=0.8, linestyle='--', zorder=0)
+            beside.annotate(
+                f'expected of a group,\n{name}: {r:.2f}', (r, 1), xytext=(0, 3), fontsize=7,
+                xycoords=('data', 'axes fraction'), textcoords='offset points', ha='center',
+            )  # fmt: skip
+    beside.set_xlabel('correlation over pairs')
+    beside.set_xlim(min(0, *found.values()) * 1.1, largest + 0.1)
+    warned = order_warning(found) is not None
+    figure.suptitle(
+        'The order of the parcels is in doubt' if warned else 'The order as read fits',
+        x=0.01, ha='left', fontsize=9.5, fontweight='bold', color=VERMILION if warned else INK,
+    )  # fmt: skip
+    return figure
+
+
+@_styled
+def latent_error(error, baseline, order=None, *, order_label='atlas order'):
+    """How well the latents of parcels and time patches are predicted from the others.
+
+    Parameters
+    ----------
+    error, baseline : (W, P, K) float
+        Error of the prediction and of a guess without a model, per window, parcel and time
+        patch; NaN where the patch was context, the same in every window.
+    order : (P,) int, optional
+        Order of the parcels from top to bottom; those that were context throughout come last.
+    order_label : str
+        What that order is.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    error, baseline = np.asarray(error, float), np.asarray(baseline, float)
+    count, parcels, patches = error.shape
+    order = np.arange(parcels) if order is None else np.asarray(order)
+    mean = error.mean(0)
+    targets = np.isfinite(mean).any(1)
+    order = order[np.argsort(~targets[order], kind='stable')]  # parcels of context last
+    figure = _figure(4.2 + 0.6 * (count > 1))
+    grid = figure.add_gridspec(1 + (count > 1), 2, width_ratios=[1.35, 1])
+
+    axes = figure.add_subplot(grid[:, 0])
+    low, high = np.quantile(mean[np.isfinite(mean)], [0.02, 0.98])
+    picture = axes.imshow(
+        shrink(mean[order], rows=450, columns=patches), cmap=_colours('viridis', 64, MISSING),
+        vmin=low, vmax=high, aspect='auto', extent=(-0.5, patches - 0.5, parcels, 0),
+    )  # fmt: skip
+    _whole_numbers(axes.xaxis)
+    axes.set_xlabel('time patch')
+    axes.set_ylabel(f'parcel ({order_label})')
+    axes.set_title(
+        'Error of prediction' + (f', mean of {count} windows' if count > 1 else '')
+        + ' (grey: context)'
+    )  # fmt: skip
+    bar = figure.colorbar(picture, ax=axes, extend='both', shrink=0.8, aspect=30, pad=0.01)
+    bar.set_label('smooth L1 error')
+
+    beside = figure.add_subplot(grid[0, 1])
+    guess, made = (np.nanmean(values.mean(0)[targets], axis=1) for values in (baseline, error))
+    ends = [min(guess.min(), made.min()), max(guess.max(), made.max())]
+    beside.plot(ends, ends, color=INK, linewidth=0.8, linestyle='--', zorder=0)
+    beside.scatter(
+        guess, made, s=9, color=np.where(made < guess, BLUE, VERMILION), alpha=0.7, linewidths=0,
+        rasterized=len(made) > 500,
+    )  # fmt: skip
+    beside.set_xlabel('error of the mean context latent (baseline)')
+    beside.set_ylabel('error of the prediction')
+    beside.set_title(f'{(made < guess).sum()} of {len(made)} parcels below the baseline')
+
+    if count > 1:
+        below = figure.add_subplot(grid[1, 1])
+        for values, colour, label in ((baseline, GREY, 'baseline'), (error, BLUE, 'prediction')):
+            below.plot(
+                np.nanmean(values, axis=(1, 2)), 'o-', color=colour, markersize=3.5, linewidth=1,
+                label=label,
+            )  # fmt: skip
+        _whole_numbers(below.xaxis)
+        below.set_ylim(bottom=0)
+        below.set_xlabel('window')
+        below.set_ylabel('mean error')
+        below.legend(loc='lower left', ncols=2)
     return figure

@@ -1,16 +1,19 @@
 """The contract of a model's input: from one run's parcel series to windows in the right shape."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.signals.resample import nearest_volume, resample
+from bids_brainfm.signals.resample import nearest_volume, official_frames, resample, volumes_for
 from bids_brainfm.signals.scale import load_scale_stats, scale
 from bids_brainfm.signals.series import ParcelSeries, Windows
 from bids_brainfm.signals.windows import cut, fill_uncovered
+
+TEMPORAL = ('resample', 'official')
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,14 @@ class Contract:
     min_coverage : float
         Share of a parcel below which its series is replaced.
     stats : Path or None
-        Fitted statistics of ``cohort`` scaling.
+        Fitted statistics of ``cohort`` and ``cohort-means`` scaling.
+    temporal : {'resample', 'official'}
+        Resample to `tr`, or scale the run at its own repetition time and pick the frames that
+        the official code picks, whatever that repetition time is.
+    official_volumes : int or None
+        Volumes that a window of official sampling spans; None for a model without it.
+    min_real : float
+        Share of recorded samples that suffices for a window (1: none may be missing).
     """
 
     tr: float
@@ -45,10 +55,28 @@ class Contract:
     short_runs: str = 'refuse'
     min_coverage: float = 0.5
     stats: Path | None = None
+    temporal: str = 'resample'
+    official_volumes: int | None = None
+    min_real: float = 1.0
+
+    def __post_init__(self):
+        if self.temporal not in TEMPORAL:
+            raise BrainfmError(
+                f'--temporal is one of {", ".join(TEMPORAL)}, not {self.temporal!r}.'
+            )
+        if self.temporal == 'official' and self.official_volumes is None:
+            raise BrainfmError(
+                '--temporal official: the card of this model gives no official_volumes, so it has '
+                'no official way to pick frames; use --temporal resample.'
+            )
 
 
 def prepare(
-    series: ParcelSeries, contract: Contract, xyz: np.ndarray, atlas: str
+    series: ParcelSeries,
+    contract: Contract,
+    xyz: np.ndarray,
+    atlas: str,
+    structures: Sequence[str] | None = None,
 ) -> tuple[Windows, np.ndarray]:
     """Fill, resample, scale and cut one run.
 
@@ -61,6 +89,8 @@ def prepare(
         parcel that has it.
     atlas : str
         Name of the atlas, which fitted statistics must be of.
+    structures : sequence of P str, optional
+        Structure of each parcel, within which parcels without signal are filled.
 
     Returns
     -------
@@ -73,30 +103,43 @@ def prepare(
     BrainfmError
         The run is too short, has too little coverage, or cannot be scaled.
     """
-    volumes = nearest_volume(len(series.data), series.tr, contract.tr)
-    if len(volumes) < contract.window and contract.short_runs == 'refuse':
-        needed = 1 + math.ceil((contract.window - 1) * contract.tr / series.tr - 1e-6)
-        raise BrainfmError(
-            f'the run has {len(series.data)} volumes ({len(series.data) * series.tr:.1f} s) and '
-            f'one window takes {needed} ({needed * series.tr:.1f} s): choose --short-runs pad or '
-            f'tile, or leave the run out.'
-        )
-    data, donors = fill_uncovered(series.data, series.coverage, xyz, contract.min_coverage)
-    stats = load_scale_stats(contract.stats, atlas, data.shape[1]) if contract.stats else None
-    scaled = scale(
-        resample(data, series.tr, contract.tr),
-        contract.scaling,
-        series.brain_mean,
-        contract.divide_by,
-        stats,
+    data, donors = fill_uncovered(
+        series.data, series.coverage, xyz, contract.min_coverage, structures, atlas
     )
+    stats = load_scale_stats(contract.stats, atlas, data.shape[1]) if contract.stats else None
+    if contract.temporal == 'official':  # whose order is to scale the whole run, then to pick
+        tr, span, flagged = series.tr, contract.official_volumes, series.flagged
+    else:
+        tr, span = contract.tr, None
+        flagged = series.flagged[nearest_volume(len(data), series.tr, tr)]
+        data = resample(data, series.tr, tr)
     windows = cut(
-        scaled,
-        series.flagged[volumes],
-        contract.tr,
+        scale(data, contract.scaling, series.brain_mean, contract.divide_by, stats),
+        flagged,
+        tr,
         contract.window,
         stride=contract.stride,
         short=contract.short_runs,
         start=series.start,
+        min_real=contract.min_real,
+        span=span,
     )
+    if not len(windows.data):
+        raise BrainfmError(_too_short(len(series.data), series.tr, contract))
     return windows, donors
+
+
+def _too_short(n_volumes: int, tr: float, contract: Contract) -> str:
+    """What a run lacks to give one window."""
+    samples = contract.window, math.ceil(contract.min_real * contract.window - 1e-9)
+    if contract.temporal == 'official':
+        last = official_frames(contract.window, contract.official_volumes)
+        needed, enough = (int(last[n - 1]) + 1 for n in samples)
+    else:
+        needed, enough = (volumes_for(n, tr, contract.tr) for n in samples)
+    text = lambda n: f'{n} ({n * tr:.1f} s)'
+    least = f', {text(enough)} at the least' if enough < needed else ''
+    return (
+        f'the run has {n_volumes} volumes ({n_volumes * tr:.1f} s) and one window takes '
+        f'{text(needed)}{least}: choose --short-runs pad or tile, or leave the run out.'
+    )

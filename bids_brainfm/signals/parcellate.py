@@ -348,7 +348,16 @@ def _matching_labels(atlas_path, n_parcels, bold):
         raise BrainfmError(
             f'{bold.path} is a CIFTI series but the atlas {atlas_path} is not a .dlabel.nii file.'
         )
-    axis = image.header.get_axis(1)
+    axis, labels = image.header.get_axis(1), _labels(image, n_parcels)
+    in_volume = axis.volume_mask
+    subcortical = np.setdiff1d(labels[in_volume], labels[~in_volume])
+    n_lost = np.count_nonzero(subcortical)
+    if n_lost and not bold.axis.volume_mask.any():
+        raise BrainfmError(
+            f'{bold.path} has cortex only ({len(bold.axis)} grayordinates), so the {n_lost} '
+            f'parcels of the atlas {atlas_path} that lie in subcortical volumes would be missing; '
+            'run fMRIPrep with --cifti-output 91k.'
+        )
     if axis != bold.axis:
         run, atlas = (
             f'{len(a)} grayordinates ({_DENSITIES.get(len(a), "no standard density")})'
@@ -358,7 +367,7 @@ def _matching_labels(atlas_path, n_parcels, bold):
             f'{bold.path} has {run} and the atlas {atlas_path} has {atlas}, which are not the '
             'same vertices and voxels; run fMRIPrep with --cifti-output 91k.'
         )
-    return _labels(image, n_parcels)
+    return labels
 
 
 def _finish(bold, sums, n_used, coverage, brain, sampling, n_nonfinite):

@@ -1,11 +1,13 @@
 """Parcel series to another repetition time."""
 
+import math
 from fractions import Fraction
 
 import numpy as np
 
 _LARGEST_FACTOR = 1000
 _SAME_RATE = 1e-3
+_ROUNDING = 1e-6
 
 
 def resample(data, tr, target_tr) -> np.ndarray:
@@ -76,6 +78,55 @@ def nearest_volume(n_volumes, tr, target_tr) -> np.ndarray:
     return np.rint(np.arange(_length(n_volumes, tr, target_tr)) * target_tr / tr).astype(int)
 
 
+def volumes_for(n_samples, tr, target_tr) -> int:
+    """Volumes that a run must have to give so many samples.
+
+    Parameters
+    ----------
+    n_samples : int
+        Samples after resampling.
+    tr, target_tr : float
+        Present and wanted repetition time in seconds.
+
+    Examples
+    --------
+    >>> volumes_for(160, tr=2.0, target_tr=2.2142)
+    178
+    >>> [len(nearest_volume(n, 2.0, 2.2142)) for n in (177, 178)]
+    [159, 160]
+    """
+    if same_rate(tr, target_tr):
+        return n_samples
+    return 1 + math.ceil((n_samples - 1 - _ROUNDING) * target_tr / tr)
+
+
+def official_frames(n_samples, n_volumes) -> np.ndarray:
+    """Volumes that the official code of Brain-JEPA takes instead of resampling.
+
+    Evenly spread from the first to the last of `n_volumes`, rounded down: no filter, and steps
+    that differ by one.
+
+    Parameters
+    ----------
+    n_samples : int
+        Samples of a window.
+    n_volumes : int
+        Volumes that it spans.
+
+    Returns
+    -------
+    (n_samples,) int
+        Counted from the window's first volume. In whole numbers, so that no rounding of a
+        fraction can move a frame.
+
+    Examples
+    --------
+    >>> official_frames(160, 480)[[0, 1, 79, 80, 157, 158, 159]]
+    array([  0,   3, 237, 241, 472, 475, 479])
+    """
+    return np.arange(n_samples) * (n_volumes - 1) // (n_samples - 1)
+
+
 def same_rate(tr, target_tr) -> bool:
     """Whether two repetition times are so near that series are not resampled.
 
@@ -87,7 +138,7 @@ def same_rate(tr, target_tr) -> bool:
 
 def _length(n_volumes, tr, target_tr):
     """Samples up to the time of the last volume (with room for rounding)."""
-    return int((n_volumes - 1) * tr / target_tr + 1e-6) + 1
+    return int((n_volumes - 1) * tr / target_tr + _ROUNDING) + 1
 
 
 def _ratio(tr, target_tr):

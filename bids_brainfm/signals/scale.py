@@ -8,7 +8,9 @@ import numpy as np
 
 from bids_brainfm.errors import BrainfmError
 
-METHODS = ('none', 'run-robust', 'global-z', 'parcel-z', 'cohort')
+METHODS = ('none', 'run-robust', 'global-z', 'parcel-z', 'cohort', 'cohort-means')
+# What the statistics that a method needs are fitted on.
+STATISTICS = {'cohort': 'series', 'cohort-means': 'temporal mean'}
 
 # BrainLM's recipe: the grand mean of a recording at 10 000 (UK Biobank's convention), parcels in
 # units of their interquartile range, clipped at about these multiples of their SD.
@@ -21,26 +23,36 @@ _NO_SPREAD = 1e-6
 
 @dataclass(frozen=True)
 class ScaleStats:
-    """Statistics of each parcel over a cohort, for :func:`scale` with ``'cohort'``.
+    """Statistics of each parcel over a cohort, for :func:`scale`.
 
     Attributes
     ----------
     median, iqr : (P,) float64
-        Of the series with the grand mean at 10 000 and the run's parcel mean taken out.
-    lower, upper : (P,) float64
-        Bounds of the scaled values, in units of the interquartile range.
+        ``'series'``: over all samples, with the grand mean at 10 000 and the run's parcel mean
+        taken out. ``'temporal mean'``: over participants, of the mean over time in BOLD units.
     atlas : str
         Name of the atlas.
+    lower, upper : (P,) float64 or None
+        Bounds of the scaled values, in units of the interquartile range (``'series'`` only).
+    statistic : {'series', 'temporal mean'}
+        What was described: series for ``'cohort'``, temporal means for ``'cohort-means'``.
     provenance : dict
         Everything else the file says about how it was made.
     """
 
     median: np.ndarray
     iqr: np.ndarray
-    lower: np.ndarray
-    upper: np.ndarray
     atlas: str
+    lower: np.ndarray | None = None
+    upper: np.ndarray | None = None
+    statistic: str = 'series'
     provenance: dict = field(default_factory=dict)
+
+    @property
+    def columns(self) -> list[np.ndarray]:
+        """The (P,) arrays that there are."""
+        every = (self.median, self.iqr, self.lower, self.upper)
+        return [column for column in every if column is not None]
 
 
 def load_scale_stats(path, atlas, n_parcels) -> ScaleStats:
@@ -49,8 +61,9 @@ def load_scale_stats(path, atlas, n_parcels) -> ScaleStats:
     Parameters
     ----------
     path : path-like
-        An object with the keys ``Atlas`` (name), ``Median``, ``IQR``, ``Lower`` and ``Upper``
-        (lists, one value a parcel); further keys are provenance.
+        An object with the keys ``Atlas`` (name), ``Median`` and ``IQR`` (lists, one value a
+        parcel), and either ``Lower`` and ``Upper`` (such lists) or ``Statistic`` with the value
+        ``temporal mean``; further keys are provenance.
     atlas : str
         Atlas of the series to be scaled.
     n_parcels : int
@@ -63,30 +76,105 @@ def load_scale_stats(path, atlas, n_parcels) -> ScaleStats:
     Raises
     ------
     BrainfmError
-        The file cannot be read, lacks a key, or is of another atlas.
+        The file cannot be read, lacks a key, is of another atlas, or its bounds cross.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding='utf-8'))
-        name = content.pop('Atlas')
-        columns = [
-            np.array(content.pop(key), dtype=float) for key in ('Median', 'IQR', 'Lower', 'Upper')
-        ]
-    except KeyError as error:
-        raise BrainfmError(f'The scale statistics {path} have no key {error}.') from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise BrainfmError(f'The scale statistics {path} cannot be read ({error}).') from error
-    if name != atlas:
+    stats = _read(path)
+    if stats.atlas != atlas:
         raise BrainfmError(
-            f'The scale statistics {path} were fitted on the atlas {name}, but the model uses '
-            f'{atlas}; fit them on that atlas.'
+            f'The scale statistics {path} were fitted on the atlas {stats.atlas}, but the model '
+            f'uses {atlas}; fit them on that atlas.'
         )
-    for column in columns:
+    for column in stats.columns:
         if column.shape != (n_parcels,):
             raise BrainfmError(
                 f'The scale statistics {path} hold {column.size} values in a list, but the atlas '
                 f'{atlas} has {n_parcels} parcels; fit them again.'
             )
-    return ScaleStats(*columns, atlas=name, provenance=content)
+    if stats.statistic == 'series' and (stats.lower >= stats.upper).any():
+        crossed = np.flatnonzero(stats.lower >= stats.upper)
+        raise BrainfmError(
+            f'The scale statistics {path} hold bounds that cross: Lower is not below Upper for '
+            f'{crossed.size} parcels (the first is number {crossed[0] + 1}); fit them again.'
+        )
+    return stats
+
+
+def atlas_of(path) -> str:
+    """Atlas that the cohort statistics of a file were fitted on.
+
+    Raises
+    ------
+    BrainfmError
+        The file cannot be read or lacks a key.
+    """
+    return _read(path).atlas
+
+
+def _read(path):
+    """Cohort statistics of a file, not yet held against an atlas."""
+    try:
+        content = json.loads(Path(path).read_text(encoding='utf-8'))
+        name, statistic = content.pop('Atlas'), content.pop('Statistic', 'series')
+        keys = ['Median', 'IQR'] + ['Lower', 'Upper'] * (statistic == 'series')
+        columns = {key.lower(): np.array(content.pop(key), dtype=float) for key in keys}
+    except KeyError as error:
+        raise BrainfmError(f'The scale statistics {path} have no key {error}.') from None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise BrainfmError(f'The scale statistics {path} cannot be read ({error}).') from error
+    if statistic not in STATISTICS.values():
+        raise BrainfmError(
+            f'The scale statistics {path} are of {statistic!r}, but Statistic is one of '
+            f'{", ".join(STATISTICS.values())}; fit them again.'
+        )
+    return ScaleStats(**columns, atlas=name, statistic=statistic, provenance=content)
+
+
+def unusable(stats) -> np.ndarray:
+    """Parcels whose statistics cannot be used, so that :func:`scale` sets them to zero.
+
+    Parameters
+    ----------
+    stats : ScaleStats
+
+    Returns
+    -------
+    (U,) int
+        Parcels with an interquartile range that is not above zero, or without a number.
+    """
+    return np.flatnonzero(~(np.isfinite(stats.columns).all(axis=0) & (stats.iqr > 0)))
+
+
+def check_stats(stats, method) -> None:
+    """See that a method has the statistics that it needs.
+
+    Parameters
+    ----------
+    stats : ScaleStats or None
+    method : str
+        Of :func:`scale`.
+
+    Raises
+    ------
+    BrainfmError
+        There are none, they are of another kind, or no parcel of them can be used.
+    """
+    wanted = STATISTICS.get(method)
+    if wanted is None:
+        return
+    if stats is None:
+        raise BrainfmError(
+            f'The scaling {method!r} needs statistics of a cohort; give them with --scale-stats.'
+        )
+    if stats.statistic != wanted:
+        raise BrainfmError(
+            f'The scaling {method!r} needs statistics of the {wanted} of each parcel, but those '
+            f'given are of the {stats.statistic}; give the other file, or fit them again.'
+        )
+    if unusable(stats).size == stats.iqr.size:
+        raise BrainfmError(
+            'The scale statistics have no parcel with a number for its median and an '
+            'interquartile range above zero; fit them again.'
+        )
 
 
 def scale(data, method, brain_mean, divide_by=1.0, stats=None) -> np.ndarray:
@@ -105,30 +193,34 @@ def scale(data, method, brain_mean, divide_by=1.0, stats=None) -> np.ndarray:
         - ``'parcel-z'``: each parcel by its own mean and SD.
         - ``'cohort'``: grand mean to 10 000, parcel mean taken out, then median, interquartile
           range and bounds of a cohort.
+        - ``'cohort-means'``: median taken out and divided by the interquartile range, both over
+          the temporal means of a cohort; the parcel's own level stays.
     brain_mean : float
         Mean over the brain and all volumes, in BOLD units.
     divide_by : float
         Constant of the model's card, applied last by all methods but ``'none'``.
     stats : ScaleStats, optional
-        For ``'cohort'``.
+        For ``'cohort'`` and ``'cohort-means'``, of the kind that :data:`STATISTICS` names.
 
     Returns
     -------
     (T, P) float32
-        A parcel that does not vary is zero throughout (global-z: constant).
+        A parcel that does not vary is zero throughout (global-z, cohort-means: constant). One
+        with :func:`unusable` statistics is zero.
 
     Raises
     ------
     BrainfmError
-        Unknown method, no statistics for ``'cohort'``, a run that is constant, or a brain mean
-        that is no BOLD level.
+        Unknown method, no fitting statistics, a run that is constant, a brain mean that is no
+        BOLD level (``'cohort'``), or parcels without their level (``'cohort-means'``).
 
     Notes
     -----
     SDs are unbiased. BrainLM's full-corpus statistics were never released; ``'run-robust'`` brings
     a single run near the range of its training data (column
     ``Voxelwise_RobustScaler_Normalized_Recording``) and ``'cohort'`` is its formula with
-    statistics fitted on one's own cohort.
+    statistics fitted on one's own cohort. ``'cohort-means'`` is what Brain-JEPA was pretrained
+    with, ``'global-z'`` what its authors use downstream.
     """
     data = np.asarray(data)
     if method == 'none':
@@ -144,6 +236,7 @@ def scale(data, method, brain_mean, divide_by=1.0, stats=None) -> np.ndarray:
             'All parcels of this run are constant, so it cannot be scaled; '
             'leave the run out, or check its preprocessing.'
         )
+    check_stats(stats, method)
     if method == 'global-z':
         scaled = (series - np.nanmean(series)) / np.nanstd(series, ddof=1)
         return (scaled / divide_by).astype(np.float32)
@@ -152,10 +245,34 @@ def scale(data, method, brain_mean, divide_by=1.0, stats=None) -> np.ndarray:
         scaled[:, varies] = demeaned[:, varies] / sd[varies]
     elif method == 'run-robust':
         scaled[:, varies] = _run_robust(demeaned[:, varies], sd[varies])
-    else:
-        usable = varies & _usable(stats)
+    elif method == 'cohort':
+        usable = np.setdiff1d(np.flatnonzero(varies), unusable(stats))
         scaled[:, usable] = _cohort(demeaned[:, usable], _level(brain_mean), stats, usable)
+    else:
+        _check_means(series.mean(axis=0), sd, stats)
+        usable = np.setdiff1d(np.arange(sd.size), unusable(stats))
+        scaled[:, usable] = (series[:, usable] - stats.median[usable]) / stats.iqr[usable]
     return (scaled / divide_by).astype(np.float32)
+
+
+def static_share(scaled) -> float:
+    """Share of a scaled run's variance that is constant in time.
+
+    The variance is about the mean of all values; what is constant are the differences between
+    the parcels' own means. Near 1 a model sees mostly how bright each parcel is.
+
+    Parameters
+    ----------
+    scaled : (T, P) array
+        NaN columns are left out.
+
+    Examples
+    --------
+    >>> static_share(np.array([[1.0, 11.0], [3.0, 13.0]]))  # means 2 and 12, SD 1 about each
+    0.9615384615384616
+    """
+    scaled = np.asarray(scaled, dtype=float)
+    return float(np.nanvar(scaled.mean(axis=0)) / np.nanvar(scaled))
 
 
 def _run_robust(demeaned, sd):
@@ -170,16 +287,6 @@ def _cohort(demeaned, brain_mean, stats, parcels):
     return np.clip(centred / stats.iqr[parcels], stats.lower[parcels], stats.upper[parcels])
 
 
-def _usable(stats):
-    """(P,) bool, parcels whose cohort statistics can be used."""
-    if stats is None:
-        raise BrainfmError(
-            "The scaling 'cohort' needs statistics of a cohort; give them with --scale-stats."
-        )
-    known = np.isfinite([stats.median, stats.iqr, stats.lower, stats.upper]).all(axis=0)
-    return known & (stats.iqr > 0)
-
-
 def _level(brain_mean):
     """The brain mean, if it is a BOLD level."""
     if np.isfinite(brain_mean) and brain_mean > 0:
@@ -189,3 +296,15 @@ def _level(brain_mean):
         "to the cohort's grand mean; give series that were not demeaned, or choose another "
         "--scale such as 'run-robust'."
     )
+
+
+def _check_means(means, sd, stats):
+    """See that the parcels have their level: BOLD fluctuates by percents around it."""
+    mean, spread = np.nanmedian(np.abs(means)), np.nanmedian(sd)
+    if mean < spread:
+        raise BrainfmError(
+            f'The parcels of this run have means about zero ({mean:.3g}, at an SD of '
+            f'{spread:.3g}), so they were demeaned, while the medians of the scale statistics are '
+            f'about {np.nanmedian(stats.median):.4g}: the model would see one large constant; '
+            "give series that were not demeaned, or choose another --scale such as 'global-z'."
+        )

@@ -41,17 +41,17 @@ class Windows:
     Attributes
     ----------
     data : (W, P, T) float32
-        Scaled windows at the model's TR, parcels in atlas order.
+        Scaled windows, parcels in atlas order.
     onset : (W,) float
         Seconds since the run's first volume.
     duration : (W,) float
-        Seconds of recorded signal in the window (less than its length where padded).
+        Seconds of recorded signal in the window (less than its length where completed).
     real : (W,) float
-        Share of samples that were recorded, not padded or repeated.
+        Share of samples that were recorded, not filled in or repeated.
     flagged : (W,) float
         Share of the recorded samples that come from flagged volumes.
     tr : float
-        Seconds between samples.
+        Seconds between samples (on average, where frames were picked).
     left_over : float
         Seconds at the end of the run that are in no window.
     """

@@ -3,36 +3,46 @@
 import numpy as np
 
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.signals.resample import official_frames
 from bids_brainfm.signals.series import Windows
 
 SHORT_RUNS = ('refuse', 'pad', 'tile')
 
 
-def cut(data, flagged, tr, length, stride=None, short='refuse', start=0.0) -> Windows:
+def cut(
+    data, flagged, tr, length, stride=None, short='refuse', start=0.0, min_real=1.0, span=None
+) -> Windows:
     """Cut a run into windows.
 
     Windows begin at the first sample and follow one another without overlap, or every `stride`
-    samples. What remains at the end and fills no window is left over, unless `short` says how to
-    complete it.
+    samples. What remains at the end and fills no window is left over, unless `short` or
+    `min_real` says that it is completed.
 
     Parameters
     ----------
     data : (T, P) array
-        Scaled parcel series at the model's repetition time.
+        Scaled parcel series: at the model's repetition time, or with `span` at the run's own.
     flagged : (T,) bool
-        Samples that come from flagged volumes.
+        Rows that come from flagged volumes.
     tr : float
-        Seconds between samples.
+        Seconds between rows.
     length : int
         Samples in a window.
     stride : int, optional
         Samples from one window's start to the next; `length` if left out.
     short : {'refuse', 'pad', 'tile'}
-        What to do with an incomplete window: refuse a run shorter than one window and leave the
-        rest of a longer one; continue with each parcel's mean over the run; or repeat the run
-        from its start.
+        What to do with an incomplete window: leave it out, so that a run shorter than one window
+        has none; continue with each parcel's mean over the run (with `span` by the run's last
+        row, as the official code does); or repeat the run from its start.
     start : float
-        Seconds from the run's first volume to the first sample.
+        Seconds from the run's first volume to the first row.
+    min_real : float
+        Share of recorded samples from which ``'refuse'`` too takes an incomplete window, and
+        completes it as ``'pad'`` does.
+    span : int, optional
+        Rows that a window spans, of which it takes `length` by
+        :func:`bids_brainfm.signals.resample.official_frames`; if left out, a window is `length`
+        rows on end.
 
     Returns
     -------
@@ -42,7 +52,7 @@ def cut(data, flagged, tr, length, stride=None, short='refuse', start=0.0) -> Wi
     Raises
     ------
     BrainfmError
-        A run shorter than one window with ``short='refuse'``, or a stride below 1.
+        A stride below 1, or an unknown way to deal with an incomplete window.
 
     Examples
     --------
@@ -53,6 +63,10 @@ def cut(data, flagged, tr, length, stride=None, short='refuse', start=0.0) -> Wi
            [3., 4., 0.]], dtype=float32)
     >>> windows.onset, windows.duration
     (array([0., 6.]), array([6., 4.]))
+    >>> len(cut(run, np.zeros(5, bool), tr=2.0, length=3).data)
+    1
+    >>> cut(run, np.zeros(5, bool), tr=2.0, length=3, min_real=0.6).real
+    array([1.        , 0.66666667])
     """
     if short not in SHORT_RUNS:
         raise BrainfmError(f'--short-runs is one of {", ".join(SHORT_RUNS)}, not {short!r}.')
@@ -60,40 +74,46 @@ def cut(data, flagged, tr, length, stride=None, short='refuse', start=0.0) -> Wi
     if stride < 1:
         raise BrainfmError(f'--stride must be at least 1 sample, not {stride}.')
     data, flagged = np.asarray(data, dtype=np.float32), np.asarray(flagged, dtype=bool)
-    n_samples = len(data)
-    if n_samples < length and short == 'refuse':
-        raise BrainfmError(
-            f'The run is too short: the model needs {length} volumes at TR {tr:g} s '
-            f'({length * tr:.1f} s) and there are {n_samples} ({n_samples * tr:.1f} s); '
-            'add --short-runs pad to fill the rest with the mean of each parcel.'
-        )
-    starts = list(range(0, n_samples - length + 1, stride))
-    covered = starts[-1] + length if starts else 0
-    following = len(starts) * stride
-    if short != 'refuse' and covered < n_samples and following < n_samples:
-        starts.append(following)
-        covered = n_samples
+    n_rows = len(data)
+    if span is None:
+        n_spanned, frames, spacing = length, np.arange(length), tr
+    else:
+        n_spanned, frames = span, official_frames(length, span)
+        spacing = tr * (span - 1) / (length - 1)
 
-    index = np.array(starts)[:, None] + np.arange(length)
-    recorded = index < n_samples
-    cut_out = data[index % n_samples]
-    if short == 'pad':
+    starts = np.arange(0, n_rows * length, stride * n_spanned) // length
+    real = (starts[:, None] + frames < n_rows).mean(axis=1)
+    n_windows = np.count_nonzero(real == 1)
+    covered = starts[n_windows - 1] + n_spanned if n_windows else 0
+    least = min_real if short == 'refuse' else 0
+    if covered < n_rows and (real[n_windows : n_windows + 1] >= least).any():
+        n_windows, covered = n_windows + 1, n_rows
+    starts, real = starts[:n_windows], real[:n_windows]
+
+    index = starts[:, None] + frames
+    recorded = index < n_rows
+    rows = index % n_rows if short == 'tile' else np.minimum(index, n_rows - 1)
+    cut_out = data[rows]
+    if short != 'tile' and span is None:
         cut_out = np.where(recorded[..., None], cut_out, data.mean(axis=0))
-    n_recorded = recorded.sum(axis=1)
-    n_flagged = (recorded & flagged[index % n_samples]).sum(axis=1)
     return Windows(
         data=np.ascontiguousarray(cut_out.transpose(0, 2, 1)),
-        onset=start + np.array(starts) * tr,
-        duration=n_recorded * tr,
-        real=n_recorded / length,
-        flagged=n_flagged / n_recorded,
-        tr=tr,
-        left_over=(n_samples - covered) * tr,
+        onset=start + starts * tr,
+        duration=np.minimum(n_spanned, n_rows - starts) * tr,
+        real=real,
+        flagged=(recorded & flagged[rows]).sum(axis=1) / recorded.sum(axis=1),
+        tr=spacing,
+        left_over=(n_rows - covered) * tr,
     )
 
 
-def fill_uncovered(data, coverage, xyz, min_coverage):
+def fill_uncovered(
+    data, coverage, xyz, min_coverage, structures=None, atlas='the atlas'
+) -> tuple[np.ndarray, np.ndarray]:
     """Give each parcel without enough signal the series of the nearest parcel that has it.
+
+    The nearest is sought within the same structure: the signal of a nucleus is not that of the
+    cortex around it.
 
     Parameters
     ----------
@@ -105,6 +125,10 @@ def fill_uncovered(data, coverage, xyz, min_coverage):
         Centroids in mm.
     min_coverage : float
         Below this share, or where the series is NaN, a parcel is uncovered.
+    structures : sequence of P str, optional
+        Structure of each parcel (cortex, subcortex); one for all if left out.
+    atlas : str
+        Name of the atlas, for the refusal.
 
     Returns
     -------
@@ -116,7 +140,7 @@ def fill_uncovered(data, coverage, xyz, min_coverage):
     Raises
     ------
     BrainfmError
-        More than half of the parcels are uncovered.
+        More than half of the parcels are uncovered, or all of one structure.
 
     Examples
     --------
@@ -133,9 +157,20 @@ def fill_uncovered(data, coverage, xyz, min_coverage):
             'voxels with signal in this run; check that the run is in the space of the atlas and '
             'well registered.'
         )
+    structures = np.asarray([''] * covered.size if structures is None else structures)
+    for structure in np.unique(structures):
+        inside = structures == structure
+        if not covered[inside].any():
+            raise BrainfmError(
+                f'none of the {inside.sum()} {structure} parcels of {atlas} has enough signal in '
+                'this run: the model needs these rows, and they are not filled from another '
+                "structure; take data that include them, such as fMRIPrep's volumes or its "
+                '--cifti-output 91k.'
+            )
     donors = np.full(covered.size, -1)
     candidates = np.flatnonzero(covered)
     distance = np.linalg.norm(xyz[missing, None] - xyz[candidates], axis=2)
+    distance[structures[missing, None] != structures[candidates]] = np.inf
     donors[missing] = candidates[distance.argmin(axis=1)]
     data[:, missing] = data[:, donors[missing]]
     return data, donors

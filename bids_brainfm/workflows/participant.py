@@ -9,6 +9,7 @@ from nipype.interfaces.utility import Merge
 from nipype.pipeline import engine as pe
 from niworkflows.engine.workflows import LiterateWorkflow
 
+from bids_brainfm.interfaces.embedding import BLOCKS
 from bids_brainfm.interfaces.encode import EncodeRuns
 from bids_brainfm.interfaces.report import WriteReport
 from bids_brainfm.interfaces.series import FILL_RULE, MakeSeries
@@ -134,18 +135,29 @@ def init_encode_wf(model: ModelPlan, settings) -> LiterateWorkflow:
         'global-z': 'were standardised with one mean and standard deviation for the whole run',
         'parcel-z': 'were standardised for each parcel',
         'cohort': 'were scaled by statistics fitted on a cohort',
+        'cohort-means': 'were scaled for each parcel by the median and interquartile range of its '
+        'temporal mean over a cohort',
     }[contract.scaling]
     if contract.scaling != 'none' and contract.divide_by != 1:
         scaling += f' and divided by {contract.divide_by:g}'
     weights = '' if task.spec.trained else ' with random, untrained weights'
     workflow = LiterateWorkflow(encode_name(model))
+    resampled = (
+        f'resampled to {card.tr:g} s with an anti-aliasing filter where their repetition time '
+        f'differs'
+    )
+    if contract.temporal == 'official':
+        resampled = (
+            f'sampled, as in the official code, at {contract.window} volumes evenly spread over '
+            f'{contract.official_volumes}'
+        )
     workflow.__desc__ = (
         f'For {card.name} ({card.description}), parcels without signal were filled with '
-        f'{FILL_RULE}. Series were resampled to {card.tr:g} s with an anti-aliasing filter where '
-        f'their repetition time differs, {scaling}, and cut into windows of {card.window} samples '
-        f'({card.window * card.tr:.1f} s) every {contract.stride or card.window} samples. Every '
-        f'window was encoded without masking by {card.name}{weights}; its embedding is the class '
-        f'token after the last normalisation.\n\n'
+        f'{FILL_RULE}. Series were {resampled}, {scaling}, and cut into windows of '
+        f'{card.window} samples ({card.window * card.tr:.1f} s) every '
+        f'{contract.stride or card.window} samples. Every window was encoded without masking by '
+        f'{card.name}{weights}; its embedding is the {task.spec.pooling} after the last '
+        f'normalisation.{_latent_text(task)}\n\n'
     )
     encode = pe.Node(
         EncodeRuns(runs=model.todo, task=task, stop=settings.stop_on_first_crash),
@@ -158,3 +170,14 @@ def init_encode_wf(model: ModelPlan, settings) -> LiterateWorkflow:
     )
     workflow.add_nodes([encode])
     return workflow
+
+
+def _latent_text(task) -> str:
+    """Sentence on latent prediction, empty where there is none."""
+    if not task.block:
+        return ''
+    return (
+        f' As a check of quality, the latents of a block of each window ({BLOCKS[task.block]}) '
+        f'were predicted by the predictor network and compared with those of the target encoder '
+        f'(smooth L1 error), beside the mean latent of the context as a guess without a model.'
+    )

@@ -17,10 +17,11 @@ from bids_brainfm.bids import reading, writing
 from bids_brainfm.bids.reading import BoldRun
 from bids_brainfm.config import Settings
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.interfaces.encode import EncodeTask, embedding_current, encode_step
+from bids_brainfm.interfaces.embedding import EncodeTask, embedding_current, latent_name
+from bids_brainfm.interfaces.encode import encode_step
 from bids_brainfm.interfaces.outcome import Outcome, read_failures
 from bids_brainfm.interfaces.series import SeriesTask, series_current, series_step
-from bids_brainfm.signals.scale import load_scale_stats
+from bids_brainfm.signals.scale import atlas_of, check_stats, load_scale_stats
 
 # The card's own space first; fMRIPrep's default comes last, where the atlas is a warped one
 SPACES = ('MNI152NLin6Asym', 'fsLR', 'MNI152NLin2009cAsym')
@@ -137,17 +138,20 @@ def resolve_models(settings: Settings, home: Path, version: str) -> list[EncodeT
     tasks = []
     for text in settings.model:
         spec = resolve_model(text, home, settings.random_weights)
+        atlas = load_atlas(spec.card.atlas, home).name
+        block = settings.latent_prediction if spec.predicts_latents else 'none'
         tasks.append(
             EncodeTask(
                 spec=spec,
-                atlas=load_atlas(spec.card.atlas, home).name,
-                contract=_contract(settings, spec.card),
+                atlas=atlas,
+                contract=_contract(settings, spec.card, atlas),
                 home=home,
                 device=str(device),
                 precision=str(resolve_precision(settings.precision, device)),
                 batch_size=settings.batch_size,
                 threads=settings.omp_nthreads,
                 tokens=settings.tokens,
+                block=None if block == 'none' else block,
                 output=settings.output_dir,
                 version=version,
             )
@@ -159,22 +163,52 @@ def resolve_models(settings: Settings, home: Path, version: str) -> list[EncodeT
             f'--model names {", ".join(sorted(twice))} twice, and both would write the same '
             f'files: name it once.'
         )
+    if settings.temporal == 'official' and not any(t.spec.card.official_volumes for t in tasks):
+        raise BrainfmError(
+            f'--temporal official picks frames as Brain-JEPA does, and '
+            f'{", ".join(settings.model)} has no such recipe: leave it out.'
+        )
     return tasks
 
 
-def _contract(settings: Settings, card):
+def _contract(settings: Settings, card, atlas: str):
     from bids_brainfm.signals.contract import Contract
 
+    scaling = {'card': card.scaling, 'cohort': card.cohort_scaling}
+    official = settings.temporal == 'official' and card.official_volumes
     return Contract(
         tr=card.tr,
         window=card.window,
-        scaling=card.scaling if settings.scale == 'card' else settings.scale,
+        scaling=scaling.get(settings.scale, settings.scale),
         divide_by=card.divide_by,
         stride=settings.stride,
         short_runs=settings.short_runs,
         min_coverage=settings.min_coverage,
-        stats=settings.scale_stats,
+        stats=_stats_of(settings.scale_stats, atlas),
+        temporal='official' if official else 'resample',
+        official_volumes=card.official_volumes,
+        min_real=card.min_real,
     )
+
+
+def _stats_of(files: tuple[Path, ...], atlas: str) -> Path | None:
+    """The file of statistics that is of an atlas; a single one is checked where it is read."""
+    if len(files) < 2:
+        return files[0] if files else None
+    found = {}
+    for path in files:
+        if (name := atlas_of(path)) in found:
+            raise BrainfmError(
+                f'--scale-stats names {found[name]} and {path}, both of the atlas {name}: give '
+                f'one file for each atlas.'
+            )
+        found[name] = path
+    if atlas not in found:
+        raise BrainfmError(
+            f'None of the files of --scale-stats is of the atlas {atlas}: they are of '
+            f'{", ".join(found)}.'
+        )
+    return found[atlas]
 
 
 def make_plan(settings: Settings, datasets: dict[str, Path], work: Path, version: str) -> Plan:
@@ -299,33 +333,26 @@ def _plan_atlas(settings, version, home, atlas_name, tasks, layouts, failures) -
         _check_fit(task, atlas)
     _claim(settings, atlas.name, preset, tasks)
     todo = [run for run in runs if not series_current(output, run, atlas.name)]
-    models = [ModelPlan(task, _to_encode(output, runs, todo, atlas.name, task)) for task in tasks]
+    models = [ModelPlan(task, _to_encode(runs, todo, task)) for task in tasks]
     return AtlasPlan(atlas.name, atlas.citation, series, runs, todo, models)
 
 
 def _check_fit(task: EncodeTask, atlas) -> None:
     """See that a model and its statistics are of this atlas, before anything is computed."""
     card, stats = task.spec.card, task.contract.stats
-    parcels = card.config.get('num_brain_voxels', atlas.n_parcels)
-    if parcels != atlas.n_parcels:
+    if task.spec.n_parcels != atlas.n_parcels:
         raise BrainfmError(
-            f'{card.name} takes {parcels} parcels, but its atlas {atlas.name} has '
+            f'{card.name} takes {task.spec.n_parcels} parcels, but its atlas {atlas.name} has '
             f'{atlas.n_parcels}: name the atlas that it was trained with in its card.'
         )
     if stats is not None:
-        load_scale_stats(stats, atlas.name, atlas.n_parcels)
+        found = load_scale_stats(stats, atlas.name, atlas.n_parcels)
+        check_stats(found, task.contract.scaling)
 
 
-def _to_encode(output, runs, todo, atlas: str, task: EncodeTask) -> list[BoldRun]:
+def _to_encode(runs, todo, task: EncodeTask) -> list[BoldRun]:
     remade = {run.name for run in todo}
-    return [
-        run
-        for run in runs
-        if run.name in remade
-        or not embedding_current(
-            output, run, atlas, task.spec.label, writing.input_fingerprints(run), task.tokens
-        )
-    ]
+    return [run for run in runs if run.name in remade or not embedding_current(run, task)]
 
 
 def _claim(settings: Settings, atlas: str, preset, tasks: list[EncodeTask]) -> None:
@@ -352,6 +379,7 @@ def _claim(settings: Settings, atlas: str, preset, tasks: list[EncodeTask]) -> N
             contract
             | {
                 'weights': task.spec.weights,
+                'gradients': task.spec.gradients and f'sha256 {task.spec.gradients.sha256}',
                 'architecture_sha256': _digest(task.spec.card.config),
                 'parcel_order': task.spec.card.parcel_order,
                 'atlas': atlas,
@@ -359,6 +387,11 @@ def _claim(settings: Settings, atlas: str, preset, tasks: list[EncodeTask]) -> N
             },
             f'*_desc-{task.spec.label}_embedding.tsv',
         )
+        if task.block:
+            name = latent_name(task.spec.label)
+            writing.claim_settings(
+                settings.output_dir, name, {'latent_prediction': task.block}, f'*_{name}_*.tsv'
+            )
 
 
 def _digest(content: dict) -> str:

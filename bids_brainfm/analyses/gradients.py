@@ -1,0 +1,165 @@
+"""Brain gradients: where each parcel lies in the space of functional connectivity.
+
+Brain-JEPA tells its network where a parcel is by these coordinates. A network that was trained
+with one table needs that very table; another parcellation needs a table and a training of its
+own. This makes the table from the connectivity of the training set.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from bids_brainfm.errors import BrainfmError
+
+
+def brain_gradients(
+    fc: np.ndarray, n_components: int = 30, sparsity: float = 0.9, alpha: float = 0.5
+) -> np.ndarray:
+    """Gradients of a connectivity matrix by diffusion mapping, scaled as Brain-JEPA's table is.
+
+    Of each row the largest correlations are kept and negative ones set to zero; parcels are
+    alike as the angle between their rows is small; the diffusion map of that likeness is summed
+    over all scales, so that a column has the length sqrt(P) λ/(1-λ). The largest entry of a
+    column is positive. BrainSpace does the arithmetic, with the settings that reproduce the
+    spectrum of the published table (Dong et al. 2024, arXiv:2409.19407; Vos de Wael
+    et al. 2020, doi:10.1038/s42003-020-0794-7).
+
+    Parameters
+    ----------
+    fc : (P, P) float
+        Symmetric, a mean over participants; what stands on the diagonal does not matter.
+    n_components : int
+        Number G of gradients.
+    sparsity : float
+        Share of each row that is left out.
+    alpha : float
+        Anisotropy of the diffusion; 0.5 is Fokker-Planck diffusion.
+
+    Returns
+    -------
+    (P, G) float64
+        The same input gives the same answer; another order of the parcels changes the columns
+        by about half a percent, because BrainSpace's solver takes a matrix for symmetric that
+        is so only nearly.
+
+    Raises
+    ------
+    BrainfmError
+        BrainSpace is not installed, or the connectivity is not what a map can be made of.
+    """
+    try:
+        from brainspace.gradient import compute_affinity, diffusion_mapping
+    except ImportError:
+        raise BrainfmError(
+            'Brain gradients are computed with BrainSpace, which is not installed: run '
+            "`pip install 'bids_brainfm[gradients]'`."
+        ) from None
+
+    fc = _checked(fc)
+    parcels = len(fc)
+    # Rounded as it stands, 1 - 0.9 of 400 parcels would be 39.
+    sparsity -= 1e-9
+    if parcels <= n_components + 1 or parcels * (1 - sparsity) < 2:
+        raise BrainfmError(
+            f'{parcels} parcels are too few for {n_components} gradients at a sparsity of '
+            f'{sparsity:.2g}: ask for fewer gradients or a lower sparsity.'
+        )
+    kept = compute_affinity(fc, sparsity=sparsity)
+    _check_links(fc, kept)
+    likeness = compute_affinity(kept, kernel='normalized_angle', sparsity=None)
+    return diffusion_mapping(likeness, n_components, alpha=alpha, random_state=0)[0]
+
+
+def _checked(fc):
+    """A copy with ones on the diagonal, once it is square, finite and symmetric."""
+    fc = np.array(fc, np.float64)
+    if fc.ndim != 2 or fc.shape[0] != fc.shape[1]:
+        raise BrainfmError(
+            f'Brain gradients need a square matrix of connectivity, not one of shape {fc.shape}: '
+            'give the correlations between all parcels.'
+        )
+    np.fill_diagonal(fc, 1.0)
+    if (lacking := ~np.isfinite(fc)).any():
+        row = int(lacking.sum(1).argmax())
+        raise BrainfmError(
+            f'The connectivity has {lacking.sum()} values that are no finite numbers, most of '
+            f'them in row {row}: average over runs in which every parcel has signal.'
+        )
+    apart = np.abs(fc - fc.T).max()
+    if apart > 1e-5:
+        raise BrainfmError(
+            f'The connectivity is not symmetric (entries differ by up to {apart:.2g} from their '
+            'mirror images): give correlations between parcels, one order for rows and columns.'
+        )
+    return fc
+
+
+def _check_links(fc, kept):
+    """Refuse parcels whose strongest correlations, `kept` of `fc`, lead nowhere or anywhere."""
+    from scipy.sparse import csr_array
+    from scipy.sparse.csgraph import connected_components
+
+    parts, part = connected_components(csr_array(kept), directed=False)
+    if parts > 1:
+        smallest = np.flatnonzero(part == np.bincount(part).argmin())
+        raise BrainfmError(
+            f'The strongest correlations leave the parcels in {parts} parts without a link '
+            f'between them (the smallest has {smallest.size}, row {smallest[0]} among them): look '
+            'at the series of those parcels, or lower the sparsity.'
+        )
+    ordered = np.sort(fc, axis=1)  # the diagonal comes last
+    if (flat := ordered[:, 0] == ordered[:, -2]).any():
+        raise BrainfmError(
+            f'The correlations in row {flat.argmax()} are all the same, so that none is the '
+            'strongest: give a connectivity matrix that was measured.'
+        )
+
+
+def group_fc(paths: Iterable[str | Path]) -> np.ndarray:
+    """Mean connectivity over runs, from the tables that the app writes.
+
+    Parameters
+    ----------
+    paths : iterable of path-like
+        ``*_relmat.tsv`` files of one atlas; one at a time is in memory.
+
+    Returns
+    -------
+    (P, P) float64
+        Mean of the Pearson correlations over the runs that have them, NaN where none has.
+
+    Raises
+    ------
+    BrainfmError
+        There is no file, one cannot be read, or they are not of the same parcels.
+    """
+    from bids_brainfm.bids.writing import read_relmat
+
+    first = None
+    for path in paths:
+        try:
+            with Path(path).open() as file:
+                names = file.readline().rstrip('\n').split('\t')[1:]
+            relmat = read_relmat(path).astype(np.float64)
+            if relmat.shape != (len(names), len(names)):
+                raise ValueError(f'{len(names)} columns and {len(relmat)} rows')
+        except (OSError, ValueError) as error:
+            raise BrainfmError(
+                f'{path} is no table of connectivity ({error}): give the *_relmat.tsv files that '
+                'bids_brainfm wrote.'
+            ) from None
+        if first is None:
+            first, parcels = path, names
+            total, count = np.zeros((2, len(names), len(names)))
+        if names != parcels:
+            raise BrainfmError(
+                f'{path} and {first} are not of the same parcels in the same order: average '
+                'matrices of one atlas.'
+            )
+        there = np.isfinite(relmat)
+        total[there] += relmat[there]
+        count += there
+    if first is None:
+        raise BrainfmError('There is no connectivity to average: give *_relmat.tsv files.')
+    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)

@@ -1,0 +1,115 @@
+"""Label images of an atlas: reading them, and whether each label lies where it should."""
+
+from pathlib import Path
+
+import numpy as np
+
+from bids_brainfm.atlases.faults import Places
+from bids_brainfm.errors import BrainfmError
+
+
+def misfit(path: Path, name: str, fault: str) -> BrainfmError:
+    """The refusal of a file that is not the atlas of that name, with its fault in words."""
+    return BrainfmError(
+        f'{path} does not show atlas {name} as it must be ({fault}): use the file that the card '
+        'of the atlas names.'
+    )
+
+
+def read_labels(path: Path, name: str):
+    """Read a label image.
+
+    Returns
+    -------
+    image : nibabel image
+    labels : int32 array of the image's shape
+
+    Raises
+    ------
+    BrainfmError
+        It cannot be read, or its values are not whole numbers.
+    """
+    import nibabel as nib
+
+    try:
+        image = nib.load(path)
+        values = np.asanyarray(image.dataobj)
+    except (OSError, EOFError, ValueError, nib.filebasedimages.ImageFileError) as error:
+        raise BrainfmError(
+            f'The image {path} of atlas {name} cannot be read ({error}): fetch it anew.'
+        ) from None
+    labels = np.rint(values).astype(np.int32)
+    if not np.array_equal(labels, values):
+        raise BrainfmError(
+            f'{path} of atlas {name} holds values that are not whole numbers: labels must be '
+            'resampled by nearest neighbour.'
+        )
+    return image, labels
+
+
+def check_complete(labels: np.ndarray, path: Path, name: str, n_parcels: int) -> None:
+    """Refuse labels other than 0..P, or not all of them."""
+    absent = np.setdiff1d(np.arange(1, n_parcels + 1), labels)
+    if absent.size:
+        shown = ', '.join(map(str, absent[:5])) + (' ...' if absent.size > 5 else '')
+        raise BrainfmError(
+            f'{path} lacks {absent.size} of the {n_parcels} labels of atlas {name} ({shown}): '
+            f'use the file that the atlas card names.'
+        )
+    if labels.min() < 0 or labels.max() > n_parcels:
+        raise BrainfmError(
+            f'{path} has labels from {labels.min()} to {labels.max()} where atlas {name} has 1 '
+            f'to {n_parcels}: it shows another atlas.'
+        )
+
+
+def label_centres(labels: np.ndarray, affine: np.ndarray, n_labels: int) -> np.ndarray:
+    """Centre of mass of each label 1..L in mm, (L, 3) float32; NaN where a label is absent."""
+    import nibabel as nib
+
+    where = np.nonzero(labels)
+    label = labels[where]
+    counts = np.bincount(label, minlength=n_labels + 1)[1 : n_labels + 1]
+    with np.errstate(invalid='ignore'):
+        ijk = [np.bincount(label, axis, n_labels + 1)[1 : n_labels + 1] / counts for axis in where]
+    return nib.affines.apply_affine(affine, np.stack(ijk, axis=1)).astype(np.float32)
+
+
+def _in_voxels(image, labels):
+    """Labels on a grid and its affine; of a CIFTI file those grayordinates that are voxels."""
+    import nibabel as nib
+
+    if not isinstance(image, nib.Cifti2Image):
+        return labels, image.affine
+    axis = image.header.get_axis(1)
+    inside = axis.volume_mask
+    volume = np.zeros(axis.volume_shape if inside.any() else (1, 1, 1), labels.dtype)
+    volume[tuple(axis.voxel[inside].T)] = labels.ravel()[inside]
+    return volume, axis.affine if inside.any() else np.eye(4)
+
+
+def check_image(path: Path, name: str, places: Places, rows: np.ndarray | None = None) -> None:
+    """Refuse an image that does not show an atlas, or the parcels `rows` of it.
+
+    Labels must be the whole numbers 0..P, each of 1..P present, and they must lie where the
+    atlas says, which a left-right flip or another order of the labels does not. Of a CIFTI file
+    only the voxels are checked for that: vertices have no place without their surface.
+
+    Raises
+    ------
+    BrainfmError
+        Says which of these fails, by name where the fault is a known one.
+    """
+    image, labels = read_labels(path, name)
+    lacking = None
+    if rows is None:
+        rows = np.arange(len(places.xyz))
+        for structure in dict.fromkeys(places.structures or ()):
+            kept = places.kept_without(structure)
+            if labels.min() == 0 and labels.max() == kept.size:
+                rows, lacking = kept, places.lacking(structure)
+    if not lacking:
+        check_complete(labels, path, name, rows.size)
+    fault = places.fault(label_centres(*_in_voxels(image, labels), rows.size), rows)
+    if fault or lacking:
+        raise misfit(path, name, ', '.join(filter(None, (fault, lacking))))

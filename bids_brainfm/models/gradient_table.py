@@ -1,0 +1,47 @@
+"""The table of brain gradients that tells a network where each parcel lies."""
+
+from pathlib import Path
+
+import numpy as np
+
+from bids_brainfm.errors import BrainfmError
+
+
+def read_gradients(path: str | Path) -> np.ndarray:
+    """Read a table of gradients.
+
+    Parameters
+    ----------
+    path : path-like
+        CSV without a header: a row a parcel in the order of the atlas, a column a gradient.
+
+    Returns
+    -------
+    (P, G) float32
+
+    Raises
+    ------
+    BrainfmError
+        The file cannot be read, is no table of numbers, or holds NaN or infinite values.
+    """
+    try:
+        table = np.loadtxt(path, delimiter=',', ndmin=2, dtype=np.float32)
+    except OSError as error:
+        raise BrainfmError(
+            f'The table of gradients {path} cannot be read ({error}): check the path.'
+        ) from None
+    except ValueError as error:
+        raise BrainfmError(
+            f'{path} is no table of gradients ({str(error).rstrip(".")}): it must be a CSV file '
+            f'of numbers without a header, a row a parcel and a column a gradient.'
+        ) from None
+    if not np.isfinite(table).all() or not table.size:
+        raise BrainfmError(
+            f'The table of gradients {path} is empty or holds NaN or infinite values: get it anew.'
+        )
+    return table
+
+
+def write_gradients(path: str | Path, gradients: np.ndarray) -> None:
+    """Write a table (P, G) that :func:`read_gradients` reads, to six significant digits."""
+    np.savetxt(path, gradients, delimiter=',', fmt='%.6g')

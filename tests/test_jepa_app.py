@@ -1,0 +1,265 @@
+"""Brain-JEPA through the command: alone, beside BrainLM, and what it refuses."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+
+from bids_brainfm.bids.writing import read_matrix
+from bids_brainfm.cli import demo
+
+BOTH = ('--model', 'brainlm-demo', 'brain-jepa-demo')
+JEPA = ('--model', 'brain-jepa-demo')
+
+
+@pytest.fixture(scope='module')
+def long_runs(tmp_path_factory):
+    """One participant, 490 volumes of 0.735 s; tests must not change it."""
+    folder = tmp_path_factory.mktemp('long') / 'data'
+    demo.write_dataset(folder, participants=1, volumes=490)
+    return folder
+
+
+def one(out, pattern):
+    (path,) = out.glob(f'sub-01/func/*{pattern}')
+    return path
+
+
+def sidecar(out, pattern):
+    return json.loads(one(out, pattern).read_text())
+
+
+@pytest.fixture
+def resized(long_runs, tmp_path):
+    """Copy of the dataset with the first volumes of its run, at another repetition time."""
+    import nibabel as nib
+
+    def make(volumes, tr):
+        folder = shutil.copytree(long_runs, tmp_path / f'{volumes}x{tr}')
+        (bold,) = folder.glob('sub-01/func/*_bold.nii.gz')
+        image = nib.load(bold)
+        data = np.asanyarray(image.dataobj)
+        data = np.concatenate([data, data[..., ::-1]], axis=3)[..., :volumes]
+        cut = nib.Nifti1Image(data, image.affine, image.header)
+        cut.header.set_zooms((*image.header.get_zooms()[:3], tr))
+        cut.to_filename(bold)
+        (about,) = folder.glob('sub-01/func/*_bold.json')
+        about.write_text(json.dumps(json.loads(about.read_text()) | {'RepetitionTime': tr}))
+        (table,) = folder.glob('sub-01/func/*_timeseries.tsv')
+        frame = pd.read_csv(table, sep='\t', na_values='n/a')
+        frame = pd.concat([frame, frame[::-1]])[:volumes]
+        frame.to_csv(table, sep='\t', index=False, na_rep='n/a')
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope='module')
+def both(long_runs, tmp_path_factory):
+    """Outputs of both models in one command, with what was read and loaded how often."""
+    from bids_brainfm.cli.run import main
+    from bids_brainfm.interfaces import encode
+    from bids_brainfm.signals import parcellate
+
+    folder = tmp_path_factory.mktemp('both')
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for module, name in ((encode, 'load_encoder'), (parcellate, 'open_bold')):
+            original = getattr(module, name)
+
+            def counted(*args, original=original, name=name):
+                calls.append(name)
+                return original(*args)
+
+            patch.setattr(module, name, counted)
+        # one process, so that the calls are seen here
+        plugin = folder / 'linear.yml'
+        plugin.write_text('plugin: Linear\n')
+        code = main(
+            [
+                str(long_runs),
+                str(folder / 'out'),
+                'participant',
+                '-w',
+                str(folder / 'work'),
+                *BOTH,
+                '--use-plugin',
+                str(plugin),
+                '--tokens',
+            ]
+        )
+    assert code == 0
+    return folder / 'out', calls
+
+
+def test_both_models_share_one_reading(both):
+    """The BOLD file is opened once per atlas, and each model is loaded once."""
+    out, calls = both
+    assert calls.count('open_bold') == 1
+    assert calls.count('load_encoder') == 2
+    for label in ('brainlmdemo', 'brainjepademo'):
+        assert one(out, f'_desc-{label}_embedding.tsv').is_file()
+
+
+def test_outputs_of_brain_jepa(both):
+    """Summary, parcels, tokens and attention fit each other."""
+    out, _ = both
+    table = pd.read_csv(one(out, '_desc-brainjepademo_embedding.tsv'), sep='\t')
+    about = sidecar(out, '_desc-brainjepademo_embedding.json')
+    with h5py.File(one(out, '_desc-brainjepademo_embedding.h5')) as file:
+        parcels, tokens = file['parcels'][:], file['tokens'][:]
+        attention = file['attention'][:]
+        assert len(file['parcel_names']) == 424
+    assert parcels.shape == (1, 424, 48)
+    assert tokens.shape == (1, 4240, 48)
+    summary = table.filter(like='dim').to_numpy()
+    np.testing.assert_allclose(summary, tokens.mean(1), atol=1e-5)
+    np.testing.assert_allclose(parcels, tokens.reshape(1, 424, 10, 48).mean(2), atol=1e-5)
+    np.testing.assert_allclose(attention.sum(), 1, atol=1e-4)
+    assert about['Pooling'] == 'mean over tokens'
+    assert about['Scaling'] == 'global-z'
+    assert about['Resampled'] is True
+    assert about['WindowLength'] == pytest.approx(160 * 2.2142)
+    assert len(about['Model']['GradientTable']['SHA256']) == 64
+    assert about['StaticVariance'] > 0.9  # levels differ by thousands, dynamics by a percent
+
+
+def test_latent_prediction_is_a_map(both):
+    """A row a window and parcel; context is n/a; means are those of the row."""
+    out, _ = both
+    path = one(out, '_stat-latenterror_desc-brainjepademo_boldmap.tsv')
+    table = pd.read_csv(path, sep='\t')
+    about = json.loads(path.with_suffix('.json').read_text())
+    patches = table.filter(like='patch').to_numpy()
+    assert patches.shape == (424, 10)
+    assert np.isnan(patches[:, :7]).all()
+    assert np.isfinite(patches[:, 7:]).all()
+    np.testing.assert_allclose(table['error'], patches[:, 7:].mean(1), rtol=1e-5)
+    assert about['Block'] == 'cross-time'
+    assert about['MeanError'] == pytest.approx(table['error'].mean(), rel=1e-5)
+    assert about['MeanBaseline'] == pytest.approx(table['baseline'].mean(), rel=1e-5)
+
+
+def test_order_is_checked_against_connectivity(both):
+    """The demonstration's own table fits its simulated connectivity, a shuffle does not."""
+    out, _ = both
+    check = sidecar(out, '_desc-brainjepademo_embedding.json')['OrderCheck']
+    found = check['Correlation']
+    assert found['as read'] > found['shuffled'] + 0.1
+    assert check['Warning'] is None
+
+
+def test_report_and_validator(both):
+    """The report has the new sections, and the dataset validates without a word."""
+    out, _ = both
+    page = (out / 'sub-01.html').read_text()
+    for words in (
+        'Latent prediction',
+        'Order of the parcels',
+        'brain-jepa-demo',
+        'Gradient table',
+    ):
+        assert words in page
+    for what in ('latent', 'order'):
+        (figure,) = out.glob(f'sub-01/figures/*model-brainjepademo_desc-{what}_bold.svg')
+        assert figure.name in page
+    text = (out / 'logs' / 'CITATION.md').read_text()
+    assert 'mean over tokens' in text
+    assert 'predicted by the predictor network' in text
+    validator = Path(sys.executable).with_name('bids-validator-deno')
+    found = subprocess.run(
+        [validator, '--format', 'json', out], capture_output=True, text=True, check=False
+    )
+    assert json.loads(found.stdout)['issues']['issues'] == []
+
+
+def test_second_run_does_nothing_and_a_missing_map_is_made(both, long_runs, tmp_path, app):
+    """Outputs that stand are left alone; only the one that was deleted comes back."""
+    out = shutil.copytree(both[0], tmp_path / 'out')
+    before = {path: path.stat().st_mtime_ns for path in out.glob('sub-01/func/*')}
+    assert app(long_runs, out, *BOTH) == 0
+    assert {path: path.stat().st_mtime_ns for path in out.glob('sub-01/func/*')} == before
+    lost = one(out, '_stat-latenterror_desc-brainjepademo_boldmap.tsv')
+    lost.unlink()
+    assert app(long_runs, out, *BOTH) == 0  # without --tokens: those that stand stay
+    after = {path: path.stat().st_mtime_ns for path in out.glob('sub-01/func/*')}
+    assert after.keys() == before.keys()
+    assert {path for path in after if after[path] != before[path]} == {lost}
+
+
+def test_another_block_is_refused_beside_the_first(both, long_runs, tmp_path, app, capsys):
+    out = shutil.copytree(both[0], tmp_path / 'out')
+    assert app(long_runs, out, *BOTH, '--latent-prediction', 'cross-roi') == 2
+    assert 'latent_prediction' in capsys.readouterr().err
+    assert app(long_runs, out, *BOTH, '--latent-prediction', 'none') == 0
+
+
+@pytest.mark.parametrize(
+    ('volumes', 'tr', 'share'), [(490, 0.735, 1), (200, 2.0, 1), (420, 0.8, 0.95)]
+)
+def test_any_repetition_time_is_windowed_recorded_and_encoded(
+    resized, tmp_path, app, volumes, tr, share
+):
+    out = tmp_path / 'out'
+    assert app(resized(volumes, tr), out, *JEPA) == 0
+    about = sidecar(out, '_desc-brainjepademo_embedding.json')
+    assert about['RepetitionTime'] == tr
+    assert about['NumberOfWindows'] == 1
+    assert about['ShareReal'] == [share]
+    assert any('not all recorded' in w for w in about['Warnings']) == (share < 1)
+
+
+def test_short_run_is_refused_with_what_is_needed_and_padded_on_request(resized, tmp_path, app):
+    data, out = resized(150, 2.0), tmp_path / 'out'
+    assert app(data, out, *JEPA) == 1
+    (reason,) = (out / 'sub-01' / 'log').glob('failed-*.txt')
+    assert '150 volumes' in reason.read_text()
+    assert '178' in reason.read_text()
+    assert app(data, out.with_name('padded'), *JEPA, '--short-runs', 'pad') == 0
+    about = sidecar(out.with_name('padded'), '_desc-brainjepademo_embedding.json')
+    assert about['ShareReal'] == [pytest.approx(135 / 160)]
+
+
+def test_official_sampling(long_runs, tmp_path, app):
+    """Frames are picked, not filtered, and the sidecar and methods say so."""
+    out = tmp_path / 'out'
+    assert app(long_runs, out, *BOTH, '--temporal', 'official') == 0
+    about = sidecar(out, '_desc-brainjepademo_embedding.json')
+    assert 'official' in about['ResamplingMethod']
+    assert 1 / about['SamplingFrequency'] == pytest.approx(0.735 * 479 / 159)
+    assert 'ResamplingMethod' not in sidecar(out, '_desc-brainlmdemo_embedding.json')
+    assert 'sampled, as in the official code' in (out / 'logs' / 'CITATION.md').read_text()
+
+
+def test_official_sampling_needs_a_model_that_has_it(long_runs, tmp_path, app, capsys):
+    assert app(long_runs, tmp_path / 'out', '--temporal', 'official') == 2
+    assert '--temporal official' in capsys.readouterr().err
+
+
+def test_cohort_statistics_of_temporal_means(long_runs, both, tmp_path, app, capsys):
+    """Fitted medians and IQRs are applied; BrainLM's kind of file is refused."""
+    series, _ = read_matrix(one(both[0], '_stat-mean_timeseries.tsv'))
+    level = series.mean(0).astype(float)
+    stats = {
+        'Atlas': 'Demo424', 'Statistic': 'temporal mean',
+        'Median': (level - 50).tolist(), 'IQR': [0.0, *[100.0] * 423],
+    }  # fmt: skip
+    file, out = tmp_path / 'stats.json', tmp_path / 'out'
+    file.write_text(json.dumps(stats))
+    arguments = (*JEPA, '--scale', 'cohort', '--scale-stats', file)
+    assert app(long_runs, out, *arguments) == 0
+    about = sidecar(out, '_desc-brainjepademo_embedding.json')
+    assert about['Scaling'] == 'cohort-means'
+    assert any('1 parcels have no usable statistics' in w for w in about['Warnings'])
+    file.write_text(
+        json.dumps(stats | {'Statistic': 'series', 'Lower': [-1] * 424, 'Upper': [1] * 424})
+    )
+    assert app(long_runs, tmp_path / 'other', *arguments) == 2
+    assert 'temporal mean' in capsys.readouterr().err
