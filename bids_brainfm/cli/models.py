@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bids_brainfm.atlases.atlas import AtlasCard, atlas_names, home, images_here, missing_files
 from bids_brainfm.atlases.atlas import load_card as load_atlas_card
-from bids_brainfm.atlases.fetch import Resource, fetch
+from bids_brainfm.atlases.fetch import Resource, fetch, forget
 from bids_brainfm.atlases.obtain import obtain_atlas
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.cards import ModelCard, checkpoint_dir, load_card, model_names
@@ -113,26 +113,32 @@ def fetch_model(text: str, home: Path, source_dir: Path | None) -> None:
     card = load_card(text)
     name = card.name
     resources = model_resources(card, home, source_dir)
+    new = [resource for resource in resources if not resource.target.exists()]
     fetch(resources, source_dir, f'bids_brainfm_models fetch {name}')
-    config = checkpoint_dir(card, home) / 'config.json'
-    found = json.loads(config.read_text()) if config.is_file() else {}
-    for key in SIZES:
-        if key in found and key in card.config and found[key] != card.config[key]:
-            forget(resources)
-            raise BrainfmError(
-                f'The config.json of {source_dir or "the download"} says {key} {found[key]}, but '
-                f'{name} has {card.config[key]}: it is another model and was not kept.'
-            )
-    try:  # what was fetched must be what the card describes, to the last tensor
-        resolve_model(text, home)
+    try:
+        _check_model(card, text, home, source_dir)
     except BrainfmError:
-        forget(resources)
+        for resource in new:
+            forget(resource)
         raise
     if missing := missing_files(load_atlas_card(card.atlas), home):
         print(
             f'{name} needs the atlas {card.atlas}, which lacks {", ".join(missing)}: run '
             f'`bids_brainfm_models fetch {card.atlas}`.'
         )
+
+
+def _check_model(card: ModelCard, text: str, home: Path, source_dir: Path | None) -> None:
+    """See that what was fetched is what the card describes, to the last tensor."""
+    config = checkpoint_dir(card, home) / 'config.json'
+    found = json.loads(config.read_text()) if config.is_file() else {}
+    for key in SIZES:
+        if key in found and key in card.config and found[key] != card.config[key]:
+            raise BrainfmError(
+                f'The config.json of {source_dir or "the download"} says {key} {found[key]}, but '
+                f'{card.name} has {card.config[key]}: it is another model and was not kept.'
+            )
+    resolve_model(text, home)
 
 
 def fetch_named(name: str, home: Path, source_dir: Path | None) -> None:

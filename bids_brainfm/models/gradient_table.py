@@ -1,5 +1,6 @@
 """The table of brain gradients that tells a network where each parcel lies."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,9 @@ def read_gradients(path: str | Path) -> np.ndarray:
         The file cannot be read, is no table of numbers, or holds NaN or infinite values.
     """
     try:
-        table = np.loadtxt(path, delimiter=',', ndmin=2, dtype=np.float32)
+        with warnings.catch_warnings():  # of an empty file, which is refused below
+            warnings.simplefilter('ignore')
+            table = np.loadtxt(path, delimiter=',', ndmin=2, dtype=np.float32)
     except OSError as error:
         raise BrainfmError(
             f'The table of gradients {path} cannot be read ({error}): check the path.'
