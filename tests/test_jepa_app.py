@@ -194,6 +194,20 @@ def test_second_run_does_nothing_and_a_missing_map_is_made(both, long_runs, tmp_
     assert {path for path in after if after[path] != before[path]} == {lost}
 
 
+def test_arrays_come_when_asked_for_and_come_back(long_runs, tmp_path, app):
+    out = tmp_path / 'out'
+    assert app(long_runs, out, *JEPA) == 0
+    arrays = one(out, '_desc-brainjepademo_embedding.h5')
+    arrays.unlink()
+    for options, names in (
+        ((), {'onset', 'parcel_names', 'parcels'}),
+        (('--tokens',), {'onset', 'parcel_names', 'parcels', 'tokens', 'attention'}),
+    ):
+        assert app(long_runs, out, *JEPA, *options) == 0
+        with h5py.File(arrays) as file:
+            assert set(file) == names
+
+
 def test_another_block_is_refused_beside_the_first(both, long_runs, tmp_path, app, capsys):
     out = shutil.copytree(both[0], tmp_path / 'out')
     assert app(long_runs, out, *BOTH, '--latent-prediction', 'cross-roi') == 2
@@ -213,7 +227,9 @@ def test_any_repetition_time_is_windowed_recorded_and_encoded(
     assert about['RepetitionTime'] == tr
     assert about['NumberOfWindows'] == 1
     assert about['ShareReal'] == [share]
-    assert any('not all recorded' in w for w in about['Warnings']) == (share < 1)
+    completed = [w for w in about['Warnings'] if 'not all recorded' in w]
+    assert len(completed) == (share < 1)
+    assert all('as by --short-runs pad; at least 95% recorded' in w for w in completed)
 
 
 def test_short_run_is_refused_with_what_is_needed_and_padded_on_request(resized, tmp_path, app):
@@ -234,8 +250,18 @@ def test_official_sampling(long_runs, tmp_path, app):
     about = sidecar(out, '_desc-brainjepademo_embedding.json')
     assert 'official' in about['ResamplingMethod']
     assert 1 / about['SamplingFrequency'] == pytest.approx(0.735 * 479 / 159)
+    assert about['WindowLength'] == about['WindowStride'] == pytest.approx(480 * 0.735)
+    assert not any('official frame sampling' in w for w in about['Warnings'])
     assert 'ResamplingMethod' not in sidecar(out, '_desc-brainlmdemo_embedding.json')
     assert 'sampled, as in the official code' in (out / 'logs' / 'CITATION.md').read_text()
+
+
+def test_official_sampling_at_another_repetition_time_is_told(resized, tmp_path, app):
+    """As the official code does, frames are picked all the same: but it is said."""
+    out = tmp_path / 'out'
+    assert app(resized(490, 0.8), out, *JEPA, '--temporal', 'official') == 0
+    about = sidecar(out, '_desc-brainjepademo_embedding.json')
+    assert any('one sample in 2.41 s' in w for w in about['Warnings'])
 
 
 def test_official_sampling_needs_a_model_that_has_it(long_runs, tmp_path, app, capsys):
@@ -263,3 +289,32 @@ def test_cohort_statistics_of_temporal_means(long_runs, both, tmp_path, app, cap
     )
     assert app(long_runs, tmp_path / 'other', *arguments) == 2
     assert 'temporal mean' in capsys.readouterr().err
+
+
+def test_own_table_is_used_told_and_held_to(long_runs, tmp_path, app, capsys):
+    """A table beside the weights is taken; it is said, checked and not exchanged silently."""
+    from safetensors.torch import save_file
+
+    from bids_brainfm.models.cards import load_card
+    from bids_brainfm.models.gradient_table import write_gradients
+    from bids_brainfm.models.weights import build, initialise
+
+    folder, out = tmp_path / 'weights', tmp_path / 'out'
+    folder.mkdir()
+    config = load_card('brain-jepa-demo').config
+    (folder / 'config.json').write_text(json.dumps(config))
+    save_file(initialise(build(config), 3).state_dict(), folder / 'model.safetensors')
+    table, random = folder / 'gradients.csv', np.random.default_rng(5)
+    write_gradients(table, random.standard_normal((424, 30)))
+    arguments = ('--model', f'brain-jepa-demo={folder}', '--latent-prediction', 'none')
+    assert app(long_runs, out, *arguments) == 0
+    about = sidecar(out, '_desc-brainjepademo_embedding.json')
+    assert about['Model']['Trained'] is True
+    assert about['Model']['GradientTable']['Name'] == 'gradients.csv'
+    assert any('lies beside its weights' in w for w in about['Warnings'])
+    assert any('no better' in w and 'than shuffled' in w for w in about['Warnings'])
+    assert 'Expected' not in about['OrderCheck']  # known for another atlas only
+    assert not list(out.glob('sub-01/func/*latenterror*'))
+    write_gradients(table, random.standard_normal((424, 30)))
+    assert app(long_runs, out, *arguments) == 2
+    assert 'gradients was' in capsys.readouterr().err

@@ -140,7 +140,7 @@ def get_parser() -> argparse.ArgumentParser:
     model.add_argument(
         '-m', '--model', nargs='+', metavar='NAME[=PATH]',
         help='model cards to run (see bids_brainfm_models list) or paths to cards of your own; '
-        'PATH is a local checkpoint folder with config.json and weights (default: brainlm-111m)',
+        'PATH is a local checkpoint, its folder or its file (default: brainlm-111m)',
     )  # fmt: skip
     model.add_argument(
         '--denoise', metavar='{card,none,simple,36P,acompcor,FILE.yml}',
