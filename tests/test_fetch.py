@@ -249,6 +249,17 @@ def test_command_keeps_no_weights_that_do_not_load(checkpoint, tmp_path, monkeyp
     assert list((tmp_path / 'home' / 'models' / 'brainlm-111m').iterdir()) == []
 
 
+def test_command_leaves_what_stood_before(checkpoint, tmp_path, monkeypatch, capsys):
+    """Weights that somebody has put there are not deleted because they do not load."""
+    monkeypatch.setenv('BIDS_BRAINFM_HOME', str(tmp_path / 'home'))
+    folder = tmp_path / 'home' / 'models' / 'brainlm-111m'
+    shutil.copytree(checkpoint, folder)
+    code, _, err = run(capsys, 'fetch', 'brainlm-111m', '--from', checkpoint)
+    assert code == 2
+    assert "lacks 'image_size'" in err
+    assert (folder / 'model.safetensors').read_bytes() == b'weights'
+
+
 def test_command_refuses_another_model_under_the_name(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('BIDS_BRAINFM_HOME', str(tmp_path / 'home'))
     code, _, err = run(capsys, 'fetch', 'brainlm-650m', '--from', checkpoint)

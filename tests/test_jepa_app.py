@@ -160,12 +160,7 @@ def test_report_and_validator(both):
     """The report has the new sections, and the dataset validates without a word."""
     out, _ = both
     page = (out / 'sub-01.html').read_text()
-    for words in (
-        'Latent prediction',
-        'Order of the parcels',
-        'brain-jepa-demo',
-        'Gradient table',
-    ):
+    for words in ('cross-time: mean error', 'nearness in gradient space', 'Gradient table'):
         assert words in page
     for what in ('latent', 'order'):
         (figure,) = out.glob(f'sub-01/figures/*model-brainjepademo_desc-{what}_bold.svg')
@@ -289,6 +284,25 @@ def test_cohort_statistics_of_temporal_means(long_runs, both, tmp_path, app, cap
     )
     assert app(long_runs, tmp_path / 'other', *arguments) == 2
     assert 'temporal mean' in capsys.readouterr().err
+
+
+def test_statistics_of_several_atlases(tmp_path):
+    """Each model takes the file of its atlas; doubles and gaps are told."""
+    from bids_brainfm.errors import BrainfmError
+    from bids_brainfm.workflows.plan import _stats_of
+
+    files = []
+    for name in ('A424', 'Demo424', 'A424'):
+        files.append(tmp_path / f'{len(files)}.json')
+        stats = {'Atlas': name, 'Statistic': 'temporal mean', 'Median': [0.0], 'IQR': [1.0]}
+        files[-1].write_text(json.dumps(stats))
+    assert _stats_of(tuple(files[:2]), 'Demo424') == files[1]
+    assert _stats_of(tuple(files[:1]), 'Demo424') == files[0]  # refused where it is read
+    assert _stats_of((), 'Demo424') is None
+    with pytest.raises(BrainfmError, match='both of the atlas A424'):
+        _stats_of(tuple(files), 'A424')
+    with pytest.raises(BrainfmError, match='of the atlas Other: they are of A424, Demo424'):
+        _stats_of(tuple(files[:2]), 'Other')
 
 
 def test_own_table_is_used_told_and_held_to(long_runs, tmp_path, app, capsys):
