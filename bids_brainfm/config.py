@@ -59,7 +59,7 @@ class Settings:
     stride: int | None = None
     short_runs: str = 'refuse'
     tokens: bool = False
-    latent_prediction: str = 'cross-time'
+    latent_prediction: str | None = None
     random_weights: bool = False
 
     device: str = 'auto'

@@ -203,31 +203,62 @@ def run(capsys, *argv):
     return code, *capsys.readouterr()
 
 
-def test_command_fetches_a_model_in_either_format(tmp_path, monkeypatch, capsys):
-    """A user's own card asks for a pickle; the folder has the same weights as safetensors."""
+@pytest.fixture
+def own_card(tmp_path):
+    """A user's card that asks for a pickle, and a folder with the weights as safetensors."""
     import yaml
     from safetensors.torch import save_file
 
     from bids_brainfm.models.weights import build, initialise
 
     cards = Path(__file__).parents[1] / 'bids_brainfm' / 'data' / 'models'
-    text = yaml.safe_load((cards / 'brainlm-demo.yml').read_text())
+    text = yaml.safe_load((cards / 'brain-jepa-demo.yml').read_text())
     names = ('config.json', 'pytorch_model.bin')
     text |= {'name': 'mine', 'atlas': 'A424', 'weights': [{'name': name} for name in names]}
-    card = tmp_path / 'mine.yml'
+    card, source = tmp_path / 'mine.yml', tmp_path / 'usb'
     card.write_text(yaml.safe_dump(text))
-    source = tmp_path / 'usb'
     source.mkdir()
     (source / 'config.json').write_text(json.dumps(text['config']))
-    state = initialise(build(text['config']), 1).state_dict()
-    save_file({k: v.contiguous() for k, v in state.items()}, source / 'model.safetensors')
+    save_file(initialise(build(text['config']), 1).state_dict(), source / 'model.safetensors')
+    shutil.copy(cards / 'brain-jepa-demo_gradients.csv', source)
+    return card, source
+
+
+def test_command_fetches_a_model_in_either_format(own_card, tmp_path, monkeypatch, capsys):
+    card, source = own_card
     monkeypatch.setenv('BIDS_BRAINFM_HOME', str(tmp_path / 'home'))
     code, out, _ = run(capsys, 'fetch', card, '--from', source)
     assert code == 0
-    assert text['licence'] in out.splitlines()[0]
+    assert 'Apache-2.0' in out.splitlines()[0]
     assert 'fetch A424' in out  # the atlas is still to be had
+    fetched = tmp_path / 'home' / 'models' / 'mine'
+    for name in ('model.safetensors', 'brain-jepa-demo_gradients.csv'):
+        assert (fetched / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_command_replaces_what_a_broken_fetch_left(own_card, tmp_path, monkeypatch, capsys):
+    """Wrong weights that came before something else was found to be lacking do not stay."""
+    card, source = own_card
+    monkeypatch.setenv('BIDS_BRAINFM_HOME', str(tmp_path / 'home'))
+    wrong = tmp_path / 'wrong'
+    wrong.mkdir()
+    shutil.copy(source / 'config.json', wrong)
+    (wrong / 'model.safetensors').write_bytes(b'<html>')
+    code, _, err = run(capsys, 'fetch', card, '--from', wrong)
+    assert code == 2
+    assert 'does not hold brain-jepa-demo_gradients.csv' in err
+    assert run(capsys, 'fetch', card, '--from', source)[0] == 0
     fetched = tmp_path / 'home' / 'models' / 'mine' / 'model.safetensors'
     assert fetched.read_bytes() == (source / 'model.safetensors').read_bytes()
+
+
+def test_table_beside_a_card_is_left_alone(own_card, tmp_path, monkeypatch, capsys):
+    card, source = own_card
+    monkeypatch.setenv('BIDS_BRAINFM_HOME', str(tmp_path / 'home'))
+    table = card.with_name('brain-jepa-demo_gradients.csv')
+    (source / table.name).rename(table)
+    assert run(capsys, 'fetch', card, '--from', source)[0] == 0
+    assert sorted(p.name for p in card.parent.glob('*gradients*')) == [table.name]
 
 
 def test_command_lists_what_is_present(checkpoint, tmp_path, monkeypatch, capsys):
@@ -247,17 +278,6 @@ def test_command_keeps_no_weights_that_do_not_load(checkpoint, tmp_path, monkeyp
     assert code == 2
     assert len(err.strip().splitlines()) == 1
     assert list((tmp_path / 'home' / 'models' / 'brainlm-111m').iterdir()) == []
-
-
-def test_command_leaves_what_stood_before(checkpoint, tmp_path, monkeypatch, capsys):
-    """Weights that somebody has put there are not deleted because they do not load."""
-    monkeypatch.setenv('BIDS_BRAINFM_HOME', str(tmp_path / 'home'))
-    folder = tmp_path / 'home' / 'models' / 'brainlm-111m'
-    shutil.copytree(checkpoint, folder)
-    code, _, err = run(capsys, 'fetch', 'brainlm-111m', '--from', checkpoint)
-    assert code == 2
-    assert "lacks 'image_size'" in err
-    assert (folder / 'model.safetensors').read_bytes() == b'weights'
 
 
 def test_command_refuses_another_model_under_the_name(checkpoint, tmp_path, monkeypatch, capsys):

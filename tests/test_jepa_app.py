@@ -167,7 +167,8 @@ def test_report_and_validator(both):
         assert figure.name in page
     text = (out / 'logs' / 'CITATION.md').read_text()
     assert 'mean over tokens' in text
-    assert 'predicted by the predictor network' in text
+    assert 'predicted by the predictor of brain-jepa-demo' in text
+    assert 'placed by the brain gradients brain-jepa-demo_gradients.csv' in text
     validator = Path(sys.executable).with_name('bids-validator-deno')
     found = subprocess.run(
         [validator, '--format', 'json', out], capture_output=True, text=True, check=False
@@ -201,6 +202,28 @@ def test_arrays_come_when_asked_for_and_come_back(long_runs, tmp_path, app):
         assert app(long_runs, out, *JEPA, *options) == 0
         with h5py.File(arrays) as file:
             assert set(file) == names
+
+
+def test_map_of_an_earlier_input_does_not_stay(long_runs, tmp_path, app):
+    """With a new input and no latent prediction the old map goes, and the report forgets it."""
+    data, out = shutil.copytree(long_runs, tmp_path / 'long'), tmp_path / 'out'
+    assert app(data, out, *JEPA) == 0
+    (bold,) = data.glob('sub-01/func/*_bold.nii.gz')
+    bold.touch()
+    assert app(data, out, *JEPA, '--latent-prediction', 'none') == 0
+    assert not list(out.glob('sub-01/**/*latent*'))
+    assert 'cross-time: mean error' not in (out / 'sub-01.html').read_text()
+
+
+def test_methods_keep_what_stands(both, long_runs, tmp_path, app):
+    out = shutil.copytree(both[0], tmp_path / 'out')
+    assert app(long_runs, out, *BOTH, '--latent-prediction', 'none') == 0
+    assert 'by the predictor of' in (out / 'logs' / 'CITATION.md').read_text()
+
+
+def test_latent_prediction_of_a_model_that_has_none(simulated, tmp_path, app, capsys):
+    assert app(simulated, tmp_path / 'out', '--latent-prediction', 'cross-roi') == 2
+    assert 'predicts no latents' in capsys.readouterr().err
 
 
 def test_another_block_is_refused_beside_the_first(both, long_runs, tmp_path, app, capsys):
@@ -248,7 +271,11 @@ def test_official_sampling(long_runs, tmp_path, app):
     assert about['WindowLength'] == about['WindowStride'] == pytest.approx(480 * 0.735)
     assert not any('official frame sampling' in w for w in about['Warnings'])
     assert 'ResamplingMethod' not in sidecar(out, '_desc-brainlmdemo_embedding.json')
-    assert 'sampled, as in the official code' in (out / 'logs' / 'CITATION.md').read_text()
+    text = (out / 'logs' / 'CITATION.md').read_text()
+    assert 'windows of 160 samples were taken from them as in the official code' in text
+    assert text.index('whole run, and windows of 160') > 0  # scaled first
+    page = (out / 'sub-01.html').read_text()
+    assert 'one in 2.2142 s (frames picked as by the official code)' in page
 
 
 def test_official_sampling_at_another_repetition_time_is_told(resized, tmp_path, app):
@@ -327,7 +354,7 @@ def test_own_table_is_used_told_and_held_to(long_runs, tmp_path, app, capsys):
     assert about['Model']['GradientTable']['Name'] == 'gradients.csv'
     assert any('lies beside its weights' in w for w in about['Warnings'])
     assert any('no better' in w and 'than shuffled' in w for w in about['Warnings'])
-    assert 'Expected' not in about['OrderCheck']  # known for another atlas only
+    assert about['OrderCheck']['Expected'] is None  # known for another table only
     assert not list(out.glob('sub-01/func/*latenterror*'))
     write_gradients(table, random.standard_normal((424, 30)))
     assert app(long_runs, out, *arguments) == 2

@@ -361,7 +361,7 @@ def test_order_check_shows_every_reading(order):
     found = order_check(gradients, fc, {'backwards': np.arange(P)[::-1]})
     figure = figures.order_check(found, gradients, fc)
     shown = words(figure)
-    assert 'The order as read fits' in shown
+    assert 'The connectivity fits the order as read' in shown
     pairs = (P - 2) * (P - 3) // 2
     assert f'{pairs} pairs of parcels: r = {found["as read"]:.2f}' in shown
     assert np.nansum(figure.axes[0].images[0].get_array()) == pairs
@@ -379,10 +379,12 @@ def test_order_check_names_doubt_and_what_is_expected(order):
     rows = np.random.default_rng(0).permutation(P)
     shuffled = fc[np.ix_(rows, rows)]
     found = order_check(gradients, shuffled, {'7-network order': rows})
-    shown = words(figures.order_check(found, gradients, shuffled))
-    assert 'in doubt' in shown
+    expected = {'right order': 0.41, '7-network order': 0.16}
+    shown = words(figures.order_check(found, gradients, shuffled, expected))
+    assert 'does not bear out' in shown
     assert 'right order: 0.41' in shown
     assert '7-network order: 0.16' in shown
+    assert 'expected' not in words(figures.order_check(found, gradients, shuffled))
 
 
 @pytest.mark.parametrize('count', [1, 3])

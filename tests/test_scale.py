@@ -162,9 +162,16 @@ def test_parcels_without_usable_statistics_are_zero(wrong):
     assert unusable(stats).tolist() == [1, 4]
     assert (found[:, [1, 4]] == 0).all()
     assert (np.ptp(found[:, [0, 2, 3, 5]], axis=0) > 0).all()
-    stats.iqr[:] = wrong
-    with pytest.raises(BrainfmError, match='no parcel with a number'):
+    stats.iqr[[0, 2]] = wrong  # with the other two more than half
+    with pytest.raises(BrainfmError, match='4 of 6 parcels'):
         scale(run(), 'cohort-means', 9000, stats=stats)
+
+
+def test_statistics_in_other_units_are_refused():
+    """A run of another scanner's units would be one large constant."""
+    scale(run(), 'cohort-means', 9000, stats=cohort_means())
+    with pytest.raises(BrainfmError, match=r'interquartile ranges .* in other units'):
+        scale(100 * run(), 'cohort-means', 9000, stats=cohort_means())
 
 
 def test_series_that_were_demeaned_are_no_levels():

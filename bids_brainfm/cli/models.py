@@ -1,7 +1,6 @@
 """``bids_brainfm_models``: what models and atlases there are, and fetching them."""
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -41,16 +40,18 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def model_resources(card: ModelCard, home: Path, source_dir: Path | None = None) -> list[Resource]:
+def weights_resources(
+    card: ModelCard, home: Path, source_dir: Path | None = None
+) -> list[Resource]:
     """Files of a model's checkpoint.
 
-    The weights may be in either format: what `source_dir` or the model's folder has is taken.
+    The weights may be in any of the formats: what `source_dir` or the model's folder has is taken.
     """
     folder = checkpoint_dir(card, home)
     resources = []
     searched = [folder, *([source_dir] if source_dir else [])]
     has = lambda name: any(any(place.rglob(name)) for place in searched)
-    for file in [*card.weights, *([card.gradients] if card.gradients else [])]:
+    for file in card.weights:
         resource = Resource(
             file['name'], folder / file['name'], file.get('url'), file.get('sha256')
         )
@@ -61,11 +62,21 @@ def model_resources(card: ModelCard, home: Path, source_dir: Path | None = None)
     return resources
 
 
+def gradient_resources(card: ModelCard, home: Path) -> list[Resource]:
+    """The table of gradients, for a model that needs one and has it not beside its card."""
+    file = card.gradients
+    if not file or Path(file['name']).is_absolute():
+        return []
+    target = checkpoint_dir(card, home) / file['name']
+    return [Resource(target.name, target, file.get('url'), file.get('sha256'))]
+
+
 def model_present(card: ModelCard, home: Path) -> str:
     """Whether a model can be used, in words."""
     if card.embedded:
         return 'yes (embedded, untrained)'
-    here = all(resource.target.is_file() for resource in model_resources(card, home))
+    needed = [*weights_resources(card, home), *gradient_resources(card, home)]
+    here = all(resource.target.is_file() for resource in needed)
     return 'yes' if here else 'no'
 
 
@@ -96,7 +107,8 @@ def list_all(home: Path) -> str:
     rows = [('name', 'kind', 'present', 'size here', 'licence')]
     for name in model_names():
         card = load_card(name)
-        files = [resource.target for resource in model_resources(card, home)]
+        needed = [*weights_resources(card, home), *gradient_resources(card, home)]
+        files = [resource.target for resource in needed]
         rows.append((name, 'model', model_present(card, home), megabytes(files), card.licence))
     for name in atlas_names():
         card = load_atlas_card(name)
@@ -109,36 +121,41 @@ def list_all(home: Path) -> str:
 
 
 def fetch_model(text: str, home: Path, source_dir: Path | None) -> None:
-    """Fetch the checkpoint of a card (name or path) and see that it is that model."""
+    """Fetch what a card (name or path) needs, and see that it is that model."""
     card = load_card(text)
-    name = card.name
-    resources = model_resources(card, home, source_dir)
-    new = [resource for resource in resources if not resource.target.exists()]
-    fetch(resources, source_dir, f'bids_brainfm_models fetch {name}')
+    command = f'bids_brainfm_models fetch {text}'
+    weights = weights_resources(card, home, source_dir)
+    stood = any(resource.target.is_file() for resource in weights)
+    fetch([*weights, *gradient_resources(card, home)], source_dir, command)
     try:
-        _check_model(card, text, home, source_dir)
+        _check_weights(card, home, source_dir)
     except BrainfmError:
-        for resource in new:
+        for resource in weights:
             forget(resource)
-        raise
+        if not stood:
+            raise
+        return fetch_model(text, home, source_dir)  # what an earlier fetch left was wrong
+    resolve_model(text, home)
     if missing := missing_files(load_atlas_card(card.atlas), home):
         print(
-            f'{name} needs the atlas {card.atlas}, which lacks {", ".join(missing)}: run '
+            f'{card.name} needs the atlas {card.atlas}, which lacks {", ".join(missing)}: run '
             f'`bids_brainfm_models fetch {card.atlas}`.'
         )
 
 
-def _check_model(card: ModelCard, text: str, home: Path, source_dir: Path | None) -> None:
-    """See that what was fetched is what the card describes, to the last tensor."""
-    config = checkpoint_dir(card, home) / 'config.json'
-    found = json.loads(config.read_text()) if config.is_file() else {}
+def _check_weights(card: ModelCard, home: Path, source_dir: Path | None) -> None:
+    """See that the weights are those that the card describes, to the last tensor."""
+    from bids_brainfm.models.weights import build, load_checkpoint, read_config
+
+    folder = checkpoint_dir(card, home)
+    found = read_config(folder, default=card.config)
     for key in SIZES:
         if key in found and key in card.config and found[key] != card.config[key]:
             raise BrainfmError(
                 f'The config.json of {source_dir or "the download"} says {key} {found[key]}, but '
                 f'{card.name} has {card.config[key]}: it is another model and was not kept.'
             )
-    resolve_model(text, home)
+    load_checkpoint(build(found), folder)
 
 
 def fetch_named(name: str, home: Path, source_dir: Path | None) -> None:

@@ -175,7 +175,8 @@ def get_parser() -> argparse.ArgumentParser:
     model.add_argument(
         '--short-runs', '--short_runs', choices=['refuse', 'pad', 'tile'],
         help='what to do with less than one window of data: refuse a shorter run and leave out '
-        "the end of a longer one, pad with the parcel's mean, or tile the run (default: refuse)",
+        "the end of a longer one (Brain-JEPA takes a window that lacks at most a tenth), pad with "
+        "the parcel's mean, or tile the run (default: refuse)",
     )  # fmt: skip
     model.add_argument(
         '--tokens', action='store_true', default=None,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bids_brainfm.atlases.fetch import sha256_of
 from bids_brainfm.bids import writing
 from bids_brainfm.bids.reading import BoldRun
 from bids_brainfm.interfaces.series import (
@@ -132,8 +133,11 @@ def write_outputs(run: BoldRun, task: EncodeTask, atlas, windows, donors, encodi
         'Sources': [writing.own_uri(task.output, series), *source['Sources']],
     }
     name = report_name(run, atlas.name)
-    if encoding.latent_error is not None:
-        write_latent(run, task, atlas, encoding, common, name)
+    if not _latent_current(run, task):
+        if task.block:
+            write_latent(run, task, atlas, encoding, common, name)
+        else:  # a map of an earlier input would not belong to these embeddings
+            _remove_latent(run, task, name)
     if not _table_current(run, task):
         filled = {atlas.names[i]: atlas.names[d] for i, d in enumerate(donors) if d >= 0}
         write_embedding(run, task, atlas, windows, filled, encoding, source, common, name)
@@ -184,17 +188,16 @@ def write_embedding(
 
 def check_order(run: BoldRun, task: EncodeTask, atlas) -> tuple[dict, object]:
     """Hold the order of the parcels against the run's connectivity: sidecar entry and figure."""
-    from bids_brainfm.analyses.order import EXPECTED, order_check, order_warning
+    from bids_brainfm.analyses.order import EXPECTED, EXPECTED_OF, order_check, order_warning
     from bids_brainfm.models.gradient_table import read_gradients
     from bids_brainfm.reports import figures
 
     gradients = read_gradients(task.spec.gradients.path)
     relmat = writing.read_relmat(series_paths(task.output, run, atlas.name)['relmat'])
     found = order_check(gradients, relmat, atlas.misorders)
-    facts = {'Correlation': found, 'Warning': order_warning(found)}
-    if EXPECTED.keys() & found.keys():  # they are of that atlas
-        facts['Expected'] = EXPECTED
-    return facts, figures.order_check(found, gradients, relmat)
+    expected = EXPECTED if task.spec.gradients.sha256 == EXPECTED_OF else None
+    facts = {'Correlation': found, 'Expected': expected, 'Warning': order_warning(found)}
+    return facts, figures.order_check(found, gradients, relmat, expected)
 
 
 def write_latent(run, task: EncodeTask, atlas, encoding, common: dict, name: str) -> None:
@@ -239,6 +242,18 @@ def write_latent(run, task: EncodeTask, atlas, encoding, common: dict, name: str
     )
 
 
+def _remove_latent(run, task: EncodeTask, name: str) -> None:
+    from bids_brainfm.reports.report import figure_path
+
+    path = latent_path(run, task)
+    for old in (
+        path,
+        path.with_suffix('.json'),
+        figure_path(task.output, name, 'latent', task.spec.label),
+    ):
+        old.unlink(missing_ok=True)
+
+
 def _mean(values: np.ndarray, axis: int) -> np.ndarray:
     """Mean of what is not NaN, NaN where there is nothing."""
     count = np.isfinite(values).sum(axis=axis)
@@ -279,8 +294,7 @@ def _warnings(task: EncodeTask, atlas, windows, filled: dict, order: dict) -> li
             )
     if windows.left_over > 0:
         warnings.append(
-            f'The last {windows.left_over:.1f} s of the run are in no window of {spec.label} '
-            f'(--short-runs pad would add one).'
+            f'The last {windows.left_over:.1f} s of the run are in no window of {spec.label}.'
         )
     if (windows.real < 1).any():
         how = 'pad' if contract.short_runs == 'refuse' else contract.short_runs
@@ -351,7 +365,8 @@ def _describe(
         'ResamplingMethod': 'frames picked as by the official code' if official else method,
         'Scaling': contract.scaling,
         'DividedBy': contract.divide_by if contract.scaling != 'none' else None,
-        'ScaleStatistics': contract.stats,
+        'ScaleStatistics': contract.stats
+        and {'Name': contract.stats.name, 'SHA256': sha256_of(contract.stats)},
         'StaticVariance': static_share(np.concatenate(windows.data, axis=1).T),
         'ShortRuns': contract.short_runs,
         'LeftOver': windows.left_over,

@@ -28,7 +28,9 @@ def collect_runs(output: Path, subject: str) -> list[dict]:
         sidecar = read_sidecar(path)
         if sidecar is not None and label != CONNECTOME and name in runs:
             latent = read_sidecar(path.with_name(f'{name}_{latent_name(label)}_boldmap.json'))
-            runs[name]['models'].append(_model_facts(label, sidecar, latent or {}))
+            if not latent or latent['InputFiles'] != sidecar['InputFiles']:
+                latent = {}
+            runs[name]['models'].append(_model_facts(label, sidecar, latent))
             runs[name]['warnings'] += sidecar['Warnings']
     listed = [{'name': name} | facts for name, facts in runs.items()]
     return listed + _failed(output, subject, listed)
@@ -80,7 +82,10 @@ def _placement(sidecar: dict) -> dict[str, str]:
 
 def _model_facts(label: str, sidecar: dict, latent: dict) -> dict:
     model = sidecar['Model']
-    resampled = f', resampled to {1 / sidecar["SamplingFrequency"]:g} s'
+    resampled = ''
+    if sidecar['Resampled']:
+        resampled = f', one in {1 / sidecar["SamplingFrequency"]:.5g} s'
+        resampled += f' ({sidecar["ResamplingMethod"]})'
     divided = sidecar.get('DividedBy', 1)
     if latent:
         latent = {
@@ -97,7 +102,7 @@ def _model_facts(label: str, sidecar: dict, latent: dict) -> dict:
         'facts': {
             'Weights': model['Weights'],
             'Input': f'{sidecar["WindowSamples"]} samples ({sidecar["WindowLength"]:g} s) a window'
-            + (resampled if sidecar['Resampled'] else ''),
+            + resampled,
             'Scaling': sidecar['Scaling'] + (f', divided by {divided:g}' if divided != 1 else ''),
             'Static share': f'{sidecar["StaticVariance"]:.1%} of the variance that the model is '
             f'given does not change over time',

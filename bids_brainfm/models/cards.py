@@ -186,7 +186,8 @@ def load_card(name: str | Path) -> ModelCard:
     card = ModelCard(**content)
     if card.gradients and (source is path or card.embedded):
         beside = Path(source).absolute().parent / card.gradients['name']
-        card = dataclasses.replace(card, gradients=card.gradients | {'name': str(beside)})
+        if beside.is_file():  # else it is to be fetched
+            card = dataclasses.replace(card, gradients=card.gradients | {'name': str(beside)})
     return card
 
 

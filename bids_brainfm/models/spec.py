@@ -7,6 +7,7 @@ from pathlib import Path
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.cards import ModelCard, checkpoint_dir, load_card
 
+CONFIG_FILES = ('config.json', 'architecture.json')
 # Seed of random weights, the same on every machine
 SEED = 20240606
 
@@ -101,8 +102,9 @@ def find_checkpoint(text: str, home: Path, random_weights: bool) -> tuple[ModelC
     folder = checkpoint.parent if checkpoint.is_file() else checkpoint
     # Where the publisher gives no configuration, the card's own holds
     described = [file['name'] for file in card.weights]
-    needed = 'config.json' if 'config.json' in described or card.embedded else None
-    present = (folder / needed).is_file() if needed else checkpoint.exists()
+    needed = 'config.json' in described or card.embedded
+    configured = any((folder / name).is_file() for name in CONFIG_FILES)
+    present = configured if needed else checkpoint.exists()
     if not present:
         if path is not None:
             raise BrainfmError(
@@ -119,8 +121,8 @@ def find_checkpoint(text: str, home: Path, random_weights: bool) -> tuple[ModelC
     return card, checkpoint
 
 
-def find_gradients(card: ModelCard, home: Path, checkpoint: Path | None) -> GradientTable | None:
-    """Find the table of gradients that a card asks for.
+def find_gradients(text: str, home: Path) -> GradientTable | None:
+    """Find the table of gradients of what ``NAME[=PATH]`` means, None where it needs none.
 
     A checkpoint of one's own may come with a table of its own: the only ``gradient*.csv`` in its
     folder. Otherwise it is the table that the card names.
@@ -132,12 +134,14 @@ def find_gradients(card: ModelCard, home: Path, checkpoint: Path | None) -> Grad
     """
     from bids_brainfm.atlases.fetch import sha256_of
 
+    named, checkpoint = split_name(text)
+    card = load_card(named)
     if card.gradients is None:
         return None
     name, expected = card.gradients['name'], card.gradients.get('sha256')
     fetched = checkpoint_dir(card, home)  # an absolute name, of an own card, stays as it is
     path, own = fetched / name, False
-    if checkpoint is not None and fetched not in (checkpoint, checkpoint.parent):
+    if checkpoint is not None:
         folder = checkpoint.parent if checkpoint.is_file() else checkpoint
         tables = sorted(folder.glob('gradient*.csv'))
         if len(tables) > 1:
@@ -151,7 +155,7 @@ def find_gradients(card: ModelCard, home: Path, checkpoint: Path | None) -> Grad
     if not path.is_file():
         raise BrainfmError(
             f'{card.name} needs the table of brain gradients {Path(name).name}, which is not in '
-            f'{path.parent}: run "bids_brainfm_models fetch {card.name}" (without internet, add '
+            f'{path.parent}: run "bids_brainfm_models fetch {named}" (without internet, add '
             f'--from DIR), or put the table that your checkpoint was trained with beside it.'
         )
     digest = sha256_of(path)
@@ -208,7 +212,7 @@ def resolve_model(text: str, home: Path, random_weights: bool = False) -> ModelS
         if not random_weights:
             # weights that do not fit are found now, not after hours of parcellation
             digest = sha256_of(load_checkpoint(network, checkpoint))
-    gradients = find_gradients(card, home, checkpoint)
+    gradients = find_gradients(text, home)
     if gradients is not None:
         network.set_gradients(read_gradients(gradients.path))
     # the control stands beside the real outputs, never in their place

@@ -14,7 +14,7 @@ from functools import wraps
 
 import numpy as np
 
-from bids_brainfm.analyses.order import AS_READ, EXPECTED, SHUFFLED, order_warning, proximity
+from bids_brainfm.analyses.order import AS_READ, SHUFFLED, order_warning, proximity
 from bids_brainfm.bids.writing import write_text
 from bids_brainfm.models.connectome import connectome_vector
 
@@ -631,7 +631,7 @@ def connectivity(relmat, order=None, *, order_label='atlas order'):
 
 
 @_styled
-def order_check(found, gradients, fc):
+def order_check(found, gradients, fc, expected=None):
     """Whether parcels that are near in gradient space are strongly connected.
 
     Parameters
@@ -642,6 +642,8 @@ def order_check(found, gradients, fc):
         Row i is of parcel i.
     fc : (P, P) float
         Connectivity; NaN where parcels are missing.
+    expected : dict of float, optional
+        What a group gives with this table, by the name of the order.
 
     Returns
     -------
@@ -683,20 +685,20 @@ def order_check(found, gradients, fc):
     beside.tick_params(axis='y', length=0)
     beside.set_ylim(max(len(found), 4) - 0.5, -0.5)  # two bars would be walls
     beside.axvline(0, color=INK, linewidth=0.8)
-    largest = max(found.values())
-    if EXPECTED.keys() & found.keys():  # else another table, of which nothing is known
-        largest = max(largest, *EXPECTED.values())
-        for name, r in EXPECTED.items():
-            beside.axvline(r, color=INK, linewidth=0.8, linestyle='--', zorder=0)
-            beside.annotate(
-                f'expected of a group,\n{name}: {r:.2f}', (r, 1), xytext=(0, 3), fontsize=7,
-                xycoords=('data', 'axes fraction'), textcoords='offset points', ha='center',
-            )  # fmt: skip
+    expected = expected or {}
+    for name, r in expected.items():
+        beside.axvline(r, color=INK, linewidth=0.8, linestyle='--', zorder=0)
+        beside.annotate(
+            f'expected of a group,\n{name}: {r:.2f}', (r, 1), xytext=(0, 3), fontsize=7,
+            xycoords=('data', 'axes fraction'), textcoords='offset points', ha='center',
+        )  # fmt: skip
+    largest = max(*found.values(), *expected.values())
     beside.set_xlabel('correlation over pairs')
     beside.set_xlim(min(0, *found.values()) * 1.1, largest + 0.1)
     warned = order_warning(found) is not None
+    verdict = 'does not bear out' if warned else 'fits'
     figure.suptitle(
-        'The order of the parcels is in doubt' if warned else 'The order as read fits',
+        f'The connectivity {verdict} the order as read',
         x=0.01, ha='left', fontsize=9.5, fontweight='bold', color=VERMILION if warned else INK,
     )  # fmt: skip
     return figure
@@ -765,7 +767,7 @@ def latent_error(error, baseline, order=None, *, order_label='atlas order'):
                 label=label,
             )  # fmt: skip
         _whole_numbers(below.xaxis)
-        below.set_ylim(bottom=0)
+        below.set_ylim(0, 1.1 * below.dataLim.ymax)
         below.set_xlabel('window')
         below.set_ylabel('mean error')
         below.legend(loc='lower left', ncols=2)

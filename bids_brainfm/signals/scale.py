@@ -19,6 +19,8 @@ _CLIP_SD = (-3.6, 3.7)
 _SD_PER_IQR = 0.79
 # Spread below this share of the values is rounding of single precision, not signal.
 _NO_SPREAD = 1e-6
+# Half of a cohort lies within one range of its median; a run this far off is in other units.
+_FAR_IQR = 20
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def load_scale_stats(path, atlas, n_parcels) -> ScaleStats:
     if stats.atlas != atlas:
         raise BrainfmError(
             f'The scale statistics {path} were fitted on the atlas {stats.atlas}, but the model '
-            f'uses {atlas}; fit them on that atlas.'
+            f'uses {atlas}; give statistics of that atlas (one file for each).'
         )
     for column in stats.columns:
         if column.shape != (n_parcels,):
@@ -117,8 +119,14 @@ def _read(path):
         name, statistic = content.pop('Atlas'), content.pop('Statistic', 'series')
         keys = ['Median', 'IQR'] + ['Lower', 'Upper'] * (statistic == 'series')
         columns = {key.lower(): np.array(content.pop(key), dtype=float) for key in keys}
+        if not (isinstance(name, str) and isinstance(statistic, str)):
+            raise TypeError('Atlas and Statistic must be text')
     except KeyError as error:
-        raise BrainfmError(f'The scale statistics {path} have no key {error}.') from None
+        bounds = error.args[0] in ('Lower', 'Upper')
+        raise BrainfmError(
+            f'The scale statistics {path} have no key {error}'
+            + (', or else no "Statistic": "temporal mean", which has no bounds.' * bounds or '.')
+        ) from None
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise BrainfmError(f'The scale statistics {path} cannot be read ({error}).') from error
     if statistic not in STATISTICS.values():
@@ -156,7 +164,7 @@ def check_stats(stats, method) -> None:
     Raises
     ------
     BrainfmError
-        There are none, they are of another kind, or no parcel of them can be used.
+        There are none, they are of another kind, or most parcels of them cannot be used.
     """
     wanted = STATISTICS.get(method)
     if wanted is None:
@@ -170,10 +178,10 @@ def check_stats(stats, method) -> None:
             f'The scaling {method!r} needs statistics of the {wanted} of each parcel, but those '
             f'given are of the {stats.statistic}; give the other file, or fit them again.'
         )
-    if unusable(stats).size == stats.iqr.size:
+    if unusable(stats).size > stats.iqr.size / 2:
         raise BrainfmError(
-            'The scale statistics have no parcel with a number for its median and an '
-            'interquartile range above zero; fit them again.'
+            f'The scale statistics have no median, or no interquartile range above zero, for '
+            f'{unusable(stats).size} of {stats.iqr.size} parcels; fit them again.'
         )
 
 
@@ -252,6 +260,7 @@ def scale(data, method, brain_mean, divide_by=1.0, stats=None) -> np.ndarray:
         _check_means(series.mean(axis=0), sd, stats)
         usable = np.setdiff1d(np.arange(sd.size), unusable(stats))
         scaled[:, usable] = (series[:, usable] - stats.median[usable]) / stats.iqr[usable]
+        _check_range(np.nanmedian(np.abs(scaled[:, usable].mean(axis=0))))
     return (scaled / divide_by).astype(np.float32)
 
 
@@ -307,4 +316,14 @@ def _check_means(means, sd, stats):
             f'{spread:.3g}), so they were demeaned, while the medians of the scale statistics are '
             f'about {np.nanmedian(stats.median):.4g}: the model would see one large constant; '
             "give series that were not demeaned, or choose another --scale such as 'global-z'."
+        )
+
+
+def _check_range(typical):
+    """See that the run is of the cohort's units: people lie a few ranges from its median."""
+    if typical > _FAR_IQR:
+        raise BrainfmError(
+            f'The parcels of this run lie {typical:.3g} interquartile ranges (median) from the '
+            f"cohort's medians, where people of one cohort lie about one: the statistics were "
+            "fitted on data in other units; fit them on your own, or choose --scale 'global-z'."
         )

@@ -9,7 +9,7 @@ from nipype.interfaces.utility import Merge
 from nipype.pipeline import engine as pe
 from niworkflows.engine.workflows import LiterateWorkflow
 
-from bids_brainfm.interfaces.embedding import BLOCKS
+from bids_brainfm.interfaces.embedding import BLOCKS, latent_name
 from bids_brainfm.interfaces.encode import EncodeRuns
 from bids_brainfm.interfaces.report import WriteReport
 from bids_brainfm.interfaces.series import FILL_RULE, MakeSeries
@@ -76,6 +76,8 @@ def describe(workflow: LiterateWorkflow, plan: Plan) -> dict[str, tuple[str, lis
             text = workflow.get_node(encode_name(model)).visit_desc()
             spec = model.task.spec
             parts[f'desc-{spec.label}'] = text, list(spec.card.citation)
+            if model.task.block:
+                parts[latent_name(spec.label)] = latent_text(model.task), []
     return parts
 
 
@@ -142,22 +144,18 @@ def init_encode_wf(model: ModelPlan, settings) -> LiterateWorkflow:
         scaling += f' and divided by {contract.divide_by:g}'
     weights = '' if task.spec.trained else ' with random, untrained weights'
     workflow = LiterateWorkflow(encode_name(model))
-    resampled = (
-        f'resampled to {card.tr:g} s with an anti-aliasing filter where their repetition time '
-        f'differs'
-    )
-    if contract.temporal == 'official':
-        resampled = (
-            f'sampled, as in the official code, at {contract.window} volumes evenly spread over '
-            f'{contract.official_volumes}'
+    table = task.spec.gradients
+    placed = ''
+    if table is not None:
+        digest = table.sha256[:12]
+        placed = (
+            f' Parcels were placed by the brain gradients {table.path.name} (sha256 {digest}).'
         )
     workflow.__desc__ = (
         f'For {card.name} ({card.description}), parcels without signal were filled with '
-        f'{FILL_RULE}. Series were {resampled}, {scaling}, and cut into windows of '
-        f'{card.window} samples ({card.window * card.tr:.1f} s) every '
-        f'{contract.stride or card.window} samples. Every window was encoded without masking by '
-        f'{card.name}{weights}; its embedding is the {task.spec.pooling} after the last '
-        f'normalisation.{_latent_text(task)}\n\n'
+        f'{FILL_RULE}. Series were {_windows_text(contract, scaling)} Every window was encoded '
+        f'without masking by {card.name}{weights}; its embedding is the {task.spec.pooling} after '
+        f'the last normalisation.{placed}\n\n'
     )
     encode = pe.Node(
         EncodeRuns(runs=model.todo, task=task, stop=settings.stop_on_first_crash),
@@ -172,12 +170,39 @@ def init_encode_wf(model: ModelPlan, settings) -> LiterateWorkflow:
     return workflow
 
 
-def _latent_text(task) -> str:
-    """Sentence on latent prediction, empty where there is none."""
-    if not task.block:
-        return ''
+def _windows_text(contract, scaling: str) -> str:
+    """How series became windows, from "Series were" on; `scaling` says how they were scaled."""
+    filling = 'the mean of each parcel'
+    if contract.temporal == 'official':
+        filling = 'its last volume'
+        text = (
+            f'{scaling}, and windows of {contract.window} samples were taken from them as in the '
+            f'official code, at volumes evenly spread over {contract.official_volumes}'
+        )
+    else:
+        text = (
+            f'resampled to {contract.tr:g} s with an anti-aliasing filter where their repetition '
+            f'time differs, {scaling}, and cut into windows of {contract.window} samples '
+            f'({contract.window * contract.tr:.1f} s)'
+        )
+    text += f', one every {contract.stride or contract.window} samples.'
+    if contract.short_runs == 'tile':
+        return f'{text} Where a run ended before its last window, it was repeated from its start.'
+    if contract.short_runs == 'pad':
+        return f'{text} Where a run ended before its last window, {filling} was continued.'
+    if contract.min_real < 1:
+        text += (
+            f' Where a run ended before its last window, but no more than '
+            f'{1 - contract.min_real:.0%} of it were missing, {filling} was continued.'
+        )
+    return text
+
+
+def latent_text(task) -> str:
+    """Sentence on latent prediction."""
     return (
-        f' As a check of quality, the latents of a block of each window ({BLOCKS[task.block]}) '
-        f'were predicted by the predictor network and compared with those of the target encoder '
-        f'(smooth L1 error), beside the mean latent of the context as a guess without a model.'
+        f'As a check of quality, the latents of a block of each window ({BLOCKS[task.block]}) '
+        f'were predicted by the predictor of {task.spec.card.name} and compared with those of the '
+        f'target encoder (smooth L1 error), beside the mean latent of the context as a guess '
+        f'without a model.'
     )

@@ -119,13 +119,20 @@ def resolve_models(settings: Settings, home: Path, version: str) -> list[EncodeT
     from bids_brainfm.atlases.atlas import load_atlas
     from bids_brainfm.models.cards import load_card
     from bids_brainfm.models.encoder import resolve_device, resolve_precision
-    from bids_brainfm.models.spec import find_checkpoint, resolve_model, split_name
+    from bids_brainfm.models.masking import BLOCKS
+    from bids_brainfm.models.spec import (
+        find_checkpoint,
+        find_gradients,
+        resolve_model,
+        split_name,
+    )
 
     missing = []
     for text in settings.model:
         card = load_card(split_name(text)[0])
         for find in (
             partial(find_checkpoint, text, home, settings.random_weights),
+            partial(find_gradients, text, home),
             partial(load_atlas, card.atlas, home),
         ):
             try:
@@ -139,7 +146,7 @@ def resolve_models(settings: Settings, home: Path, version: str) -> list[EncodeT
     for text in settings.model:
         spec = resolve_model(text, home, settings.random_weights)
         atlas = load_atlas(spec.card.atlas, home).name
-        block = settings.latent_prediction if spec.predicts_latents else 'none'
+        block = (settings.latent_prediction or BLOCKS[0]) if spec.predicts_latents else 'none'
         tasks.append(
             EncodeTask(
                 spec=spec,
@@ -167,6 +174,12 @@ def resolve_models(settings: Settings, home: Path, version: str) -> list[EncodeT
         raise BrainfmError(
             f'--temporal official picks frames as Brain-JEPA does, and '
             f'{", ".join(settings.model)} has no such recipe: leave it out.'
+        )
+    asked = settings.latent_prediction not in (None, 'none')
+    if asked and not any(task.spec.predicts_latents for task in tasks):
+        raise BrainfmError(
+            f'--latent-prediction {settings.latent_prediction}: {", ".join(settings.model)} '
+            f'predicts no latents, as Brain-JEPA does: leave it out.'
         )
     return tasks
 
