@@ -129,19 +129,6 @@ def init_series_wf(atlas: AtlasPlan, plan: Plan) -> LiterateWorkflow:
 def init_encode_wf(model: ModelPlan, settings) -> LiterateWorkflow:
     """Build the graph that encodes the runs with one model."""
     task, card = model.task, model.task.spec.card
-    contract = task.contract
-    scaling = {
-        'none': 'were not scaled',
-        'run-robust': 'were scaled for each run (whole-brain mean to 10000, each parcel demeaned '
-        'and divided by its interquartile range, and clipped)',
-        'global-z': 'were standardised with one mean and standard deviation for the whole run',
-        'parcel-z': 'were standardised for each parcel',
-        'cohort': 'were scaled by statistics fitted on a cohort',
-        'cohort-means': 'were scaled for each parcel by the median and interquartile range of its '
-        'temporal mean over a cohort',
-    }[contract.scaling]
-    if contract.scaling != 'none' and contract.divide_by != 1:
-        scaling += f' and divided by {contract.divide_by:g}'
     weights = '' if task.spec.trained else ' with random, untrained weights'
     workflow = LiterateWorkflow(encode_name(model))
     table = task.spec.gradients
@@ -153,7 +140,7 @@ def init_encode_wf(model: ModelPlan, settings) -> LiterateWorkflow:
         )
     workflow.__desc__ = (
         f'For {card.name} ({card.description}), parcels without signal were filled with '
-        f'{FILL_RULE}. Series were {_windows_text(contract, scaling)} Every window was encoded '
+        f'{FILL_RULE}. Series {_windows_text(task.contract)} Every window was encoded '
         f'without masking by {card.name}{weights}; its embedding is the {task.spec.pooling} after '
         f'the last normalisation.{placed}\n\n'
     )
@@ -170,20 +157,36 @@ def init_encode_wf(model: ModelPlan, settings) -> LiterateWorkflow:
     return workflow
 
 
-def _windows_text(contract, scaling: str) -> str:
-    """How series became windows, from "Series were" on; `scaling` says how they were scaled."""
-    filling = 'the mean of each parcel'
+def _scaling_text(contract) -> str:
+    """How series were scaled, from "Series" on."""
+    text = {
+        'none': 'were not scaled',
+        'run-robust': 'were scaled for each run (whole-brain mean to 10000, each parcel demeaned '
+        'and divided by its interquartile range, and clipped)',
+        'global-z': 'were standardised with one mean and standard deviation for the whole run',
+        'parcel-z': 'were standardised for each parcel',
+        'cohort': 'were scaled by statistics fitted on a cohort',
+        'cohort-means': 'were scaled for each parcel by the median and interquartile range of its '
+        'temporal mean over a cohort',
+    }[contract.scaling]
+    divided = contract.scaling != 'none' and contract.divide_by != 1
+    return f'{text} and divided by {contract.divide_by:g}' if divided else text
+
+
+def _windows_text(contract) -> str:
+    """How series became windows, from "Series" on."""
+    scaling, filling = _scaling_text(contract), 'the mean of each parcel'
     if contract.temporal == 'official':
         filling = 'its last volume'
         text = (
             f'{scaling}, and windows of {contract.window} samples were taken from them as in the '
-            f'official code, at volumes evenly spread over {contract.official_volumes}'
+            f'official code, spread evenly over {contract.official_volumes} volumes'
         )
     else:
         text = (
-            f'resampled to {contract.tr:g} s with an anti-aliasing filter where their repetition '
-            f'time differs, {scaling}, and cut into windows of {contract.window} samples '
-            f'({contract.window * contract.tr:.1f} s)'
+            f'were resampled to {contract.tr:g} s with an anti-aliasing filter where their '
+            f'repetition time differs, {scaling}, and cut into windows of {contract.window} '
+            f'samples ({contract.window * contract.tr:.1f} s)'
         )
     text += f', one every {contract.stride or contract.window} samples.'
     if contract.short_runs == 'tile':
@@ -193,7 +196,7 @@ def _windows_text(contract, scaling: str) -> str:
     if contract.min_real < 1:
         text += (
             f' Where a run ended before its last window, but no more than '
-            f'{1 - contract.min_real:.0%} of it were missing, {filling} was continued.'
+            f'{1 - contract.min_real:.0%} of it was missing, {filling} was continued.'
         )
     return text
 
