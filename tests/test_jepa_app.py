@@ -359,3 +359,12 @@ def test_own_table_is_used_told_and_held_to(long_runs, tmp_path, app, capsys):
     write_gradients(table, random.standard_normal((424, 30)))
     assert app(long_runs, out, *arguments) == 2
     assert 'gradients was' in capsys.readouterr().err
+
+
+def test_blocks_are_the_same_everywhere():
+    """The command line names them without importing torch, the sidecars describe them."""
+    from bids_brainfm.cli import parser
+    from bids_brainfm.interfaces import embedding
+    from bids_brainfm.models import masking
+
+    assert parser.BLOCKS == masking.BLOCKS == tuple(embedding.BLOCKS)
