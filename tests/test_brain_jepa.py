@@ -11,7 +11,7 @@ from torch import nn
 
 from bids_brainfm.cli.parser import BLOCKS as OFFERED
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.models import brain_jepa, weights
+from bids_brainfm.models import brain_jepa, files, weights
 from bids_brainfm.models.brain_jepa import time_table, token_error
 from bids_brainfm.models.encoder import Encoder, encode_runs
 from bids_brainfm.models.masking import BLOCKS, spatiotemporal_block
@@ -502,9 +502,9 @@ def test_which_file_holds_the_weights(tmp_path):
     for name in ('jepa-ep290.pth.tar', 'jepa-ep300.pth.tar'):
         (tmp_path / name).touch()
     with pytest.raises(BrainfmError, match=r'2 checkpoints \(jepa-ep290.*\); give the one file'):
-        weights.weights_file(tmp_path)
+        files.weights_file(tmp_path)
     (tmp_path / 'model.safetensors').touch()
-    assert weights.weights_file(tmp_path).name == 'model.safetensors'
+    assert files.weights_file(tmp_path).name == 'model.safetensors'
 
 
 def test_truncated_checkpoint(tmp_path):

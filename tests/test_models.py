@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.models import weights
+from bids_brainfm.models import files, weights
 from bids_brainfm.models.brainlm_vitmae import (
     Grid,
     position_table,
@@ -354,7 +354,7 @@ def test_brain_jepa_checkpoint_is_named(tmp_path):
 @pytest.mark.parametrize('share', [0.0, 0.01, 0.5, 0.999])
 def test_truncated_file(tmp_path, pickled, share):
     folder = save(tmp_path, 'vit16', pickled)
-    path = weights.weights_file(folder)
+    path = files.weights_file(folder)
     os.truncate(path, int(path.stat().st_size * share))
     with pytest.raises(BrainfmError, match=f'{path.name} .*truncated or damaged'):
         load(folder)

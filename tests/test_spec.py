@@ -109,6 +109,15 @@ def test_missing_table_says_how_to_get_it(card, checkpoint, table, tmp_path):
             resolve_model(text, tmp_path, random_weights=True)
 
 
+def test_folder_with_the_table_only_has_no_weights(card, table, tmp_path):
+    """As a fetch leaves it that found the table and not the weights."""
+    path, folder = card(), tmp_path / 'models' / 'mine'
+    folder.mkdir(parents=True)
+    table.rename(folder / table.name)
+    with pytest.raises(BrainfmError, match=r'not in .*: run "bids_brainfm_models fetch .*mine'):
+        resolve_model(str(path), tmp_path)
+
+
 def test_weights_that_are_not_there(card, tmp_path):
     with pytest.raises(BrainfmError, match='does not exist'):
         resolve_model(f'{card()}={tmp_path / "nowhere"}', tmp_path)

@@ -11,10 +11,10 @@ from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.connectome import connectome_vector
 
 AS_READ, SHUFFLED = 'as read', 'shuffled'
-# Of Brain-JEPA's table with the HCP group connectivity that comes with BrainSpace (400 cortical
+# Of Brain-JEPA's table (by its sha256) with the HCP group connectivity of BrainSpace (400 cortical
 # parcels), in the right order and when rows in 7-network order are taken for 17-network order.
 # A single run is noisier and lies lower.
-EXPECTED_OF = 'c9bc667e49aae442e12607bee8be86c31c330f2844cf72e7c84b16de312ed007'  # sha256
+EXPECTED_OF = 'c9bc667e49aae442e12607bee8be86c31c330f2844cf72e7c84b16de312ed007'
 EXPECTED = {'right order': 0.41, '7-network order': 0.16}
 # Runs simulated from that connectivity (80 to 320 volumes, noise up to three times the signal):
 # of 360 in random order none led its shuffled self by 0.05. In the right order 2 of 360 led theirs

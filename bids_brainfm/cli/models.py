@@ -11,10 +11,9 @@ from bids_brainfm.atlases.fetch import Resource, fetch, forget
 from bids_brainfm.atlases.obtain import obtain_atlas
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.cards import ModelCard, checkpoint_dir, load_card, model_names
+from bids_brainfm.models.files import WEIGHTS_FILES, is_weights
 from bids_brainfm.models.spec import resolve_model
 
-# A checkpoint has one of these
-WEIGHTS = ('model.safetensors', 'pytorch_model.bin', 'jepa-ep300.pth.tar')
 SIZES = ('model_type', 'hidden_size', 'num_hidden_layers')
 
 
@@ -55,8 +54,8 @@ def weights_resources(
         resource = Resource(
             file['name'], folder / file['name'], file.get('url'), file.get('sha256')
         )
-        if resource.name in WEIGHTS and resource.sha256 is None and not has(resource.name):
-            other = next(filter(has, WEIGHTS), None)
+        if is_weights(resource.name) and resource.sha256 is None and not has(resource.name):
+            other = next(filter(has, WEIGHTS_FILES), None)
             resource = Resource(other, folder / other) if other else resource
         resources.append(resource)
     return resources

@@ -27,7 +27,7 @@ WIDENING = 4  # of the MLP, too
 QUERIES = 128  # whose attention is held at once: all 4500 × 4500 × 12 would take a gigabyte
 SIZES = (
     'patch_size', 'embed_dim', 'depth', 'num_heads',
-    'predictor_embed_dim', 'predictor_depth', 'predictor_num_heads',
+    'predictor_embed_dim', 'predictor_depth', 'predictor_num_heads', 'gradients',
 )  # fmt: skip
 
 
@@ -221,7 +221,7 @@ class BrainJEPA(nn.Module):
 
     def __init__(self, config: dict):
         super().__init__()
-        self.config = config
+        self.config = config = {'gradients': 30} | config
         _check_sizes(config)
         self.window_shape = tuple(config['crop_size'])
         self.tokens_per_parcel = self.window_shape[1] // config['patch_size']
@@ -261,7 +261,7 @@ class BrainJEPA(nn.Module):
             The table has another shape, holds NaN or infinite values, or tells no parcel apart.
         """
         table = torch.as_tensor(table, dtype=torch.float32)
-        parcels, columns = self.window_shape[0], self.config.get('gradients', 30)
+        parcels, columns = self.window_shape[0], self.config['gradients']
         if table.shape != (parcels, columns):
             raise BrainfmError(
                 f'The table of brain gradients is {"×".join(map(str, table.shape))}, but this '
@@ -377,8 +377,8 @@ class BrainJEPA(nn.Module):
         return TokenEncoder(self.config['patch_size'], self._positions(width), width, depth, heads)
 
     def _positions(self, width: int) -> Positions:
-        gradients = self.config.get('gradients', 30)
-        return Positions(self.window_shape[0], self.tokens_per_parcel, gradients, width)
+        size = (self.window_shape[0], self.tokens_per_parcel, self.config['gradients'])
+        return Positions(*size, width)
 
     def _time_table(self, width: int) -> Tensor:
         return time_table(self.window_shape[0], self.tokens_per_parcel, width // 2)
@@ -387,10 +387,7 @@ class BrainJEPA(nn.Module):
 def _check_sizes(config: dict) -> None:
     """Refuse a configuration that makes no Brain-JEPA."""
     parcels, times = config['crop_size']
-    sizes = {name: config[name] for name in SIZES} | {
-        'crop_size': min(parcels, times),
-        'gradients': config.get('gradients', 30),
-    }
+    sizes = {name: config[name] for name in SIZES} | {'crop_size': min(parcels, times)}
     small = [name for name, size in sizes.items() if size < 1]
     if small:
         raise BrainfmError(

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.cards import ModelCard, checkpoint_dir, load_card
+from bids_brainfm.models.files import config_file, is_weights
 
-CONFIG_FILES = ('config.json', 'architecture.json')
 # Seed of random weights, the same on every machine
 SEED = 20240606
 
@@ -22,7 +22,7 @@ class GradientTable:
         A CSV file, see :func:`bids_brainfm.models.gradient_table.read_gradients`.
     sha256 : str
     named : bool
-        Whether it is the one that the card names by its sha256.
+        Whether it is the one that the card names (by its sha256, where it gives that).
     """
 
     path: Path
@@ -103,8 +103,12 @@ def find_checkpoint(text: str, home: Path, random_weights: bool) -> tuple[ModelC
     # Where the publisher gives no configuration, the card's own holds
     described = [file['name'] for file in card.weights]
     needed = 'config.json' in described or card.embedded
-    configured = any((folder / name).is_file() for name in CONFIG_FILES)
-    present = configured if needed else checkpoint.exists()
+    if needed:
+        present = config_file(folder) is not None
+    elif path is not None:
+        present = path.exists()
+    else:  # a broken fetch may have left a folder without them
+        present = folder.is_dir() and any(is_weights(file.name) for file in folder.iterdir())
     if not present:
         if path is not None:
             raise BrainfmError(

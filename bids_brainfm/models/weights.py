@@ -18,10 +18,9 @@ from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.brain_jepa import BrainJEPA
 from bids_brainfm.models.brainlm_legacy import BrainLMLegacy
 from bids_brainfm.models.brainlm_vitmae import BrainLMViT
+from bids_brainfm.models.files import CONFIG_FILES, config_file, weights_file
 
 FAMILIES = {family.model_type: family for family in (BrainLMViT, BrainLMLegacy, BrainJEPA)}
-
-WEIGHTS_FILES = ('model.safetensors', 'pytorch_model.bin')
 
 # A key that only one kind of checkpoint has, and what to call that kind.
 SIGNATURES = {
@@ -51,12 +50,11 @@ def read_config(folder: str | Path, default: dict | None = None) -> dict:
     BrainfmError
         The file is absent, is not a JSON object, or does not name a ``model_type``.
     """
-    path, known = Path(folder) / 'config.json', {}
-    if not path.exists():
-        if path.with_name('architecture.json').exists():
-            path, known = path.with_name('architecture.json'), {'model_type': BrainJEPA.model_type}
-        elif default is not None:
-            return default
+    path = config_file(folder)
+    if path is None and default is not None:
+        return default
+    path = path or Path(folder) / CONFIG_FILES[0]
+    known = {} if path.name == CONFIG_FILES[0] else {'model_type': BrainJEPA.model_type}
     try:
         config = json.loads(path.read_text(encoding='utf-8'))
     except OSError as error:
@@ -117,39 +115,6 @@ def build(config: dict) -> nn.Module:
         ) from error
 
 
-def weights_file(checkpoint: str | Path) -> Path:
-    """Return the weights file of a checkpoint: safetensors, a pickle, or an official Brain-JEPA.
-
-    Parameters
-    ----------
-    checkpoint : path-like
-        A folder, or the file itself.
-
-    Raises
-    ------
-    BrainfmError
-        There is none, or several of which none goes first.
-    """
-    checkpoint = Path(checkpoint)
-    if checkpoint.is_file():
-        return checkpoint
-    for name in WEIGHTS_FILES:
-        if (checkpoint / name).is_file():
-            return checkpoint / name
-    official = sorted(checkpoint.glob('*.pth.tar'))
-    if len(official) == 1:
-        return official[0]
-    if official:
-        raise BrainfmError(
-            f'{checkpoint} holds {len(official)} checkpoints '
-            f'({", ".join(path.name for path in official)}); give the one file that is meant.'
-        )
-    raise BrainfmError(
-        f'{checkpoint} holds no weights: neither {", ".join(WEIGHTS_FILES)} nor a *.pth.tar is '
-        'there; fetch the checkpoint or give its folder.'
-    )
-
-
 def load_checkpoint(module: nn.Module, checkpoint: str | Path) -> Path:
     """Give a network the weights of a checkpoint, strictly.
 
@@ -160,7 +125,8 @@ def load_checkpoint(module: nn.Module, checkpoint: str | Path) -> Path:
     module : nn.Module
         From ``build``.
     checkpoint : path-like
-        A file of weights, or the folder of one; see ``weights_file``.
+        A file of weights, or the folder of one; see
+        :func:`bids_brainfm.models.files.weights_file`.
 
     Returns
     -------
