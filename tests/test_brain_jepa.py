@@ -622,7 +622,7 @@ def test_bfloat16_is_near():
     windows = 1 + 0.1 * windows_of(2)  # small fluctuations on a level, as the model is used to
     exact = encoder_of().encode(windows, tokens=True)
     coarse = encoder_of(precision='bfloat16').encode(windows, tokens=True)
-    bounds = {'summary': 0.01, 'parcels': 0.01, 'tokens': 0.02, 'attention': 0.01}
+    bounds = {'summary': 0.01, 'parcels': 0.01, 'tokens': 0.02, 'attention_profile': 0.01}
     bounds |= {'latent_error': 0.01, 'latent_baseline': 0.02}
     assert bounds.keys() == vars(exact).keys()
     for name, bound in bounds.items():

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 
 from bids_brainfm.models.brain_jepa import token_error
-from bids_brainfm.models.brainlm_vitmae import predict_last, predict_last_pixel
 from bids_brainfm.models.gradient_table import read_gradients
 from bids_brainfm.models.masking import keep_lowest, keep_visible, masked_loss, masked_tokens
 from bids_brainfm.models.weights import build, load_checkpoint, read_config
@@ -79,12 +78,9 @@ def vitmae_answers(network, expected):
         add('masked', keep, grid.points(tokens))
     for prefix in ratios:
         mode, ratio = prefix.split('.', 1)
-        if mode == 'predict_last':
-            tokens, blank = predict_last(grid, float(ratio)), None
-            points = grid.points(tokens)
-        else:
-            tokens, blank = predict_last_pixel(grid, float(ratio))
-            points = blank
+        last = int(float(ratio) * grid.times)
+        tokens, blank = network.hide_last(last, exactly=mode == 'predict_last_pixel')
+        points = grid.points(tokens) if blank is None else blank
         tokens = tokens.expand(len(signal), -1)
         add(prefix, keep_visible(tokens), points.expand_as(signal), blank)
     return found

@@ -162,7 +162,7 @@ def test_patches_and_back(patch):
 
 @pytest.mark.parametrize(('patch', 'points'), [(16, 28), (14, 23)])
 def test_predict_last(patch, points):
-    tokens = predict_last(GRIDS[patch], 0.1)
+    tokens = predict_last(GRIDS[patch], 20)
     scored = GRIDS[patch].points(tokens)[0]
     assert (scored == scored[0]).all()
     assert scored[0].nonzero().flatten().tolist() == list(range(200 - points, 200))
@@ -171,7 +171,7 @@ def test_predict_last(patch, points):
 
 @pytest.mark.parametrize(('patch', 'by_token'), [(16, 12), (14, 9)])
 def test_predict_last_pixel(patch, by_token):
-    tokens, blank = predict_last_pixel(GRIDS[patch], 0.1)
+    tokens, blank = predict_last_pixel(GRIDS[patch], 20)
     assert blank.nonzero().flatten().tolist() == list(range(180, 200))
     assert GRIDS[patch].points(tokens)[0, 0].sum() == by_token
 
@@ -180,7 +180,7 @@ def test_predict_last_pixel(patch, by_token):
 @pytest.mark.parametrize('name', ['vit16', 'vit14'])
 def test_what_is_scored_is_not_seen(mode, name):
     network = network_of(name)
-    masks = mode(network.grid, 0.1)
+    masks = mode(network.grid, 20)
     tokens, blank = masks if isinstance(masks, tuple) else (masks, None)
     points = network.grid.points(tokens) if blank is None else blank.expand(1, 424, 200)
     keep = keep_visible(tokens)
@@ -488,9 +488,9 @@ def test_encode_runs_batches_across_runs(xyz, name, batch_size):
     sizes, progress = [], []
     encode = encoder.encode
 
-    def counted(windows, tokens):
+    def counted(windows, *asked):
         sizes.append(len(windows))
-        return encode(windows, tokens)
+        return encode(windows, *asked)
 
     encoder.encode = counted
     found = dict(encode_runs(encoder, runs.items(), batch_size, progress=progress.append))

@@ -222,6 +222,28 @@ class BrainLMLegacy(nn.Module):
         """Return the points (B, P, T) bool that marked tokens (B, N) bool cover."""
         return tokens.repeat_interleave(self.patch, 1).unflatten(1, (self.parcels, -1))
 
+    def covering(self, points: Tensor) -> Tensor:
+        """Return the tokens (B, N) bool that hold any of the marked points (B, P, T) bool."""
+        return points.unflatten(2, (-1, self.patch)).any(-1).flatten(1)
+
+    def hide_last(self, points: int, exactly: bool) -> tuple[Tensor, None]:
+        """Hide the patches (1, N) bool that hold any of the window's last time points.
+
+        With them comes None: no point of a patch can be set to 0 beside its others here.
+
+        Raises
+        ------
+        BrainfmError
+            Exactly so many are asked for, and whole patches hold more.
+        """
+        if exactly and points % self.patch:
+            raise BrainfmError(
+                f'This model hides whole patches of {self.patch} time points, so it cannot hide '
+                f'exactly the last {points}; choose a multiple of {self.patch}, or predict_last.'
+            )
+        late = torch.arange(self.times) >= self.times - points
+        return self.covering(late.expand(1, self.parcels, -1)), None
+
     def position_tables(self) -> dict[str, Tensor]:
         """Return the fixed position tables by their names in the state dict."""
         return {

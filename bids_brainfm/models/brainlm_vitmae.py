@@ -95,14 +95,14 @@ class Grid:
         return self.signal(tokens[..., None].expand(-1, -1, self.patch**2))
 
 
-def predict_last(grid: Grid, ratio: float) -> Tensor:
-    """Mask every block that holds any of the window's last floor(ratio T) time points.
+def predict_last(grid: Grid, points: int) -> Tensor:
+    """Mask every block that holds any of the window's last time points.
 
     Parameters
     ----------
     grid : Grid
-    ratio : float
-        Share of the window to predict, 0 to 1.
+    points : int
+        Time points to predict; the official ratio R means floor(R T) of them.
 
     Returns
     -------
@@ -110,19 +110,19 @@ def predict_last(grid: Grid, ratio: float) -> Tensor:
         Masked tokens, for all rows. What they cover is scored (``grid.points``), so up to a block
         more than was asked for.
     """
-    return _columns_masked(grid, _horizon(grid, ratio) // grid.patch)
+    return _columns_masked(grid, (grid.left + grid.times - points) // grid.patch)
 
 
-def predict_last_pixel(grid: Grid, ratio: float) -> tuple[Tensor, Tensor]:
-    """Hide exactly the window's last floor(ratio T) time points.
+def predict_last_pixel(grid: Grid, points: int) -> tuple[Tensor, Tensor]:
+    """Hide exactly the window's last time points.
 
     Whole blocks are masked; what is left of the horizon is set to 0 in the input.
 
     Parameters
     ----------
     grid : Grid
-    ratio : float
-        Share of the window to predict, 0 to 1.
+    points : int
+        Time points to predict.
 
     Returns
     -------
@@ -131,14 +131,9 @@ def predict_last_pixel(grid: Grid, ratio: float) -> tuple[Tensor, Tensor]:
     blank : (T,) bool
         The last time points: to be set to 0 (``encode``'s argument) and to be scored.
     """
-    first = _horizon(grid, ratio)
-    blank = torch.arange(grid.times) >= first - grid.left
+    first = grid.left + grid.times - points
+    blank = torch.arange(grid.times) >= grid.times - points
     return _columns_masked(grid, -(-first // grid.patch)), blank
-
-
-def _horizon(grid: Grid, ratio: float) -> int:
-    """Column of the padded square at which the last floor(ratio T) time points begin."""
-    return grid.left + grid.times - int(ratio * grid.times)
 
 
 def _columns_masked(grid: Grid, first: int) -> Tensor:
@@ -253,6 +248,52 @@ class BrainLMViT(nn.Module):
     def transformers(self) -> tuple[nn.Module, ...]:
         """The layers whose matrices may be of lower precision; a decoder's are not."""
         return (self.vit.encoder,)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a window, those of the padding included."""
+        return self.grid.tokens
+
+    def points(self, tokens: Tensor) -> Tensor:
+        """Return the points (B, P, T) bool that marked tokens (B, N) bool cover."""
+        return self.grid.points(tokens)
+
+    def covering(self, points: Tensor) -> Tensor:
+        """Return the tokens (B, N) bool that hold any of the marked points (B, P, T) bool."""
+        return (self.grid.patches(points.float()) > 0).any(-1)
+
+    def hide_last(self, points: int, exactly: bool) -> tuple[Tensor, Tensor | None]:
+        """Hide the window's last time points, or the blocks that hold them.
+
+        Returns
+        -------
+        tokens : (1, N) bool
+            Tokens to mask.
+        blank : (T,) bool or None
+            Time points to set to 0 (``encode``'s argument).
+        """
+        if exactly:
+            return predict_last_pixel(self.grid, points)
+        return predict_last(self.grid, points), None
+
+    def attention_profile(self, shares: Tensor) -> Tensor:
+        """Spread attention over the parcels that a token spans.
+
+        Parameters
+        ----------
+        shares : (B, N)
+
+        Returns
+        -------
+        (B, P, K)
+            For each parcel (in the model's order) and block of time that touches the window;
+            the parcels of a token have equal parts of it. What falls on padding is left out.
+        """
+        grid = self.grid
+        row = (grid.top + torch.arange(grid.parcels, device=shares.device)) // grid.patch
+        first, last = grid.left // grid.patch, (grid.left + grid.times - 1) // grid.patch
+        blocks = shares.unflatten(1, (grid.across, grid.across))[:, row, first : last + 1]
+        return blocks / torch.bincount(row)[row][:, None]
 
     def encode(
         self,

@@ -27,10 +27,11 @@ class Encoding:
         All tokens in their canonical order, without the class token. For a model with tokens
         per parcel: parcel by parcel in atlas order, in time within a parcel. For a ViT: row by
         row of its grid, parcels in the model's order. None where not asked for.
-    attention : (W, P) or None
-        Share of attention in the last layer that falls on each parcel (mean over heads, sum over
-        the parcel's tokens), in atlas order: the class token's, or the mean over all tokens for a
-        model without one. None as for ``parcels``, and where tokens were not asked for.
+    attention_profile : (W, P, K) or None
+        Share of attention in the last layer that falls on each parcel at each of K time patches
+        (mean over heads), in atlas order: the class token's, or the mean over all tokens for a
+        model without one. Parcels that share a token have equal parts of it. None where not
+        asked for.
     latent_error, latent_baseline : (W, P, K) or None
         Smooth L1 error of the latents of a block of each window as predicted from the rest, and
         as guessed without a model, for each parcel in atlas order and each of K time patches; NaN
@@ -40,13 +41,18 @@ class Encoding:
     summary: np.ndarray
     parcels: np.ndarray | None = None
     tokens: np.ndarray | None = None
-    attention: np.ndarray | None = None
+    attention_profile: np.ndarray | None = None
     latent_error: np.ndarray | None = None
     latent_baseline: np.ndarray | None = None
 
     def __len__(self) -> int:
         """Number of windows."""
         return len(self.summary)
+
+    @property
+    def attention(self) -> np.ndarray | None:
+        """Share of attention that falls on each parcel, (W, P); None where not asked for."""
+        return None if self.attention_profile is None else self.attention_profile.sum(2)
 
     def part(self, start: int, stop: int) -> 'Encoding':
         """Return the windows from ``start`` up to ``stop``."""
@@ -143,7 +149,9 @@ class Encoder:
             tokens = spatiotemporal_block(block, parcels, network.tokens_per_parcel)
             self._block = tuple(part.to(self.device) for part in tokens)
 
-    def encode(self, windows: np.ndarray, tokens: bool = False) -> Encoding:
+    def encode(
+        self, windows: np.ndarray, tokens: bool = False, attention: bool = False
+    ) -> Encoding:
         """Encode windows, unmasked and with tokens in their own order.
 
         Parameters
@@ -151,7 +159,9 @@ class Encoder:
         windows : (B, P, T) float32
             Scaled windows, parcels in atlas order.
         tokens : bool
-            Whether to return all tokens, and attention with them.
+            Whether to return all tokens, and attention with them where parcels have their own.
+        attention : bool
+            Whether to return where attention falls.
 
         Returns
         -------
@@ -166,7 +176,10 @@ class Encoder:
         self.check(windows)
         step = 1 if self.device.type == 'cpu' else len(windows)
         return Encoding.join(
-            [self._pass(windows[i : i + step], tokens) for i in range(0, len(windows), step)]
+            [
+                self._pass(windows[i : i + step], tokens, attention)
+                for i in range(0, len(windows), step)
+            ]
         )
 
     def check(self, windows: np.ndarray, run: Hashable = None) -> None:
@@ -180,16 +193,80 @@ class Encoder:
             )
 
     @torch.inference_mode()
-    def _pass(self, windows: np.ndarray, tokens: bool) -> Encoding:
-        """Encode windows in one pass of the network."""
+    def reconstruct(
+        self,
+        windows: np.ndarray,
+        keep: torch.Tensor,
+        blank: torch.Tensor | None = None,
+        batch_size: int = 8,
+    ) -> np.ndarray:
+        """Rebuild whole windows from a part of their tokens.
+
+        Parameters
+        ----------
+        windows : (B, P, T) float32
+            Scaled windows, parcels in atlas order.
+        keep : (B, K) int64, or (K,) for all windows alike
+            Tokens that the network sees, in the order in which it sees them.
+        blank : (T,) bool, optional
+            Time points set to 0 in the input.
+        batch_size : int
+            Windows at once on a GPU.
+
+        Returns
+        -------
+        (B, P, T) float32
+            Atlas order. Only what the network did not see says something about it.
+
+        Raises
+        ------
+        BrainfmError
+            The windows do not have the model's shape, or the model reconstructs nothing.
+        """
+        self.check(windows)
+        if not hasattr(self.network, 'decode'):
+            raise BrainfmError(
+                f'{self.name} has no decoder, so it reconstructs nothing; take a BrainLM.'
+            )
+        keep = torch.as_tensor(keep).expand(len(windows), -1)
+        masking = {} if blank is None else {'blank': blank.to(self.device)}
+        step, found = 1 if self.device.type == 'cpu' else batch_size, []
+        for i in range(0, len(windows), step):
+            signal, seen = self._signal(windows[i : i + step]), keep[i : i + step].to(self.device)
+            with self._autocast():
+                hidden, _ = self.network.encode(signal, *self._place, keep=seen, **masking)
+            made = self.network.decode(hidden.float(), *self._place, keep=seen)
+            found.append(self._atlas_order(made).cpu().numpy())
+        return np.concatenate(found)
+
+    def points(self, tokens: torch.Tensor) -> np.ndarray:
+        """Points (B, P, T) bool, in atlas order, that marked tokens (B, N) bool cover."""
+        return self._atlas_order(self.network.points(tokens)).numpy()
+
+    def covering(self, parcels: np.ndarray) -> torch.Tensor:
+        """Tokens (N,) bool that hold any of the marked parcels (P,) bool, in atlas order."""
+        rows = parcels if self.order is None else parcels[self.order]
+        points = torch.from_numpy(np.ascontiguousarray(rows))[None, :, None]
+        return self.network.covering(points.expand(1, *self.shape))[0]
+
+    def _signal(self, windows: np.ndarray) -> torch.Tensor:
+        """Windows as the network takes them: its order of rows, its device."""
         if self.order is not None:
             windows = windows[:, self.order]
-        signal = torch.from_numpy(np.ascontiguousarray(windows, np.float32)).to(self.device)
+        return torch.from_numpy(np.ascontiguousarray(windows, np.float32)).to(self.device)
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.precision == 'bfloat16'
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    @torch.inference_mode()
+    def _pass(self, windows: np.ndarray, tokens: bool, attention: bool) -> Encoding:
+        """Encode windows in one pass of the network."""
+        signal = self._signal(windows)
         network, per_parcel = self.network, self.network.tokens_per_parcel
-        coarse = self.precision == 'bfloat16'
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=coarse):
-            attend = tokens and bool(per_parcel)
-            hidden, row = network.encode(signal, *self._place, return_attention=attend)
+        attention = attention or (tokens and bool(per_parcel))
+        with self._autocast():
+            hidden, row = network.encode(signal, *self._place, return_attention=attention)
             errors = network.latent_error(signal, hidden, *self._block) if self._block else ()
         first = int(network.has_class_token)
         body = hidden[:, first:]
@@ -200,9 +277,14 @@ class Encoder:
             body = self._atlas_order(by_parcel).flatten(1, 2)
         if tokens:
             found['tokens'] = body
-        if attend:
-            shares = row[:, first:].unflatten(1, (-1, per_parcel)).sum(2)
-            found['attention'] = self._atlas_order(shares)
+        if attention:
+            shares = row[:, first:]
+            profile = (
+                shares.unflatten(1, (-1, per_parcel))
+                if per_parcel
+                else network.attention_profile(shares)
+            )
+            found['attention_profile'] = self._atlas_order(profile)
         for name, error in zip(('latent_error', 'latent_baseline'), errors, strict=False):
             found[name] = self._atlas_order(error.unflatten(1, (-1, per_parcel)))
         # Copied, so that a summary does not hold the memory of all tokens.
@@ -218,6 +300,7 @@ def encode_runs(
     runs: Iterable[tuple[Hashable, np.ndarray]],
     batch_size: int,
     tokens: bool = False,
+    attention: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[Hashable, Encoding]]:
     """Encode the windows of many runs, in batches that cross from one run to the next.
@@ -229,8 +312,8 @@ def encode_runs(
         Taken one by one as batches need them, so it may be a generator that reads files.
     batch_size : int
         Windows per batch.
-    tokens : bool
-        Whether to return all tokens, and attention with them.
+    tokens, attention : bool
+        Whether to return all tokens, and where attention falls.
     progress : callable, optional
         Called after each batch with the number of windows done so far.
 
@@ -251,7 +334,8 @@ def encode_runs(
 
     def flush() -> Iterator[tuple[Hashable, Encoding]]:
         nonlocal waiting, parts, done
-        encoded = encoder.encode(np.concatenate([piece for *_, piece in waiting]), tokens)
+        batch = np.concatenate([piece for *_, piece in waiting])
+        encoded = encoder.encode(batch, tokens, attention)
         start = 0
         for key, total, piece in waiting:
             parts.append(encoded.part(start, start + len(piece)))

@@ -41,6 +41,65 @@ def keep_lowest(noise: Tensor, ratio: float) -> Tensor:
     return order[:, : int(noise.shape[1] * (1 - ratio))]
 
 
+def leave_out(
+    n_tokens: int, ratio: float, generator: torch.Generator, visible: Tensor | None = None
+) -> list[Tensor]:
+    """Hide every token at least once, a share of them at a time.
+
+    Each pass hides tokens at random among those that no pass before it has hidden; where too few
+    of these are left, it hides others again, so that all passes hide the same share (notebook 05
+    of BrainLM; specification, section 5.1).
+
+    Parameters
+    ----------
+    n_tokens : int
+        Tokens N.
+    ratio : float
+        Share of tokens to hide in a pass, above 0 and below 1.
+    generator : torch.Generator
+    visible : (N,) bool, optional
+        Tokens that no pass hides. Where fewer others are there than the ratio asks for, they are
+        hidden all at once.
+
+    Returns
+    -------
+    list of (K,) int64
+        Tokens that each pass keeps, in random order: the order in which a network of the 13M
+        family was trained, for which it matters.
+
+    Raises
+    ------
+    BrainfmError
+        The ratio hides no token, or leaves none to see.
+
+    Examples
+    --------
+    >>> passes = leave_out(4240, 0.2, torch.Generator().manual_seed(0))
+    >>> len(passes), passes[0].shape
+    (5, torch.Size([3392]))
+    >>> hidden = torch.stack([masked_tokens(keep[None], 4240)[0] for keep in passes])
+    >>> hidden.sum(0).unique()
+    tensor([1])
+    """
+    done = torch.zeros(n_tokens, dtype=torch.bool) if visible is None else visible.clone()
+    n_kept = int(n_tokens * (1 - ratio))
+    if not 0 < n_kept < n_tokens:
+        raise BrainfmError(
+            f'A mask ratio of {ratio:g} hides all or none of {n_tokens} tokens; choose one '
+            'between 0 and 1 that hides at least one and leaves at least one.'
+        )
+    n_kept = max(n_kept, int(done.sum()))
+    always, passes = done.clone(), []
+    while not done.all():
+        noise = torch.rand(n_tokens, generator=generator)
+        # the lowest are kept: what never is hidden first, then what has been hidden before
+        noise = noise - done.float() - always.float()
+        keep = torch.argsort(noise)[:n_kept]
+        passes.append(keep[torch.randperm(n_kept, generator=generator)])
+        done |= masked_tokens(passes[-1][None], n_tokens)[0]
+    return passes
+
+
 def keep_visible(masked: Tensor) -> Tensor:
     """Select the tokens that are not masked, in their own order.
 

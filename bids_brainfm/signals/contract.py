@@ -9,7 +9,7 @@ import numpy as np
 
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.signals.resample import nearest_volume, official_frames, resample, volumes_for
-from bids_brainfm.signals.scale import load_scale_stats, scale
+from bids_brainfm.signals.scale import Scaling, fit_scaling, load_scale_stats
 from bids_brainfm.signals.series import ParcelSeries, Windows
 from bids_brainfm.signals.windows import cut, fill_uncovered
 
@@ -71,14 +71,72 @@ class Contract:
             )
 
 
-def prepare(
+@dataclass(frozen=True)
+class ModelInput:
+    """One run as a model takes it, not yet cut into windows.
+
+    Attributes
+    ----------
+    data : (S, P) float32
+        Scaled samples, without gaps.
+    tr : float
+        Seconds between samples.
+    flagged : (S,) bool
+        Samples that come from flagged volumes.
+    scaling : Scaling
+        How BOLD units became the model's.
+    donors : (P,) int
+        For each parcel the parcel that it was filled from, -1 where it has its own series.
+    series : ParcelSeries
+        What it was made from.
+    """
+
+    data: np.ndarray
+    tr: float
+    flagged: np.ndarray
+    scaling: Scaling
+    donors: np.ndarray
+    series: ParcelSeries
+
+    @property
+    def own(self) -> np.ndarray:
+        """Whether each parcel has a series of its own, (P,) bool."""
+        return self.donors < 0
+
+    def in_bold_units(self, values: np.ndarray) -> np.ndarray:
+        """Bring values of the model back to the volumes and units of the run.
+
+        Parameters
+        ----------
+        values : (S, P) float
+            In place of ``data``; NaN where there is none.
+
+        Returns
+        -------
+        (T, P) float32
+            A row a volume of the series. NaN where the nearest sample has no value, at a last
+            volume that lies beyond the last sample, and for parcels without a series of their
+            own.
+        """
+        n_volumes, run_tr = len(self.series.data), self.series.tr
+        # gaps are bridged by the run itself, so that the filter does not spread them
+        whole = np.where(np.isfinite(values), values, self.data)
+        back = resample(self.scaling.undo(whole), self.tr, run_tr)
+        rows = nearest_volume(len(values), self.tr, run_tr)[:n_volumes]
+        found = np.full((n_volumes, values.shape[1]), np.nan, np.float32)
+        found[: len(rows)] = np.where(np.isfinite(values[rows]), back[: len(rows)], np.nan)
+        found[:, ~self.own] = np.nan
+        return found
+
+
+def bring(
     series: ParcelSeries,
     contract: Contract,
     xyz: np.ndarray,
     atlas: str,
     structures: Sequence[str] | None = None,
-) -> tuple[Windows, np.ndarray]:
-    """Fill, resample, scale and cut one run.
+) -> ModelInput:
+    """Fill, resample and scale one run.
 
     Parameters
     ----------
@@ -92,41 +150,65 @@ def prepare(
     structures : sequence of P str, optional
         Structure of each parcel, within which parcels without signal are filled.
 
-    Returns
-    -------
-    windows : Windows
-    donors : (P,) int
-        For each parcel the parcel that it was filled from, -1 where it has its own series.
-
     Raises
     ------
     BrainfmError
-        The run is too short, has too little coverage, or cannot be scaled.
+        The run has too little coverage, or cannot be scaled.
     """
     data, donors = fill_uncovered(
         series.data, series.coverage, xyz, contract.min_coverage, structures, atlas
     )
     stats = load_scale_stats(contract.stats, atlas, data.shape[1]) if contract.stats else None
-    if contract.temporal == 'official':  # whose order is to scale the whole run, then to pick
-        tr, span, flagged = series.tr, contract.official_volumes, series.flagged
-    else:
-        tr, span = contract.tr, None
+    tr, flagged = series.tr, series.flagged
+    if contract.temporal == 'resample':  # the official order is to scale the run, then to pick
+        tr = contract.tr
         flagged = series.flagged[nearest_volume(len(data), series.tr, tr)]
         data = resample(data, series.tr, tr)
+    scaling = fit_scaling(data, contract.scaling, series.brain_mean, contract.divide_by, stats)
+    return ModelInput(scaling.apply(data), tr, flagged, scaling, donors, series)
+
+
+def windows_of(run: ModelInput, contract: Contract) -> Windows:
+    """Cut one run into the windows that are embedded.
+
+    Raises
+    ------
+    BrainfmError
+        The run is too short.
+    """
     windows = cut(
-        scale(data, contract.scaling, series.brain_mean, contract.divide_by, stats),
-        flagged,
-        tr,
+        run.data,
+        run.flagged,
+        run.tr,
         contract.window,
         stride=contract.stride,
         short=contract.short_runs,
-        start=series.start,
+        start=run.series.start,
         min_real=contract.min_real,
-        span=span,
+        span=contract.official_volumes if contract.temporal == 'official' else None,
     )
     if not len(windows.data):
-        raise BrainfmError(_too_short(len(series.data), series.tr, contract))
-    return windows, donors
+        raise BrainfmError(_too_short(len(run.series.data), run.series.tr, contract))
+    return windows
+
+
+def prepare(
+    series: ParcelSeries,
+    contract: Contract,
+    xyz: np.ndarray,
+    atlas: str,
+    structures: Sequence[str] | None = None,
+) -> tuple[Windows, np.ndarray]:
+    """Fill, resample, scale and cut one run: :func:`bring`, then :func:`windows_of`.
+
+    Returns
+    -------
+    windows : Windows
+    donors : (P,) int
+        For each parcel the parcel that it was filled from, -1 where it has its own series.
+    """
+    run = bring(series, contract, xyz, atlas, structures)
+    return windows_of(run, contract), run.donors
 
 
 def _too_short(n_volumes: int, tr: float, contract: Contract) -> str:

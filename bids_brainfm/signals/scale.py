@@ -185,8 +185,49 @@ def check_stats(stats, method) -> None:
         )
 
 
-def scale(data, method, brain_mean, divide_by=1.0, stats=None) -> np.ndarray:
-    """Scale parcel series.
+@dataclass(frozen=True)
+class Scaling:
+    """How the parcels of one run are brought to a model's units, and back.
+
+    Attributes
+    ----------
+    offset : (P,) float64
+        Taken out first, in BOLD units.
+    gain : (P,) float64
+        Multiplied by; 0 for a parcel that is set to zero, because it does not vary or its
+        statistics cannot be used.
+    lower, upper : (P,) float64
+        Bounds of the scaled values, infinite where there are none.
+    """
+
+    offset: np.ndarray
+    gain: np.ndarray
+    lower: np.ndarray
+    upper: np.ndarray
+
+    def apply(self, data) -> np.ndarray:
+        """BOLD units (T, P) to the model's, (T, P) float32; NaN columns stay NaN."""
+        scaled = (np.asarray(data, dtype=float) - self.offset) * self.gain
+        return np.clip(scaled, self.lower, self.upper).astype(np.float32)
+
+    def undo(self, scaled) -> np.ndarray:
+        """Values in the model's units (T, P) to BOLD units, (T, P) float32.
+
+        What the bounds cut off does not come back. A parcel that was set to zero gets its offset.
+
+        Examples
+        --------
+        >>> scaling = Scaling(np.array([9.0]), np.array([2.0]), np.array([-1.0]), np.array([1.0]))
+        >>> scaling.undo(scaling.apply(np.array([[9.25], [99.0]])))
+        array([[9.25],
+               [9.5 ]], dtype=float32)
+        """
+        spread = np.divide(1, self.gain, out=np.zeros_like(self.gain), where=self.gain != 0)
+        return (self.offset + np.asarray(scaled, dtype=float) * spread).astype(np.float32)
+
+
+def fit_scaling(data, method, brain_mean, divide_by=1.0, stats=None) -> Scaling:
+    """Find how a run is to be scaled.
 
     Parameters
     ----------
@@ -212,7 +253,7 @@ def scale(data, method, brain_mean, divide_by=1.0, stats=None) -> np.ndarray:
 
     Returns
     -------
-    (T, P) float32
+    Scaling
         A parcel that does not vary is zero throughout (global-z, cohort-means: constant). One
         with :func:`unusable` statistics is zero.
 
@@ -230,14 +271,16 @@ def scale(data, method, brain_mean, divide_by=1.0, stats=None) -> np.ndarray:
     statistics fitted on one's own cohort. ``'cohort-means'`` is what Brain-JEPA was pretrained
     with, ``'global-z'`` what its authors use downstream.
     """
-    data = np.asarray(data)
-    if method == 'none':
-        return data.astype(np.float32)
     if method not in METHODS:
         raise BrainfmError(f'There is no scaling {method!r}; choose one of {", ".join(METHODS)}.')
-    series = data.astype(float)
-    demeaned = series - series.mean(axis=0)
-    sd = demeaned.std(axis=0, ddof=1) if len(series) > 1 else np.zeros(series.shape[1])
+    series = np.asarray(data, dtype=float)
+    n_parcels = series.shape[1]
+    free = np.full(n_parcels, np.inf)
+    if method == 'none':
+        return Scaling(np.zeros(n_parcels), np.ones(n_parcels), -free, free)
+    mean = series.mean(axis=0)
+    demeaned = series - mean
+    sd = demeaned.std(axis=0, ddof=1) if len(series) > 1 else np.zeros(n_parcels)
     varies = sd > _NO_SPREAD * np.abs(series).max(axis=0)
     if not varies.any():
         raise BrainfmError(
@@ -245,23 +288,43 @@ def scale(data, method, brain_mean, divide_by=1.0, stats=None) -> np.ndarray:
             'leave the run out, or check its preprocessing.'
         )
     check_stats(stats, method)
+    offset, spread, low, high = mean, sd, -free, free
     if method == 'global-z':
-        scaled = (series - np.nanmean(series)) / np.nanstd(series, ddof=1)
-        return (scaled / divide_by).astype(np.float32)
-    scaled = np.where(np.isfinite(demeaned), 0.0, np.nan)
-    if method == 'parcel-z':
-        scaled[:, varies] = demeaned[:, varies] / sd[varies]
+        offset = np.full(n_parcels, np.nanmean(series))
+        spread, varies = np.full(n_parcels, np.nanstd(series, ddof=1)), ~np.isnan(mean)
     elif method == 'run-robust':
-        scaled[:, varies] = _run_robust(demeaned[:, varies], sd[varies])
+        # The grand mean of 10 000 is a factor of series, range and bounds alike: it cancels.
+        first, third = np.percentile(demeaned, [25, 75], axis=0)
+        spread = np.where(third - first > 1e-3 * sd, third - first, sd / _SD_PER_IQR)
+        with np.errstate(invalid='ignore', divide='ignore'):  # parcels that do not vary
+            low, high = (bound * sd / spread for bound in _CLIP_SD)
     elif method == 'cohort':
-        usable = np.setdiff1d(np.flatnonzero(varies), unusable(stats))
-        scaled[:, usable] = _cohort(demeaned[:, usable], _level(brain_mean), stats, usable)
-    else:
-        _check_means(series.mean(axis=0), sd, stats)
-        usable = np.setdiff1d(np.arange(sd.size), unusable(stats))
-        scaled[:, usable] = (series[:, usable] - stats.median[usable]) / stats.iqr[usable]
-        _check_range(np.nanmedian(np.abs(scaled[:, usable].mean(axis=0))))
-    return (scaled / divide_by).astype(np.float32)
+        to_run = _level(brain_mean) / GRAND_MEAN
+        offset, spread = mean + stats.median * to_run, stats.iqr * to_run
+        low, high = stats.lower, stats.upper
+    elif method == 'cohort-means':
+        _check_means(mean, sd, stats)
+        offset, spread, varies = stats.median, stats.iqr, ~np.isnan(mean)
+    if method in STATISTICS:
+        varies = varies & ~np.isin(np.arange(n_parcels), unusable(stats))
+    gain = np.divide(1, spread, out=np.zeros(n_parcels), where=varies)
+    if method == 'cohort-means':
+        _check_range(np.nanmedian(np.abs(((mean - offset) * gain)[varies])))
+    return Scaling(
+        np.where(varies, offset, mean),
+        gain / divide_by,
+        np.where(varies, low, -np.inf) / divide_by,
+        np.where(varies, high, np.inf) / divide_by,
+    )
+
+
+def scale(data, method, brain_mean, divide_by=1.0, stats=None) -> np.ndarray:
+    """Scale parcel series, (T, P) float32; see :func:`fit_scaling` for what is taken and raised.
+
+    >>> scale(np.array([[8.0], [10.0], [12.0]]), 'parcel-z', brain_mean=9000.0)[:, 0]
+    array([-1.,  0.,  1.], dtype=float32)
+    """
+    return fit_scaling(data, method, brain_mean, divide_by, stats).apply(data)
 
 
 def static_share(scaled) -> float:
@@ -282,18 +345,6 @@ def static_share(scaled) -> float:
     """
     scaled = np.asarray(scaled, dtype=float)
     return float(np.nanvar(scaled.mean(axis=0)) / np.nanvar(scaled))
-
-
-def _run_robust(demeaned, sd):
-    # The grand mean of 10 000 is a factor of series, range and bounds alike: it cancels.
-    low, high = np.percentile(demeaned, [25, 75], axis=0)
-    iqr = np.where(high - low > 1e-3 * sd, high - low, sd / _SD_PER_IQR)
-    return np.clip(demeaned, *(bound * sd for bound in _CLIP_SD)) / iqr
-
-
-def _cohort(demeaned, brain_mean, stats, parcels):
-    centred = demeaned * (GRAND_MEAN / brain_mean) - stats.median[parcels]
-    return np.clip(centred / stats.iqr[parcels], stats.lower[parcels], stats.upper[parcels])
 
 
 def _level(brain_mean):

@@ -107,6 +107,43 @@ def cut(
     )
 
 
+def cover(data, length, short='pad') -> tuple[np.ndarray, np.ndarray]:
+    """Cut a run into windows that together hold every sample.
+
+    Parameters
+    ----------
+    data : (S, P) array
+        Scaled parcel series.
+    length : int
+        Samples in a window.
+    short : {'refuse', 'pad', 'tile'}
+        How a run shorter than one window is completed, as in :func:`cut`.
+
+    Returns
+    -------
+    windows : (W, P, length) float32
+        End to end from the first sample; the last one is flush with the end of the run and
+        overlaps the one before it.
+    samples : (W, length) int
+        Sample that each time point is, -1 for one that was completed.
+
+    Examples
+    --------
+    >>> windows, samples = cover(np.arange(5.0)[:, None], 3)
+    >>> samples.tolist()
+    [[0, 1, 2], [2, 3, 4]]
+    """
+    data = np.asarray(data, dtype=np.float32)
+    if len(data) < length:
+        short = 'pad' if short == 'refuse' else short
+        samples = np.arange(length)[None]
+        cut_out = cut(data, np.zeros(len(data), bool), 1.0, length, short=short).data
+        return cut_out, np.where(samples < len(data), samples, -1)
+    starts = [*range(0, len(data) - length, length), len(data) - length]
+    samples = np.array(starts)[:, None] + np.arange(length)
+    return np.ascontiguousarray(data[samples].transpose(0, 2, 1)), samples
+
+
 def fill_uncovered(
     data, coverage, xyz, min_coverage, structures=None, atlas='the atlas'
 ) -> tuple[np.ndarray, np.ndarray]:
