@@ -34,7 +34,8 @@ class Settings:
 
     Every field but the first two has a default, and the name of its command line option.
     Labels are without their prefix (``01``, not ``sub-01``). ``mem`` is in GB, ``stride`` in
-    samples at the model's TR.
+    samples at the model's TR, ``forecast_points`` too. None stands for what the model or the
+    analysis has as its default.
     """
 
     bids_dir: Path
@@ -61,6 +62,19 @@ class Settings:
     tokens: bool = False
     latent_prediction: str | None = None
     random_weights: bool = False
+
+    outputs: tuple[str, ...] = ('embeddings',)
+    mask_ratio: float | None = None
+    aggregate: str | None = None
+    write_bold: bool = False
+    forecast_points: int | None = None
+    forecast_mode: str | None = None
+    network_clusters: str | None = None
+    reference_networks: Path | None = None
+    perturb: str | None = None
+    perturb_sd: float | None = None
+    random_seed: int = 0
+    contrast: tuple[str, ...] = ()
 
     device: str = 'auto'
     precision: str | None = None

@@ -89,7 +89,7 @@ def test_a424_parcels(a424_home):
     assert (atlas.xyz[sides == 'L', 0] < 0).all()
     assert len(np.unique(atlas.xyz[:, 1])) == 77
     table = atlas.table()
-    assert list(table) == ['index', 'name', 'hemisphere', 'x', 'y', 'z']
+    assert list(table) == ['index', 'name', 'hemisphere', 'x', 'y', 'z', 'network']
     assert table['index'].tolist() == list(range(1, 425))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.signals.contract import Contract, prepare
+from bids_brainfm.signals.contract import Contract, bring, prepare
 from bids_brainfm.signals.scale import scale
 from bids_brainfm.signals.series import ParcelSeries
 
@@ -123,3 +123,56 @@ def test_a_run_without_subcortex_is_refused_by_name():
     series.data[:, 1] = series.data[:, 2] + 1
     _, donors = prepare(series, BRAIN_JEPA, np.zeros((P, 3)), 'Toy', structures)
     assert donors.tolist() == [1, -1, -1, -1, -1]
+
+
+@pytest.mark.parametrize('scaling', ['none', 'run-robust', 'global-z', 'parcel-z'])
+def test_the_models_units_can_be_undone(scaling):
+    """Values of the model come back as the run's own, volume by volume; gaps stay gaps."""
+    series = run(300, 0.735)
+    level = series.data.mean(axis=0)
+    series.data[:] = series.data.clip(level - 200, level + 200)
+    series.data[20, 1] += 5000  # beyond the bounds of run-robust
+    contract = replace(BRAINLM, scaling=scaling, divide_by=5.6)
+    ready = bring(series, contract, np.zeros((P, 3)), 'Toy')
+    values = ready.data.copy()
+    values[100:110] = np.nan
+    back = ready.in_bold_units(values)
+    assert back.shape == series.data.shape
+    assert np.isnan(back[100:110]).all()
+    kept = np.r_[:20, 21:100, 110:300]
+    np.testing.assert_allclose(back[kept], series.data[kept], rtol=1e-5)
+    cut_off = series.data[20, 1] - back[20, 1]
+    assert cut_off > 1000 if scaling == 'run-robust' else abs(cut_off) < 1
+
+
+@pytest.mark.parametrize('tr', [2.0, 0.8, 0.5])
+def test_the_models_rate_can_be_undone(tr):
+    """Slow signals come back at the run's own volumes, and no volume is invented."""
+    n = 240
+    time = np.arange(n) * tr
+    data = 9000 + 80 * np.sin(2 * np.pi * time[:, None] * np.linspace(0.01, 0.05, P))
+    series = ParcelSeries(data.astype(np.float32), tr, np.ones(P), np.zeros(n, bool), 9000.0)
+    ready = bring(series, BRAINLM, np.zeros((P, 3)), 'Toy')
+    back = ready.in_bold_units(ready.data)
+    assert back.shape == data.shape
+    last = (len(ready.data) - 1) * 0.735
+    beyond = np.arange(n) * tr > last + 1e-6
+    assert beyond.sum() <= 1
+    assert np.array_equal(np.isnan(back).all(axis=1), beyond)
+    inside = slice(10, n - 10)
+    assert np.abs(back - data)[inside].max() < 2  # of 80
+    # a stretch without values is one in the run's own time, too
+    values = ready.data.copy()
+    values[:100] = np.nan
+    missing = np.isnan(ready.in_bold_units(values)).all(axis=1)
+    assert missing[: int(99 * 0.735 / tr)].all()
+    assert not missing[int(101 * 0.735 / tr) + 1 : n - 1].any()
+
+
+def test_parcels_without_a_series_of_their_own_do_not_come_back():
+    series = run(300, 0.735)
+    series.data[:, 2] = np.nan
+    ready = bring(series, BRAINLM, np.arange(3.0 * P).reshape(P, 3), 'Toy')
+    assert ready.own.tolist() == [True, True, False, True, True]
+    assert np.isfinite(ready.data).all()
+    assert np.isnan(ready.in_bold_units(ready.data)).all(axis=0).tolist() == (~ready.own).tolist()

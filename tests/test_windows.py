@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.signals.windows import cut, fill_uncovered
+from bids_brainfm.signals.windows import cover, cut, fill_uncovered
 
 
 def test_windows_follow_one_another_from_the_start():
@@ -190,3 +190,25 @@ def test_a_whole_structure_is_not_filled_from_another(lost):
         fill_uncovered(
             np.ones((2, 6)), structures != lost, np.zeros((6, 3)), 0.5, structures, 'Tian'
         )
+
+
+@pytest.mark.parametrize('n', [7, 10, 11, 29, 30])
+def test_cover_holds_every_sample_and_nothing_else(n):
+    data = np.random.default_rng(n).normal(size=(n, 3)).astype(np.float32)
+    windows, samples = cover(data, 10)
+    assert windows.shape == (max(1, -(-n // 10)), 3, 10)
+    assert windows.dtype == np.float32
+    real = samples >= 0
+    assert set(samples[real]) == set(range(n))
+    for window, rows, there in zip(windows, samples, real, strict=True):
+        np.testing.assert_array_equal(window[:, there].T, data[rows[there]])
+    assert samples[-1].max() == n - 1
+    assert (~real).sum() == max(0, 10 - n)
+
+
+def test_cover_completes_a_short_run_as_it_is_cut():
+    data = np.arange(4.0)[:, None]
+    for short, filled in (('pad', 1.5), ('refuse', 1.5), ('tile', 0.0)):
+        windows, samples = cover(data, 5, short)
+        assert windows[0, 0].tolist() == [0, 1, 2, 3, filled]
+        assert samples.tolist() == [[0, 1, 2, 3, -1]]

@@ -18,6 +18,8 @@ import numpy as np
 import pandas as pd
 from nilearn.datasets import load_mni152_gm_mask
 
+from bids_brainfm.signals.simulate import NETWORKS, network_loadings
+
 FOLDER = Path(__file__).resolve().parents[1] / 'bids_brainfm' / 'data' / 'atlases'
 PER_SIDE = 212
 VOXEL_MM = 2
@@ -51,14 +53,17 @@ def label_volume(mask: np.ndarray, affine: np.ndarray) -> np.ndarray:
 
 
 def parcel_table(labels: np.ndarray, affine: np.ndarray) -> pd.DataFrame:
-    """Index, name, hemisphere and centre of mass (mm, one decimal) of each parcel."""
+    """Index, name, hemisphere, centre of mass (mm, one decimal) and network of each parcel."""
     rows = []
     for label in range(1, 2 * PER_SIDE + 1):
         side = 'L' if label <= PER_SIDE else 'R'
         centre = nib.affines.apply_affine(affine, np.argwhere(labels == label).mean(0))
         name = f'{side}_{(label - 1) % PER_SIDE + 1:03d}'
         rows.append((label, name, side, *np.round(centre, 1)))
-    return pd.DataFrame(rows, columns=['index', 'name', 'hemisphere', 'x', 'y', 'z'])
+    table = pd.DataFrame(rows, columns=['index', 'name', 'hemisphere', 'x', 'y', 'z'])
+    # What the demo's simulated series are made of, so that networks can be found again
+    loadings = network_loadings(table[['x', 'y', 'z']].to_numpy())
+    return table.assign(network=[list(NETWORKS)[k] for k in loadings.argmax(axis=1)])
 
 
 def main(folder: Path) -> None:

@@ -95,23 +95,8 @@ def forecast(
     BrainfmError
         The model reconstructs nothing, cannot hide so many points, or would see none.
     """
-    if mode not in MODES:
-        raise BrainfmError(f'--forecast-mode is one of {", ".join(MODES)}, not {mode!r}.')
-    network, length = encoder.network, encoder.shape[1]
-    if not 0 < points < length:
-        raise BrainfmError(
-            f'{encoder.name} takes windows of {length} points, so it can forecast 1 to '
-            f'{length - 1} of them, not {points}; change --forecast-points.'
-        )
-    tokens, blank = network.hide_last(points, mode == 'predict_last_pixel')
-    late = network.points(tokens)[0].any(0) if blank is None else blank
-    horizon = int(late.sum())
-    if horizon > length - 2:
-        raise BrainfmError(
-            f'Hiding the last {points} points hides {horizon} of {length}, so that '
-            f'{encoder.name} sees nothing to forecast from; lower --forecast-points.'
-        )
-    windows, samples = _rolling(data, length, horizon)
+    tokens, blank, horizon = hidden_points(encoder.network, points, mode, encoder.name)
+    windows, samples = _rolling(data, encoder.shape[1], horizon)
     keep = keep_visible(tokens)[0]
     keep = keep[torch.randperm(len(keep), generator=torch.Generator().manual_seed(seed))]
     made = encoder.reconstruct(windows, keep, blank, batch_size)
@@ -125,6 +110,50 @@ def forecast(
         mean=past.mean(axis=2, keepdims=True) * flat,
         ar=autoregress(past, horizon),
     )
+
+
+def hidden_points(network, points: int, mode: str, name: str) -> tuple:
+    """Find what hides the last points of a window.
+
+    Parameters
+    ----------
+    network : nn.Module
+        A BrainLM.
+    points, mode
+        As :func:`forecast` takes them.
+    name : str
+        The model's name, for messages.
+
+    Returns
+    -------
+    tokens : (1, N) bool Tensor
+        Tokens to mask.
+    blank : (T,) bool Tensor or None
+        Time points to set to 0.
+    horizon : int
+        Time points that are hidden.
+
+    Raises
+    ------
+    BrainfmError
+        The model cannot hide so many points, or would see none.
+    """
+    if mode not in MODES:
+        raise BrainfmError(f'--forecast-mode is one of {", ".join(MODES)}, not {mode!r}.')
+    length = network.window_shape[1]
+    if not 0 < points < length:
+        raise BrainfmError(
+            f'{name} takes windows of {length} points, so it can forecast 1 to {length - 1} of '
+            f'them, not {points}; change --forecast-points.'
+        )
+    tokens, blank = network.hide_last(points, mode == 'predict_last_pixel')
+    horizon = int((network.points(tokens)[0].any(0) if blank is None else blank).sum())
+    if horizon > length - 2:
+        raise BrainfmError(
+            f'Hiding the last {points} points hides {horizon} of {length}, so that {name} sees '
+            f'nothing to forecast from; lower --forecast-points.'
+        )
+    return tokens, blank, horizon
 
 
 def _rolling(data: np.ndarray, length: int, step: int) -> tuple[np.ndarray, np.ndarray]:

@@ -130,16 +130,15 @@ def _change(encoder, window, target, level, ratio, generator) -> np.ndarray:
     clamped = window.copy()
     clamped[target] = level[target, None]
     visible = encoder.covering(target)
-    if visible.all():
+    if not encoder.points(~visible[None]).any():
         raise BrainfmError(
             f'each token of {encoder.name} holds one of the {target.sum()} clamped parcels, so '
             'there is nothing to reconstruct; clamp fewer parcels, or take a model with a token '
             'for each parcel.'
         )
-    total, count = np.zeros(len(window)), np.zeros(len(window))
+    change = np.full(window.shape, np.nan)
     for keep in leave_out(n_tokens, ratio, generator, visible):
         made = encoder.reconstruct(np.stack([window, clamped]), keep)
         hidden = encoder.points(masked_tokens(keep[None], n_tokens))[0]
-        total += np.where(hidden, made[1] - made[0], 0).sum(axis=1)
-        count += hidden.sum(axis=1)
-    return np.divide(total, count, out=np.full(len(window), np.nan), where=count > 0)
+        change = np.where(hidden & np.isnan(change), made[1] - made[0], change)
+    return change.mean(axis=1)

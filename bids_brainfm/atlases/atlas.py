@@ -20,7 +20,7 @@ from bids_brainfm.errors import BrainfmError
 
 CARDS = Path(__file__).parents[1] / 'data' / 'atlases'
 DESCRIBED = ('labels', 'coordinates', 'table')  # an atlas cannot be read without these
-ROLES = ('image', *DESCRIBED, 'places', 'part')
+ROLES = ('image', *DESCRIBED, 'networks', 'places', 'part')
 MADE_BY = ('warp', 'overlay')
 
 
@@ -44,6 +44,8 @@ class AtlasFile:
         :mod:`bids_brainfm.atlases.obtain` needs besides.
     parcels : list of two int, or None
         First and last parcel that the labels 1, 2, ... of a part stand for.
+    column : str or None
+        Column of a table of networks that names them.
     """
 
     name: str
@@ -55,6 +57,7 @@ class AtlasFile:
     provenance: str = ''
     made: dict | None = None
     parcels: list | None = None
+    column: str | None = None
 
 
 @dataclass(frozen=True)
@@ -264,6 +267,10 @@ def _check_entry(file, card):
         raise BrainfmError(
             f'The atlas card {card.path} must state the parcels (first, last) of {file.name}.'
         )
+    if file.role == 'networks' and not file.column:
+        raise BrainfmError(
+            f'The atlas card {card.path} must state the column of {file.name} with the networks.'
+        )
     if file.made is None:
         return
     by, sources = file.made.get('by'), file.made.get('of')
@@ -404,6 +411,8 @@ def _read_parcels(card, home, images):
             elif file.role == 'table':
                 names, hemispheres, xyz, networks = _read_table(path, card)
                 source = path
+            elif file.role == 'networks' and path.is_file():  # one can do without
+                networks = _read_networks(path, file.column, card)
         except (OSError, ValueError, KeyError, IndexError) as error:
             raise BrainfmError(
                 f'{path} of atlas {card.name} cannot be read ({error}): fetch or write it anew.'
@@ -451,6 +460,14 @@ def _read_table(path, card):
     has_centres = {'x', 'y', 'z'} <= set(frame)
     xyz = frame[['x', 'y', 'z']].to_numpy(np.float32) if has_centres else None
     return column('name'), column('hemisphere'), xyz, column('network')
+
+
+def _read_networks(path, column, card):
+    import pandas as pd
+
+    frame = pd.read_csv(path, sep='\t', keep_default_na=False)
+    _check_order(frame['index'], card, path)
+    return tuple(frame[column].astype(str))
 
 
 def _read_places(path, card):

@@ -29,10 +29,15 @@ BIDSIGNORE = (
     '*.html',
     'figures',
     'log',
+    'group',
     '*_timeseries.*',
     '*_relmat.*',
     '*_boldmap.*',
     '*_embedding.*',
+    '*_forecast.*',
+    '*_knn.*',
+    '*_bold.dtseries.*',
+    '*_dseg.*',
     '*_stat-coverage_bold.*',
 )
 CODE_URL = 'https://github.com/bids-brainfm/bids_brainfm'

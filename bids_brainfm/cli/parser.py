@@ -14,6 +14,19 @@ from bids_brainfm.errors import BrainfmError
 
 # as models.masking.BLOCKS, which is not imported here: --help is to be instant
 BLOCKS = ('cross-time', 'cross-roi', 'double-cross')
+OUTPUTS = ('embeddings', 'reconstruction', 'forecast', 'networks', 'perturbation')
+# Options that say how an output is made, and of which outputs
+USED_BY = {
+    'mask_ratio': ('reconstruction', 'perturbation'),
+    'aggregate': ('reconstruction',),
+    'write_bold': ('reconstruction',),
+    'forecast_points': ('forecast',),
+    'forecast_mode': ('forecast',),
+    'network_clusters': ('networks',),
+    'reference_networks': ('networks', 'perturbation'),
+    'perturb': ('perturbation',),
+    'perturb_sd': ('perturbation',),
+}
 SCALINGS = ('card', 'none', 'run-robust', 'global-z', 'parcel-z', 'cohort')
 
 
@@ -74,6 +87,25 @@ def share(text: str) -> float:
     return value
 
 
+def ratio(text: str) -> float:
+    """Argument type for a number between 0 and 1."""
+    value = share(text)
+    if value in (0, 1):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number between 0 and 1')
+    return value
+
+
+def clusters(text: str) -> str:
+    """Argument type for a number of clusters, or auto.
+
+    >>> clusters('7'), clusters('auto')
+    ('7', 'auto')
+    """
+    if text != 'auto' and not (text.isdigit() and int(text) > 1):
+        raise argparse.ArgumentTypeError(f'{text!r} is not auto or a number above 1')
+    return text
+
+
 class _ShowVersion(argparse.Action):
     """Print the version; it is looked up only when asked for."""
 
@@ -95,10 +127,14 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         'bids_dir',
         type=Path,
-        help='fMRIPrep derivatives, or a raw BIDS dataset with derivatives/fmriprep inside',
+        help='fMRIPrep derivatives, or a raw BIDS dataset with derivatives/fmriprep inside; at '
+        'the group level what the participant level wrote',
     )
     parser.add_argument('output_dir', type=Path, help='folder of the BIDS derivatives to write')
-    parser.add_argument('analysis_level', choices=['participant'], help='level of the analysis')
+    parser.add_argument(
+        'analysis_level', choices=['participant', 'group'],
+        help='level of the analysis; group subtracts attention maps (--contrast)',
+    )  # fmt: skip
     parser.add_argument('--version', action=_ShowVersion, nargs=0, help='print the version')
 
     bids = parser.add_argument_group('Options for filtering BIDS queries')
@@ -190,6 +226,67 @@ def get_parser() -> argparse.ArgumentParser:
     model.add_argument(
         '--random-weights', '--random_weights', action='store_true', default=None,
         help='control: the same network with random, untrained weights',
+    )  # fmt: skip
+
+    outputs = parser.add_argument_group('Options for what is computed with a model')
+    outputs.add_argument(
+        '--outputs', nargs='+', choices=[*OUTPUTS, 'all'],
+        help='what to write beside embeddings, each with its baselines: reconstruction and '
+        'forecast of the run and perturbation (BrainLM), attention maps and functional networks '
+        '(all models, and connectivity); all: whatever the models can (default: embeddings, '
+        'which are always written)',
+    )  # fmt: skip
+    outputs.add_argument(
+        '--mask-ratio', '--mask_ratio', type=ratio, metavar='SHARE',
+        help='share of tokens hidden in a pass of reconstruction and perturbation (default: '
+        'what the model was trained with)',
+    )  # fmt: skip
+    outputs.add_argument(
+        '--aggregate', choices=['first', 'mean'],
+        help='what to take where several passes hid a token: the first one, or the mean of all '
+        '(default: first)',
+    )  # fmt: skip
+    outputs.add_argument(
+        '--write-bold', '--write_bold', action='store_true', default=None,
+        help='also write the reconstruction as BOLD on the grid of the input: NIfTI, or CIFTI',
+    )  # fmt: skip
+    outputs.add_argument(
+        '--forecast-points', '--forecast_points', type=positive(int), metavar='SAMPLES',
+        help="samples to forecast, at the model's TR (default: 20)",
+    )  # fmt: skip
+    outputs.add_argument(
+        '--forecast-mode', '--forecast_mode', choices=['predict_last_pixel', 'predict_last'],
+        help='hide exactly these samples, or all tokens that hold any of them (default: '
+        'predict_last_pixel)',
+    )  # fmt: skip
+    outputs.add_argument(
+        '--network-clusters', '--network_clusters', type=clusters, metavar='{N,auto}',
+        help='number of networks to find; auto: that with the best silhouette (default: as many '
+        'as there are reference networks, else auto)',
+    )  # fmt: skip
+    outputs.add_argument(
+        '--reference-networks', '--reference_networks', type=Path, metavar='FILE',
+        help='table (TSV) with the columns name and network of the parcels (default: the '
+        "networks of the model's atlas)",
+    )  # fmt: skip
+    outputs.add_argument(
+        '--perturb', metavar='NAME',
+        help='parcel or reference network to perturb (default: the parcel nearest to the left '
+        'primary visual cortex)',
+    )  # fmt: skip
+    outputs.add_argument(
+        '--perturb-sd', '--perturb_sd', type=float, metavar='K',
+        help='where to hold it: its mean plus so many SD, negative for down (default: 2)',
+    )  # fmt: skip
+    outputs.add_argument(
+        '--random-seed', '--random_seed', type=int, metavar='SEED',
+        help='of masks, sham targets and clusters (default: 0)',
+    )  # fmt: skip
+
+    outputs.add_argument(
+        '--contrast', nargs=3, metavar=('WHAT', 'A', 'B'),
+        help='at the group level, attention maps of A minus those of B, where WHAT is an entity '
+        'of the runs (task nback rest) or a column of participants.tsv (sex F M)',
     )  # fmt: skip
 
     perf = parser.add_argument_group('Options to handle performance')
@@ -337,11 +434,26 @@ def _as_typed(found: dict, path: Path) -> dict:
 
 
 def _check(settings: Settings) -> None:
+    if (settings.analysis_level == 'group') != bool(settings.contrast):
+        raise BrainfmError(
+            'The group level subtracts maps: bids_brainfm OUT OUT group --contrast WHAT A B, and '
+            'the participant level has no --contrast.'
+        )
+    if settings.contrast and len(settings.contrast) != 3:
+        raise BrainfmError('contrast takes three words: WHAT, A and B.')
     if settings.scale == 'cohort' and not settings.scale_stats:
         raise BrainfmError('--scale cohort needs the fitted statistics: add --scale-stats FILE.')
     if settings.scale_stats and settings.scale != 'cohort':
         raise BrainfmError('--scale-stats is used by --scale cohort only: add --scale cohort.')
+    for name, outputs in USED_BY.items():
+        asked = getattr(settings, name) not in (None, False)
+        if asked and not {'all', *outputs} & set(settings.outputs):
+            raise BrainfmError(
+                f'--{name.replace("_", "-")} is used by --outputs {" or ".join(outputs)} only: '
+                f'add --outputs {outputs[0]}.'
+            )
     for option, path in (
+        ('--reference-networks', settings.reference_networks),
         *(('--scale-stats', path) for path in settings.scale_stats),
         ('--bids-filter-file', settings.bids_filter_file),
         ('--use-plugin', settings.use_plugin),

@@ -44,6 +44,8 @@ def run(settings: Settings) -> int:
 
     # one folder a process, for logs and for work: others may be running beside it
     name = f'{datetime.now():%Y%m%d-%H%M%S}_{uuid.uuid4().hex[:8]}'
+    if settings.analysis_level == 'group':
+        return run_group(settings, name)
     if settings.reports_only:
         return write_reports(settings, name)
     datasets = find_datasets(settings.bids_dir, settings.derivatives)
@@ -104,6 +106,7 @@ def check_places(settings: Settings, datasets: dict[str, Path]) -> None:
             settings.use_plugin,
             *settings.scale_stats,
             settings.bids_filter_file,
+            settings.reference_networks,
             *map(Path, (settings.denoise, *settings.model)),
             *(Path(model.partition('=')[2] or '/') for model in settings.model),
             home(),
@@ -133,6 +136,24 @@ def write_reports(settings: Settings, name: str) -> int:
     for subject in subjects:
         node = WriteReport(output=settings.output_dir, subject=subject, software=software())
         LOGGER.info('Report: %s', node.run().outputs.report)
+    return 0
+
+
+def run_group(settings: Settings, name: str) -> int:
+    """Subtract the maps of two conditions or groups."""
+    from importlib.metadata import version
+
+    from bids_brainfm.interfaces.group import write_contrasts
+
+    start_log(settings, name)
+    for table in write_contrasts(
+        settings.bids_dir,
+        settings.output_dir,
+        settings.contrast,
+        settings.participant_label,
+        version('bids-brainfm'),
+    ):
+        LOGGER.info('Contrast written: %s', table)
     return 0
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from bids_brainfm.atlases.fetch import sha256_of
 from bids_brainfm.bids import writing
 from bids_brainfm.bids.reading import BoldRun
+from bids_brainfm.interfaces.analysis import AnalysisSettings, source_sidecar
 from bids_brainfm.interfaces.series import (
     FILL_RULE,
     display_order,
@@ -47,6 +48,8 @@ class EncodeTask:
         Whether to write token embeddings.
     block : str or None
         Block of the window that is predicted from the rest; None for no latent prediction.
+    analyses : AnalysisSettings
+        What is computed beside the embeddings.
     output : Path
         The output dataset.
     version : str
@@ -63,6 +66,7 @@ class EncodeTask:
     threads: int
     tokens: bool
     block: str | None
+    analyses: AnalysisSettings
     output: Path
     version: str
 
@@ -125,13 +129,7 @@ def write_outputs(run: BoldRun, task: EncodeTask, atlas, windows, donors, encodi
         See :func:`bids_brainfm.signals.contract.prepare`.
     encoding : Encoding
     """
-    series = series_paths(task.output, run, atlas.name)['series']
-    source = writing.read_sidecar(series.with_suffix('.json'))
-    common = {
-        'InputFiles': source['InputFiles'],
-        'SoftwareVersion': task.version,
-        'Sources': [writing.own_uri(task.output, series), *source['Sources']],
-    }
+    source, common = source_sidecar(run, task), said_by_all(run, task)
     name = report_name(run, atlas.name)
     if not _latent_current(run, task):
         if task.block:
@@ -141,6 +139,17 @@ def write_outputs(run: BoldRun, task: EncodeTask, atlas, windows, donors, encodi
     if not _table_current(run, task):
         filled = {atlas.names[i]: atlas.names[d] for i, d in enumerate(donors) if d >= 0}
         write_embedding(run, task, atlas, windows, filled, encoding, source, common, name)
+
+
+def said_by_all(run: BoldRun, task: EncodeTask) -> dict:
+    """What all sidecars of a run and model say."""
+    series = series_paths(task.output, run, task.atlas)['series']
+    source = source_sidecar(run, task)
+    return {
+        'InputFiles': source['InputFiles'],
+        'SoftwareVersion': task.version,
+        'Sources': [writing.own_uri(task.output, series), *source['Sources']],
+    }
 
 
 def write_embedding(

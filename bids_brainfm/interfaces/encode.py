@@ -14,11 +14,12 @@ from nipype.interfaces.base import (
 
 from bids_brainfm.bids.reading import BoldRun
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.interfaces.embedding import EncodeTask, write_outputs
+from bids_brainfm.interfaces.embedding import EncodeTask
 from bids_brainfm.interfaces.outcome import Outcome, attempt
+from bids_brainfm.interfaces.outputs import write_run
 from bids_brainfm.interfaces.series import read_series, series_paths
 from bids_brainfm.models.spec import SEED
-from bids_brainfm.signals.contract import prepare
+from bids_brainfm.signals.contract import bring, windows_of
 
 LOGGER = logging.getLogger('bids_brainfm')
 
@@ -117,21 +118,32 @@ def _encode(runs: list[BoldRun], task: EncodeTask, progress):
         for run in runs:
             try:
                 series = read_series(series_paths(task.output, run, atlas.name)['series'])
-                prepared[run] = prepare(
-                    series, task.contract, atlas.xyz, atlas.name, atlas.structures
-                )
+                data = bring(series, task.contract, atlas.xyz, atlas.name, atlas.structures)
+                prepared[run] = data, windows_of(data, task.contract)
             except Exception as error:
                 failed.append((run, partial(_fail, _named(error, run, task))))
             else:
-                yield run, prepared[run][0].data
+                yield run, prepared[run][1].data
 
-    encodings = encode_runs(encoder, windows_of_runs(), task.batch_size, task.tokens, progress)
+    attention = 'networks' in task.analyses.outputs
+    encodings = encode_runs(
+        encoder, windows_of_runs(), task.batch_size, task.tokens, attention, progress
+    )
     for run, encoding in encodings:
-        windows, donors = prepared.pop(run)
-        yield run, partial(write_outputs, run, task, atlas, windows, donors, encoding)
+        data, windows = prepared.pop(run)
+        yield run, partial(_write, run, task, atlas, data, windows, encoding, encoder)
         while failed:
             yield failed.pop(0)
     yield from failed
+
+
+def _write(run: BoldRun, task: EncodeTask, *what) -> None:
+    import torch
+
+    try:
+        write_run(run, task, *what)
+    except torch.OutOfMemoryError as error:
+        raise _explain(error, task) from None
 
 
 def _fail(error: Exception):

@@ -26,11 +26,19 @@ def collect_runs(output: Path, subject: str) -> list[dict]:
         name, _, rest = path.name.partition('_desc-')
         label = rest.removesuffix('_embedding.json')
         sidecar = read_sidecar(path)
-        if sidecar is not None and label != CONNECTOME and name in runs:
-            latent = read_sidecar(path.with_name(f'{name}_{latent_name(label)}_boldmap.json'))
-            if not latent or latent['InputFiles'] != sidecar['InputFiles']:
-                latent = {}
-            runs[name]['models'].append(_model_facts(label, sidecar, latent))
+        if sidecar is None or name not in runs:
+            continue
+        found = {}
+        for what, form in ANALYSES.items():
+            content = read_sidecar(path.with_name(f'{name}_{form.format(label)}.json'))
+            if content and content['InputFiles'] == sidecar['InputFiles']:
+                found[what] = content
+                runs[name]['warnings'] += content.get('Warnings', [])
+        facts = {what: text for w, c in found.items() for what, text in TEXTS[w](c).items()}
+        if label == CONNECTOME:
+            runs[name]['inputs'] |= facts
+        else:
+            runs[name]['models'].append(_model_facts(label, sidecar, facts))
             runs[name]['warnings'] += sidecar['Warnings']
     listed = [{'name': name} | facts for name, facts in runs.items()]
     return listed + _failed(output, subject, listed)
@@ -80,18 +88,94 @@ def _placement(sidecar: dict) -> dict[str, str]:
     }
 
 
-def _model_facts(label: str, sidecar: dict, latent: dict) -> dict:
+def _latent_text(latent: dict) -> dict[str, str]:
+    return {
+        'Latent prediction': f'{latent["Block"]}: mean error {latent["MeanError"]:.3f}, of a '
+        f'guess without a model {latent["MeanBaseline"]:.3f}'
+    }
+
+
+def _pooled(found: dict) -> str:
+    return ', '.join(f'{_number(v.get("R2"))} ({way})' for way, v in found['Pooled'].items())
+
+
+def _number(value) -> str:
+    """Two digits, or that there is none.
+
+    >>> _number(0.123), _number(None), _number(float('nan'))
+    ('0.12', 'n/a', 'n/a')
+    """
+    return 'n/a' if value is None or value != value else f'{value:.2f}'
+
+
+def _reconstruction_text(found: dict) -> dict[str, str]:
+    check = found['GainCheck']
+    best = max(value for value in check['R2'] if value == value)
+    return {
+        'Reconstruction': f'R2 {_pooled(found)}; {found["MaskRatio"]:.0%} of the tokens hidden in '
+        f'each of {found["NumberOfPasses"]} passes',
+        'Gain check': f'best R2 {best:.2f}, when the input is multiplied by {check["Best"]:g}'
+        if best > 0
+        else 'at no gain is the model nearer than the mean',
+    }
+
+
+def _forecast_text(found: dict) -> dict[str, str]:
+    return {
+        'Forecast': f'{found["PointsHidden"]} points ({found["Mode"]}), '
+        f'{found["NumberOfWindows"]} windows: R2 {_pooled(found)}'
+    }
+
+
+def _attention_text(found: dict) -> dict[str, str]:
+    return {'Tokens': found['TokenSpan']} if found.get('TokenSpan') else {}
+
+
+def _networks_text(found: dict) -> dict[str, str]:
+    text = f'{found["NumberOfClusters"]} clusters'
+    if found.get('Agreement'):
+        index = found['Agreement']['AdjustedRandIndex']
+        text += f', adjusted Rand index {_number(index)} with the reference'
+    facts = {'Networks': text}
+    if found.get('KNN'):
+        scores = ', '.join(f'{_number(score)} ({name})' for name, score in found['KNN'].items())
+        facts['Networks, held-out parcels'] = f'accuracy {scores}; p = {found["KNNp"]:.2g}'
+    return facts
+
+
+def _perturbation_text(found: dict) -> dict[str, str]:
+    return {
+        'Perturbation': f'{found["Target"]} at {found["SD"]:+g} SD: {found["ParcelsBelow05"]} of '
+        f'{found["ParcelsTested"]} parcels change more than in all but 5% of sham targets'
+    }
+
+
+# Sidecars of what is made beside an embedding, {} for its label, and what the report says of them
+ANALYSES = {
+    'latent': latent_name('{}') + '_boldmap',
+    'attention': 'stat-attention_desc-{}_boldmap',
+    'reconstruction': 'stat-r2_desc-{}_boldmap',
+    'forecast': 'desc-{}_forecast',
+    'networks': 'stat-network_desc-{}_boldmap',
+    'perturbation': 'stat-perturbation_desc-{}_boldmap',
+}
+TEXTS = {
+    'latent': _latent_text,
+    'attention': _attention_text,
+    'reconstruction': _reconstruction_text,
+    'forecast': _forecast_text,
+    'networks': _networks_text,
+    'perturbation': _perturbation_text,
+}
+
+
+def _model_facts(label: str, sidecar: dict, analyses: dict[str, str]) -> dict:
     model = sidecar['Model']
     resampled = ''
     if sidecar['Resampled']:
         resampled = f', one in {1 / sidecar["SamplingFrequency"]:.5g} s'
         resampled += f' ({sidecar["ResamplingMethod"]})'
     divided = sidecar.get('DividedBy', 1)
-    if latent:
-        latent = {
-            'Latent prediction': f'{latent["Block"]}: mean error {latent["MeanError"]:.3f}, of a '
-            f'guess without a model {latent["MeanBaseline"]:.3f}'
-        }
     return {
         'label': label,
         'name': model['Name'],
@@ -111,7 +195,7 @@ def _model_facts(label: str, sidecar: dict, latent: dict) -> dict:
             'Ran on': f'{sidecar["Device"]}, {sidecar["Precision"]}',
         }
         | _placement(sidecar)
-        | latent,
+        | analyses,
     }
 
 

@@ -52,6 +52,8 @@ class ModelSpec:
         Whether the network has an embedding for each parcel.
     predicts_latents : bool
         Whether it can predict masked latents.
+    reconstructs : bool
+        Whether it has a decoder.
     gradients : GradientTable or None
     """
 
@@ -63,6 +65,7 @@ class ModelSpec:
     pooling: str
     per_parcel: bool
     predicts_latents: bool
+    reconstructs: bool
     gradients: GradientTable | None = None
 
     @property
@@ -230,5 +233,6 @@ def resolve_model(text: str, home: Path, random_weights: bool = False) -> ModelS
         pooling=network.pooling,
         per_parcel=bool(network.tokens_per_parcel),
         predicts_latents=hasattr(network, 'latent_error'),
+        reconstructs=hasattr(network, 'decode'),
         gradients=gradients,
     )

@@ -1,160 +1,30 @@
 """The report's pictures: arrays in, one Matplotlib figure out.
 
-A picture is a function named after what it shows; `save` writes any of them as SVG. Figures are
-made with Matplotlib's objects, not with pyplot, so that nothing global is left behind and no
-display is needed. Colours are Okabe and Ito's (https://jfly.uni-koeln.de/color/), grey scales,
-and diverging or perceptually uniform maps that survive colour blindness.
+A picture is a function named after what it shows; `save` writes any of them as SVG. Look and
+colours are in :mod:`bids_brainfm.reports.style`.
 """
-
-import base64
-import io
-import re
-from contextlib import contextmanager
-from functools import wraps
 
 import numpy as np
 
 from bids_brainfm.analyses.order import AS_READ, SHUFFLED, order_warning, proximity
-from bids_brainfm.bids.writing import write_text
 from bids_brainfm.models.connectome import connectome_vector
-
-BLUE, ORANGE, VERMILION = '#0072B2', '#E69F00', '#D55E00'
-INK, GREY, PALE = '#333333', '#999999', '#ECECEC'
-# Missing parcels: a grey outside diverging maps; in a grey-scale carpet grey means a value.
-MISSING, MISSING_IN_GREY = '#BDBDBD', '#BFD9EA'
-WIDTH = 9.0  # inches, the width of the page's column
-
-STYLE = {
-    'font.size': 9,
-    'axes.titlesize': 9.5,
-    'axes.titlelocation': 'left',
-    'axes.titleweight': 'bold',
-    'axes.labelsize': 9,
-    'axes.spines.top': False,
-    'axes.spines.right': False,
-    'axes.edgecolor': INK,
-    'axes.labelcolor': INK,
-    'axes.titlecolor': INK,
-    'axes.linewidth': 0.7,
-    'text.color': INK,
-    'xtick.color': INK,
-    'ytick.color': INK,
-    'xtick.labelsize': 8,
-    'ytick.labelsize': 8,
-    'legend.fontsize': 8,
-    'legend.frameon': False,
-    'image.interpolation': 'none',  # rasters keep their own pixels, the viewer scales them
-    'svg.hashsalt': 'bids_brainfm',  # ids inside the SVG are the same in every process
-}
-
-
-@contextmanager
-def _style():
-    """Our look on top of Matplotlib's defaults, whatever the user's matplotlibrc says."""
-    import matplotlib
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
-        yield
-
-
-def _styled(draw):
-    @wraps(draw)
-    def styled(*args, **kwargs):
-        with _style():
-            return draw(*args, **kwargs)
-
-    return styled
-
-
-def save(figure, path):
-    """Write a figure as SVG, atomically; equal figures give equal bytes.
-
-    Parameters
-    ----------
-    figure : matplotlib.figure.Figure
-    path : path-like
-        Ends in ``.svg``; its folder is made if need be.
-
-    Returns
-    -------
-    pathlib.Path
-    """
-    drawn = io.StringIO()
-    with _style():
-        figure.savefig(drawn, format='svg', dpi=150, metadata={'Date': None, 'Creator': None})
-    figure.set_layout_engine('none')  # it would move things a little in a second save
-    text = re.sub(
-        r'(data:image/png;base64,)\s*([A-Za-z0-9+/=\s]+)',
-        lambda match: match[1] + _with_palette(match[2]),
-        drawn.getvalue(),
-    )
-    # Matplotlib hashes a clip's place to its id, and the layout solver wavers in the 15th digit
-    ids = dict.fromkeys(re.findall(r'<clipPath id="(\w+)"', text))
-    numbered = {identity: f'clip{number}' for number, identity in enumerate(ids)}
-    text = re.sub(r'\bp[0-9a-f]{10}\b', lambda match: numbered.get(match[0], match[0]), text)
-    return write_text(path, text)
-
-
-def _with_palette(encoded):
-    """The same PNG (base64) with one byte per pixel where 256 colours do: half the size."""
-    from PIL import Image
-
-    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))).convert('RGBA'))
-    codes, index = np.unique(pixels.view(np.uint32), return_inverse=True)
-    if len(codes) > 256:
-        return ''.join(encoded.split())
-    colours = codes[:, None].view(np.uint8)
-    image = Image.fromarray(index.reshape(pixels.shape[:2]).astype(np.uint8))
-    image.putpalette(colours[:, :3].tobytes())
-    packed = io.BytesIO()
-    image.save(packed, format='png', optimize=True, transparency=colours[:, 3].tobytes())
-    return base64.b64encode(packed.getvalue()).decode('ascii')
-
-
-def _figure(height):
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(WIDTH, height), layout='constrained', facecolor='white')
-
-
-def _colours(name, levels, bad):
-    """A colour map of few levels: rasters compress better, colour bars have fewer pieces."""
-    from matplotlib import colormaps
-
-    return colormaps[name].resampled(levels).with_extremes(bad=bad)
-
-
-def shrink(values, rows, columns):
-    """Average neighbouring rows and columns until at most so many are left.
-
-    Parameters
-    ----------
-    values : (N, M) float
-        May hold NaN, which the averages leave out; all NaN stays NaN.
-    rows, columns : int
-        Largest size of the answer.
-
-    Returns
-    -------
-    (n, m) float
-
-    Examples
-    --------
-    >>> shrink(np.array([[1.0, 3.0, 5.0, np.nan]]), rows=1, columns=2)
-    array([[2., 5.]])
-    """
-    for axis, limit in enumerate((rows, columns)):
-        size = values.shape[axis]
-        step = -(-size // limit)
-        if step > 1:
-            starts = np.arange(0, size, step)
-            there = np.isfinite(values)
-            count = np.add.reduceat(there, starts, axis=axis, dtype=float)
-            total = np.add.reduceat(np.where(there, values, 0.0), starts, axis=axis)
-            values = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
-    return values
+from bids_brainfm.reports.style import (
+    BLUE,
+    GREY,
+    INK,
+    MISSING,
+    MISSING_IN_GREY,
+    ORANGE,
+    PALE,
+    VERMILION,
+    colour_map,
+    headline,
+    new_figure,
+    save,  # noqa: F401  (for those who draw: figures.save)
+    shrink,
+    styled,
+    whole_numbers,
+)
 
 
 def _z(series):
@@ -164,7 +34,7 @@ def _z(series):
     return centred / np.where(spread > 1e-6 * (np.abs(series).max(0) + 1e-12), spread, np.inf)
 
 
-@_styled
+@styled
 def carpet(before, after, tr, flagged, order=None, *, order_label='atlas order', start=0.0):
     """Parcel series before and after denoising, with their frame-to-frame change above.
 
@@ -198,7 +68,7 @@ def carpet(before, after, tr, flagged, order=None, *, order_label='atlas order',
     order = np.arange(parcels) if order is None else np.asarray(order)
     end = start + volumes * tr
 
-    figure = _figure(6.2)
+    figure = new_figure(6.2)
     trace, upper, lower = figure.subplots(
         3, 1, sharex=True, gridspec_kw={'height_ratios': [1, 2.3, 2.3]}
     )
@@ -236,7 +106,7 @@ def carpet(before, after, tr, flagged, order=None, *, order_label='atlas order',
     for axes, series, title in zip((upper, lower), (before, after), titles, strict=True):
         picture = axes.imshow(
             shrink(_z(series)[:, order].T, rows=240, columns=900),
-            cmap=_colours('gray', 24, MISSING_IN_GREY),
+            cmap=colour_map('gray', 24, MISSING_IN_GREY),
             vmin=-2.5,
             vmax=2.5,
             aspect='auto',
@@ -273,7 +143,7 @@ def _silhouette(axes, points):
     axes.contour(*grid, density, levels=[0.32], colors=[GREY], linewidths=0.8)
 
 
-@_styled
+@styled
 def coverage(xyz, coverage, min_coverage):
     """Share of each parcel with signal, at the parcels' centroids and as a histogram.
 
@@ -298,13 +168,13 @@ def coverage(xyz, coverage, min_coverage):
     height = size[1:].max()  # of every view, so that all have one scale
     first = np.argsort(-coverage[drawn], kind='stable')  # low coverage on top of high
 
-    figure = _figure(3.1)
+    figure = new_figure(3.1)
     grid = figure.add_gridspec(1, 4, width_ratios=[*size[[1, 0, 0]], 0.75 * size[0]])
-    figure.suptitle(
+    headline(
+        figure,
         f'{low.sum()} of {low.size} parcels below {min_coverage:.0%} coverage'
         + (' (ringed)' if low.any() else ''),
-        x=0.01, ha='left', fontsize=9.5, fontweight='bold',
-    )  # fmt: skip
+    )
     views = (
         ('from the right', 1, 2, ('P', 'A')),
         ('from behind', 0, 2, ('L', 'R')),
@@ -316,7 +186,7 @@ def coverage(xyz, coverage, min_coverage):
         points = xyz[drawn][:, [across, up]]
         _silhouette(axes, points)
         dots = axes.scatter(
-            *points[first].T, c=coverage[drawn][first], cmap=_colours('viridis', 20, MISSING),
+            *points[first].T, c=coverage[drawn][first], cmap=colour_map('viridis', 20, MISSING),
             vmin=0, vmax=1, s=9, linewidths=0, rasterized=len(points) > 500,
         )  # fmt: skip
         ringed = points[low[drawn]]
@@ -345,7 +215,7 @@ def coverage(xyz, coverage, min_coverage):
     return figure
 
 
-@_styled
+@styled
 def windows(onset, duration, real, flagged, run_duration, motion=None, tr=None):
     """Where the windows lie in the run, and how much of each was recorded and flagged.
 
@@ -380,7 +250,7 @@ def windows(onset, duration, real, flagged, run_duration, motion=None, tr=None):
     left_over = run_duration - last if run_duration - last > 0.005 * run_duration else 0.0
     shown = motion is not None and tr is not None
     bars = float(np.clip(0.26 * count, 0.7, 3.6))
-    figure = _figure(1.0 + bars + 0.9 * shown)
+    figure = new_figure(1.0 + bars + 0.9 * shown)
     grid = figure.add_gridspec(
         1 + shown, 2, width_ratios=[3.4, 1], height_ratios=[0.8] * shown + [bars]
     )
@@ -399,7 +269,7 @@ def windows(onset, duration, real, flagged, run_duration, motion=None, tr=None):
     lanes.axvline(run_duration, color=INK, linewidth=0.8, linestyle='--', zorder=0)
     lanes.set_xlim(0, max(run_duration, float((onset + length).max()) if count else 0) * 1.01)
     lanes.set_ylim(count - 0.4, -0.6)
-    _whole_numbers(lanes.yaxis)
+    whole_numbers(lanes.yaxis)
     lanes.set_xlabel('time since the first volume (s)')
     lanes.set_ylabel('window')
     plural = 'window' if count == 1 else 'windows'
@@ -443,12 +313,6 @@ def windows(onset, duration, real, flagged, run_duration, motion=None, tr=None):
     return figure
 
 
-def _whole_numbers(axis):
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
-
-
 def principal_components(summary):
     """Scores and share of variance of the principal components over windows.
 
@@ -479,7 +343,7 @@ def principal_components(summary):
     return left * size * sign, np.zeros_like(size) if alike else size**2 / total
 
 
-@_styled
+@styled
 def embedding(summary, onset, runs=None):
     """Embedding of each window: PCA over windows and the likeness of each pair of windows.
 
@@ -501,7 +365,7 @@ def embedding(summary, onset, runs=None):
     summary, onset = np.asarray(summary, float), np.asarray(onset, float)
     if len(summary) < 3:
         return _few_windows(summary, onset)
-    figure = _figure(3.7)
+    figure = new_figure(3.7)
     axes, beside = figure.subplots(1, 2, gridspec_kw={'width_ratios': [1.5, 1]})
 
     scores, explained = principal_components(summary)
@@ -511,7 +375,7 @@ def embedding(summary, onset, runs=None):
         own = labels == label
         axes.plot(scores[own, 0], second[own], color=GREY, linewidth=0.6, zorder=1)
         dots = axes.scatter(
-            scores[own, 0], second[own], c=onset[own], cmap=_colours('viridis', 64, MISSING),
+            scores[own, 0], second[own], c=onset[own], cmap=colour_map('viridis', 64, MISSING),
             marker=marker, s=42,
             vmin=onset.min(), vmax=onset.max(), edgecolors='white', linewidths=0.6,
             label=str(label) or None, zorder=2,
@@ -539,12 +403,12 @@ def embedding(summary, onset, runs=None):
     likeness = np.clip(unit @ unit.T, -1, 1)
     off = likeness[~np.eye(len(likeness), dtype=bool)]
     picture = beside.imshow(
-        shrink(likeness, 450, 450), cmap=_colours('cividis', 64, MISSING),
+        shrink(likeness, 450, 450), cmap=colour_map('cividis', 64, MISSING),
         vmin=off.min(), vmax=max(off.max(), off.min() + 1e-6),
         extent=(-0.5, len(summary) - 0.5, len(summary) - 0.5, -0.5),
     )  # fmt: skip
-    _whole_numbers(beside.xaxis)
-    _whole_numbers(beside.yaxis)
+    whole_numbers(beside.xaxis)
+    whole_numbers(beside.yaxis)
     beside.set_xlabel('window')
     beside.set_ylabel('window')
     beside.set_title('Likeness of windows')
@@ -555,7 +419,7 @@ def embedding(summary, onset, runs=None):
 
 
 def _few_windows(summary, onset):
-    figure = _figure(2.2)
+    figure = new_figure(2.2)
     axes = figure.subplots()
     dimensions = np.arange(summary.shape[1])
     for window, (values, begin) in enumerate(zip(summary, onset, strict=True)):
@@ -579,7 +443,7 @@ def _few_windows(summary, onset):
     return figure
 
 
-@_styled
+@styled
 def connectivity(relmat, order=None, *, order_label='atlas order'):
     """Functional connectivity: the matrix and the distribution of its values.
 
@@ -600,10 +464,10 @@ def connectivity(relmat, order=None, *, order_label='atlas order'):
     parcels = len(relmat)
     order = np.arange(parcels) if order is None else np.asarray(order)
     missing = int(np.isnan(np.where(np.eye(parcels, dtype=bool), np.nan, relmat)).all(1).sum())
-    figure = _figure(5.4)
+    figure = new_figure(5.4)
     axes, beside = figure.subplots(1, 2, gridspec_kw={'width_ratios': [2.4, 1]})
     picture = axes.imshow(
-        shrink(relmat[np.ix_(order, order)], 450, 450), cmap=_colours('RdBu_r', 51, MISSING),
+        shrink(relmat[np.ix_(order, order)], 450, 450), cmap=colour_map('RdBu_r', 51, MISSING),
         vmin=-1, vmax=1, extent=(0, parcels, parcels, 0),
     )  # fmt: skip
     axes.set_xlabel(f'parcel ({order_label})')
@@ -630,7 +494,7 @@ def connectivity(relmat, order=None, *, order_label='atlas order'):
     return figure
 
 
-@_styled
+@styled
 def order_check(found, gradients, fc, expected=None):
     """Whether parcels that are near in gradient space are strongly connected.
 
@@ -651,13 +515,13 @@ def order_check(found, gradients, fc, expected=None):
     """
     near, values = proximity(gradients), connectome_vector(np.asarray(fc, float))
     near, values = near[np.isfinite(values)], values[np.isfinite(values)]
-    figure = _figure(3.3)
+    figure = new_figure(3.3)
     axes, beside = figure.subplots(1, 2, gridspec_kw={'width_ratios': [1.25, 1]})
 
     counts, across, up = np.histogram2d(near, values, bins=(70, 50))
     picture = axes.imshow(
         np.where(counts > 0, counts, np.nan).T, origin='lower', aspect='auto', norm='log',
-        cmap=_colours('Blues', 24, 'white'), extent=(across[0], across[-1], up[0], up[-1]),
+        cmap=colour_map('Blues', 24, 'white'), extent=(across[0], across[-1], up[0], up[-1]),
     )  # fmt: skip
     step = np.quantile(near, np.linspace(0, 1, 21))
     bin_of = np.clip(np.searchsorted(step, near, side='right') - 1, 0, 19)
@@ -697,14 +561,15 @@ def order_check(found, gradients, fc, expected=None):
     beside.set_xlim(min(0, *found.values()) * 1.1, largest + 0.1)
     warned = order_warning(found) is not None
     verdict = 'does not bear out' if warned else 'fits'
-    figure.suptitle(
+    headline(
+        figure,
         f'The connectivity {verdict} the order as read',
-        x=0.01, ha='left', fontsize=9.5, fontweight='bold', color=VERMILION if warned else INK,
-    )  # fmt: skip
+        color=VERMILION if warned else INK,
+    )
     return figure
 
 
-@_styled
+@styled
 def latent_error(error, baseline, order=None, *, order_label='atlas order'):
     """How well the latents of parcels and time patches are predicted from the others.
 
@@ -728,16 +593,16 @@ def latent_error(error, baseline, order=None, *, order_label='atlas order'):
     mean = error.mean(0)
     targets = np.isfinite(mean).any(1)
     order = order[np.argsort(~targets[order], kind='stable')]  # parcels of context last
-    figure = _figure(4.2 + 0.6 * (count > 1))
+    figure = new_figure(4.2 + 0.6 * (count > 1))
     grid = figure.add_gridspec(1 + (count > 1), 2, width_ratios=[1.35, 1])
 
     axes = figure.add_subplot(grid[:, 0])
     low, high = np.quantile(mean[np.isfinite(mean)], [0.02, 0.98])
     picture = axes.imshow(
-        shrink(mean[order], rows=450, columns=patches), cmap=_colours('viridis', 64, MISSING),
+        shrink(mean[order], rows=450, columns=patches), cmap=colour_map('viridis', 64, MISSING),
         vmin=low, vmax=high, aspect='auto', extent=(-0.5, patches - 0.5, parcels, 0),
     )  # fmt: skip
-    _whole_numbers(axes.xaxis)
+    whole_numbers(axes.xaxis)
     axes.set_xlabel('time patch')
     axes.set_ylabel(f'parcel ({order_label})')
     axes.set_title(
@@ -766,7 +631,7 @@ def latent_error(error, baseline, order=None, *, order_label='atlas order'):
                 np.nanmean(values, axis=(1, 2)), 'o-', color=colour, markersize=3.5, linewidth=1,
                 label=label,
             )  # fmt: skip
-        _whole_numbers(below.xaxis)
+        whole_numbers(below.xaxis)
         below.set_ylim(0, 1.1 * below.dataLim.ymax)
         below.set_xlabel('window')
         below.set_ylabel('mean error')

@@ -108,14 +108,26 @@ def parcellate(bold_path, atlas_path, n_parcels, mask_path=None) -> Parcellation
     bold = open_bold(bold_path)
     if bold.is_cifti:
         return _from_grayordinates(bold, atlas_path, n_parcels)
+    sampler = sampler_of(bold, atlas_path, n_parcels)
+    mask = None if mask_path is None else _brain_mask(mask_path, bold)
+    return _from_volumes(bold, sampler, mask)
+
+
+def sampler_of(bold, atlas_path, n_parcels) -> Sampler:
+    """Find the voxels of each parcel in a run that is open.
+
+    Raises
+    ------
+    BrainfmError
+        No parcel lies inside the run's box, or the atlas is no image of labels.
+    """
     sampler = make_sampler(load_image(atlas_path), n_parcels, bold.shape[:3], bold.affine)
     if not sampler.voxels.size:
         raise BrainfmError(
             f'No parcel of {atlas_path} lies inside the box of {bold.path}; '
             'check that the atlas is in the space of the run.'
         )
-    mask = None if mask_path is None else _brain_mask(mask_path, bold)
-    return _from_volumes(bold, sampler, mask)
+    return sampler
 
 
 def make_sampler(atlas_img, n_parcels, shape, affine) -> Sampler:
@@ -152,7 +164,7 @@ def make_sampler(atlas_img, n_parcels, shape, affine) -> Sampler:
             f'{atlas_img.get_filename() or "The atlas"} has shape {atlas_img.shape}; '
             'an atlas for volumes is a 3-D image of labels.'
         )
-    labels = _labels(atlas_img, n_parcels)
+    labels = labels_of(atlas_img, n_parcels)
 
     labelled = np.flatnonzero(labels)
     of_atlas = labels[labelled] - 1
@@ -178,7 +190,7 @@ def make_sampler(atlas_img, n_parcels, shape, affine) -> Sampler:
     return Sampler(voxel[order], parcels, starts, inside, direction)
 
 
-def _labels(image, n_parcels):
+def labels_of(image, n_parcels):
     """Labels of an atlas image, checked, flat in Fortran order, in the smallest fitting type."""
     labels = np.asanyarray(image.dataobj).ravel(order='F')
     low, high = labels.min(), labels.max()
@@ -311,7 +323,7 @@ def _stream(bold, sampler, mask, nonfinite):
 
 
 def _from_grayordinates(bold, atlas_path, n_parcels):
-    labels = _matching_labels(atlas_path, n_parcels, bold)
+    labels = matching_labels(atlas_path, n_parcels, bold)
     sums, n_used = np.zeros((n_parcels, bold.n_volumes)), np.zeros(n_parcels)
     start, brain_sum, n_brain, n_nonfinite = 0, 0.0, 0, 0
     for block in grayordinates(bold):
@@ -341,14 +353,14 @@ def _from_grayordinates(bold, atlas_path, n_parcels):
     )
 
 
-def _matching_labels(atlas_path, n_parcels, bold):
+def matching_labels(atlas_path, n_parcels, bold):
     """(G,) labels of a dlabel file whose grayordinates are those of the run."""
     image = load_image(atlas_path)
     if not isinstance(image, nib.Cifti2Image):
         raise BrainfmError(
             f'{bold.path} is a CIFTI series but the atlas {atlas_path} is not a .dlabel.nii file.'
         )
-    axis, labels = image.header.get_axis(1), _labels(image, n_parcels)
+    axis, labels = image.header.get_axis(1), labels_of(image, n_parcels)
     in_volume = axis.volume_mask
     subcortical = np.setdiff1d(labels[in_volume], labels[~in_volume])
     n_lost = np.count_nonzero(subcortical)

@@ -1,7 +1,8 @@
 """The graph of the participant level.
 
 A node per run and atlas makes parcel series, in parallel. A node per model encodes all runs with
-one load of the weights. A node per participant writes the report. Nodes hand on outcomes, and the
+one load of the weights, and makes what else is asked of it. A node per participant and atlas finds
+networks, and a node per participant writes the report. Nodes hand on outcomes, and the
 data go through the derivatives themselves, so that a run killed anywhere goes on where it was.
 """
 
@@ -11,9 +12,17 @@ from niworkflows.engine.workflows import LiterateWorkflow
 
 from bids_brainfm.interfaces.embedding import BLOCKS, latent_name
 from bids_brainfm.interfaces.encode import EncodeRuns
+from bids_brainfm.interfaces.networks import MakeNetworks, networks_name, networks_text
+from bids_brainfm.interfaces.outputs import analyses_of, analysis_name
 from bids_brainfm.interfaces.report import WriteReport
 from bids_brainfm.interfaces.series import FILL_RULE, MakeSeries
 from bids_brainfm.workflows.plan import AtlasPlan, ModelPlan, Plan
+
+# In the form of the citations of atlas cards
+NETWORK_REFERENCES = [
+    'Yeo et al. 2011, Journal of Neurophysiology 106:1125-1165, doi:10.1152/jn.00338.2011',
+    'Wagner & Dray 2015, Methods Ecol. Evol. 6:1169-1178, doi:10.1111/2041-210X.12407',
+]
 
 
 def node_name(*parts: str) -> str:
@@ -56,13 +65,27 @@ def init_participant_wf(plan: Plan, software: dict) -> LiterateWorkflow:
                     (encode_wf, all_encoded, [('encode.outcomes', f'in{number}')]),
                 ]
             )
+    all_done = {}
+    for atlas in plan.atlases:
+        for subject, runs in atlas.network_runs.items():
+            find = pe.Node(
+                MakeNetworks(runs=runs, task=atlas.networks, stop=settings.stop_on_first_crash),
+                name=node_name('networks', atlas.name, subject),
+                mem_gb=0.5,
+            )
+            workflow.connect(all_encoded, 'out', find, 'after')
+            all_done.setdefault(subject, []).append((find, 'outcomes'))
     for subject in plan.subjects:
         report = pe.Node(
             WriteReport(output=settings.output_dir, subject=subject, software=software),
             name=node_name('report', subject),
             run_without_submitting=True,
         )
-        workflow.connect(all_encoded, 'out', report, 'after')
+        before = all_done.get(subject, [(all_encoded, 'out')])
+        merge = pe.Node(Merge(len(before)), node_name('all_done', subject))
+        for i, (node, output) in enumerate(before, 1):
+            workflow.connect(node, output, merge, f'in{i}')
+        workflow.connect(merge, 'out', report, 'after')
     return workflow
 
 
@@ -78,6 +101,10 @@ def describe(workflow: LiterateWorkflow, plan: Plan) -> dict[str, tuple[str, lis
             parts[f'desc-{spec.label}'] = text, list(spec.card.citation)
             if model.task.block:
                 parts[latent_name(spec.label)] = latent_text(model.task), []
+            for analysis in analyses_of(model.task):
+                parts[analysis_name(analysis, spec.label)] = analysis.text(model.task), []
+        if atlas.networks is not None:
+            parts[networks_name(atlas.name)] = networks_text(atlas.networks), NETWORK_REFERENCES
     return parts
 
 

@@ -7,6 +7,7 @@ that do not fit the outputs already there.
 import dataclasses
 import hashlib
 import json
+import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,14 +18,27 @@ from bids_brainfm.bids import reading, writing
 from bids_brainfm.bids.reading import BoldRun
 from bids_brainfm.config import Settings
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.interfaces.embedding import EncodeTask, embedding_current, latent_name
+from bids_brainfm.interfaces.analysis import AnalysisSettings
+from bids_brainfm.interfaces.embedding import EncodeTask, latent_name
 from bids_brainfm.interfaces.encode import encode_step
+from bids_brainfm.interfaces.networks import (
+    CONNECTOME,
+    NetworkTask,
+    Source,
+    networks_name,
+    participant_current,
+    whole_participant,
+)
 from bids_brainfm.interfaces.outcome import Outcome, read_failures
+from bids_brainfm.interfaces.outputs import analyses_of, analysis_name, run_current
 from bids_brainfm.interfaces.series import SeriesTask, series_current, series_step
 from bids_brainfm.signals.scale import atlas_of, check_stats, load_scale_stats
 
 # The card's own space first; fMRIPrep's default comes last, where the atlas is a warped one
 SPACES = ('MNI152NLin6Asym', 'fsLR', 'MNI152NLin2009cAsym')
+# What is perturbed by default, since its response is the best known: in mm (MNI)
+LEFT_V1_MM = (-10.0, -85.0, 2.0)
+LOGGER = logging.getLogger('bids_brainfm')
 
 
 @dataclass(frozen=True)
@@ -37,7 +51,11 @@ class ModelPlan:
 
 @dataclass(frozen=True)
 class AtlasPlan:
-    """One atlas: its runs, those whose series are yet to be made, and its models."""
+    """One atlas: its runs, those whose series are yet to be made, and its models.
+
+    ``networks`` is None where no networks are asked for, ``network_runs`` the runs of each
+    participant whose networks are yet to be found.
+    """
 
     name: str
     citation: tuple[str, ...]
@@ -45,6 +63,18 @@ class AtlasPlan:
     runs: list[BoldRun]
     todo: list[BoldRun]
     models: list[ModelPlan]
+    networks: NetworkTask | None = None
+    network_runs: dict[str, list[BoldRun]] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> list[Outcome]:
+        """Everything that is wanted of this atlas, by run and step, as if it were done."""
+        labels = [encode_step(self.name, model.task.spec.label) for model in self.models]
+        wanted = [(run, s) for run in self.runs for s in (series_step(self.name), *labels)]
+        if self.networks is not None:
+            whole = {run.subject: whole_participant(run) for run in self.runs}
+            wanted += [(of, networks_name(self.name)) for of in (*self.runs, *whole.values())]
+        return [Outcome(run.name, step) for run, step in wanted]
 
 
 @dataclass(frozen=True)
@@ -71,15 +101,7 @@ class Plan:
     @property
     def steps(self) -> list[Outcome]:
         """Everything that this plan wants done, by run and step, as if it were."""
-        return [
-            Outcome(run.name, step)
-            for atlas in self.atlases
-            for run in atlas.runs
-            for step in (
-                series_step(atlas.name),
-                *(encode_step(atlas.name, model.task.spec.label) for model in atlas.models),
-            )
-        ]
+        return [step for atlas in self.atlases for step in atlas.steps]
 
     def record_failures(self) -> None:
         """Forget failures of earlier runs in what is to be done now, and write down the known."""
@@ -145,13 +167,13 @@ def resolve_models(settings: Settings, home: Path, version: str) -> list[EncodeT
     tasks = []
     for text in settings.model:
         spec = resolve_model(text, home, settings.random_weights)
-        atlas = load_atlas(spec.card.atlas, home).name
+        atlas = load_atlas(spec.card.atlas, home)
         block = (settings.latent_prediction or BLOCKS[0]) if spec.predicts_latents else 'none'
         tasks.append(
             EncodeTask(
                 spec=spec,
-                atlas=atlas,
-                contract=_contract(settings, spec.card, atlas),
+                atlas=atlas.name,
+                contract=_contract(settings, spec.card, atlas.name),
                 home=home,
                 device=str(device),
                 precision=str(resolve_precision(settings.precision, device)),
@@ -159,6 +181,7 @@ def resolve_models(settings: Settings, home: Path, version: str) -> list[EncodeT
                 threads=settings.omp_nthreads,
                 tokens=settings.tokens,
                 block=None if block == 'none' else block,
+                analyses=_analyses(settings, spec, atlas),
                 output=settings.output_dir,
                 version=version,
             )
@@ -175,6 +198,7 @@ def resolve_models(settings: Settings, home: Path, version: str) -> list[EncodeT
             f'--temporal official picks frames as Brain-JEPA does, and '
             f'{", ".join(settings.model)} has no such recipe: leave it out.'
         )
+    _check_outputs(settings, tasks)
     asked = settings.latent_prediction not in (None, 'none')
     if asked and not any(task.spec.predicts_latents for task in tasks):
         raise BrainfmError(
@@ -182,6 +206,86 @@ def resolve_models(settings: Settings, home: Path, version: str) -> list[EncodeT
             f'predicts no latents, as Brain-JEPA does: leave it out.'
         )
     return tasks
+
+
+def _analyses(settings: Settings, spec, atlas) -> AnalysisSettings:
+    """What is computed with one model beside its embeddings, of all that was asked for."""
+    everything = 'all' in settings.outputs
+    can = ('networks',)
+    if spec.reconstructs:
+        can += ('reconstruction', 'forecast', 'perturbation')
+    outputs = tuple(name for name in can if everything or name in settings.outputs)
+    chosen = {
+        'mask_ratio': settings.mask_ratio or spec.card.config.get('mask_ratio'),
+        'aggregate': settings.aggregate,
+        'bold': settings.write_bold,
+        'points': settings.forecast_points,
+        'mode': settings.forecast_mode,
+        'k_sd': settings.perturb_sd,
+        'seed': settings.random_seed,
+    }
+    if 'perturbation' in outputs:
+        name, parcels = _target(settings, atlas)
+        chosen |= {'target_name': name, 'target': parcels}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    return AnalysisSettings(outputs=outputs, **given)
+
+
+def _target(settings: Settings, atlas) -> tuple[str, tuple[str, ...]]:
+    """What is perturbed, and the names of its parcels.
+
+    Raises
+    ------
+    BrainfmError
+        The atlas has no such parcel or network.
+    """
+    import difflib
+
+    import numpy as np
+
+    from bids_brainfm.atlases.reference import reference_networks
+
+    name = settings.perturb
+    if name is None:
+        distance = np.linalg.norm(atlas.xyz - np.array(LEFT_V1_MM), axis=1)
+        name = atlas.names[int(distance.argmin())]
+    if name in atlas.names:
+        return name, (name,)
+    networks = reference_networks(atlas, settings.reference_networks) or ()
+    parcels = tuple(
+        n for n, network in zip(atlas.names, networks, strict=False) if network == name
+    )
+    if not parcels:
+        known = [*atlas.names, *sorted(set(networks))]
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:3]
+        raise BrainfmError(
+            f'--perturb {name}: the atlas {atlas.name} has no such parcel or network; did you '
+            f'mean {", ".join(near)}?'
+        )
+    return name, parcels
+
+
+def _check_outputs(settings: Settings, tasks: list[EncodeTask]) -> None:
+    """See that every output that was named can be had of some model, and how."""
+    given = {'embeddings', 'all'}.union(*(task.analyses.outputs for task in tasks))
+    lacking = [name for name in settings.outputs if name not in given]
+    if lacking:
+        raise BrainfmError(
+            f'--outputs {" ".join(lacking)}: {", ".join(settings.model)} has no decoder, as '
+            f'BrainLM has: leave it out, or add a BrainLM with --model.'
+        )
+    for task in tasks:
+        if 'forecast' in task.analyses.outputs:
+            _check_forecast(task)
+
+
+def _check_forecast(task: EncodeTask) -> None:
+    """See that a model can hide what is to be forecast."""
+    from bids_brainfm.analyses.forecast import hidden_points
+    from bids_brainfm.models.weights import build
+
+    network = build(task.spec.card.config)
+    hidden_points(network, task.analyses.points, task.analyses.mode, task.spec.card.name)
 
 
 def _contract(settings: Settings, card, atlas: str):
@@ -347,7 +451,58 @@ def _plan_atlas(settings, version, home, atlas_name, tasks, layouts, failures) -
     _claim(settings, atlas.name, preset, tasks)
     todo = [run for run in runs if not series_current(output, run, atlas.name)]
     models = [ModelPlan(task, _to_encode(runs, todo, task)) for task in tasks]
-    return AtlasPlan(atlas.name, atlas.citation, series, runs, todo, models)
+    networks = _networks(settings, version, home, atlas_name, tasks)
+    if networks is not None:
+        _claim_networks(networks)
+    return AtlasPlan(
+        atlas.name, atlas.citation, series, runs, todo, models, networks,
+        _to_find(runs, todo, models, networks),
+    )  # fmt: skip
+
+
+def _networks(settings, version, home, atlas_name, tasks) -> NetworkTask | None:
+    """How networks are found in one atlas, None where they are not asked for."""
+    if not {'networks', 'all'} & set(settings.outputs):
+        return None
+    kind = lambda spec: 'attention' if spec.pooling == 'class token' else 'parcels'
+    table = lambda spec: spec.gradients and spec.gradients.path
+    specs = [task.spec for task in tasks if task.spec.per_parcel]
+    sources = [Source(CONNECTOME, CONNECTOME)]
+    sources += [Source(spec.label, kind(spec), table(spec)) for spec in specs]
+    networks = NetworkTask(
+        name=tasks[0].atlas,
+        atlas=atlas_name,
+        home=home,
+        sources=tuple(sources),
+        n_clusters=settings.network_clusters,
+        reference=settings.reference_networks,
+        seed=settings.random_seed,
+        output=settings.output_dir,
+        version=version,
+    )
+    if networks.networks is None and settings.reference_networks is None:
+        LOGGER.warning(
+            'No reference networks of the atlas %s are on this machine: clusters are not named '
+            'and the k-NN protocol is left out (see --reference-networks).', networks.name,
+        )  # fmt: skip
+    return networks
+
+
+def _to_find(runs, todo, models, networks) -> dict[str, list[BoldRun]]:
+    """Runs of each participant of which networks are to be found."""
+    if networks is None:
+        return {}
+    remade = {run.name for run in todo}.union(
+        *({run.name for run in model.todo} for model in models)
+    )
+    by_subject = {}
+    for run in runs:
+        by_subject.setdefault(run.subject, []).append(run)
+    return {
+        subject: own
+        for subject, own in by_subject.items()
+        if remade & {run.name for run in own} or not participant_current(own, networks)
+    }
 
 
 def _check_fit(task: EncodeTask, atlas) -> None:
@@ -365,7 +520,7 @@ def _check_fit(task: EncodeTask, atlas) -> None:
 
 def _to_encode(runs, todo, task: EncodeTask) -> list[BoldRun]:
     remade = {run.name for run in todo}
-    return [run for run in runs if run.name in remade or not embedding_current(run, task)]
+    return [run for run in runs if run.name in remade or not run_current(run, task)]
 
 
 def _claim(settings: Settings, atlas: str, preset, tasks: list[EncodeTask]) -> None:
@@ -405,6 +560,26 @@ def _claim(settings: Settings, atlas: str, preset, tasks: list[EncodeTask]) -> N
             writing.claim_settings(
                 settings.output_dir, name, {'latent_prediction': task.block}, f'*_{name}_*.tsv'
             )
+        for analysis in analyses_of(task):
+            writing.claim_settings(
+                settings.output_dir,
+                analysis_name(analysis, task.spec.label),
+                {key: getattr(task.analyses, key) for key in analysis.SETTINGS},
+                analysis.pattern(task),
+            )
+
+
+def _claim_networks(task: NetworkTask) -> None:
+    """Hold found networks to one way of finding them."""
+    from bids_brainfm.atlases.fetch import sha256_of
+
+    own = task.reference and f'sha256 {sha256_of(task.reference)}'
+    writing.claim_settings(
+        task.output,
+        networks_name(task.name),
+        {'clusters': task.clusters, 'reference': own, 'seed': task.seed},
+        f'*_atlas-{task.name}_stat-network_*.tsv',
+    )
 
 
 def _digest(content: dict) -> str:

@@ -1,0 +1,85 @@
+"""Reference networks: what the parcels of an atlas are known to belong to."""
+
+from pathlib import Path
+
+from bids_brainfm.errors import BrainfmError
+
+NONE = 'n/a'
+# The networks of Yeo et al. 2011 (doi:10.1152/jn.00338.2011) that the 17 of Schaefer's names make
+# up; TempPar counts to the default mode.
+SEVEN = {
+    'Vis': 'Visual',
+    'SomMot': 'Somatomotor',
+    'DorsAttn': 'Dorsal attention',
+    'SalVentAttn': 'Salience/ventral attention',
+    'Limbic': 'Limbic',
+    'Cont': 'Control',
+    'Default': 'Default mode',
+    'TempPar': 'Default mode',
+    'Subcortex': NONE,
+    'Cortex': NONE,
+}
+
+
+def seven_networks(networks: tuple[str, ...]) -> tuple[str, ...]:
+    """Seven networks out of the 17 of Schaefer's parcels; other names stay as they are.
+
+    Parameters
+    ----------
+    networks : tuple of P str
+        As :attr:`bids_brainfm.atlases.atlas.Atlas.networks` has them.
+
+    Returns
+    -------
+    tuple of P str
+        ``'n/a'`` for parcels that belong to none of the seven.
+
+    Examples
+    --------
+    >>> seven_networks(('VisCent', 'ContA', 'TempPar', 'Subcortex', 'Sensorimotor'))
+    ('Visual', 'Control', 'Default mode', 'n/a', 'Sensorimotor')
+    """
+    named = {full: short for short in SEVEN for full in (short, *(f'{short}{x}' for x in 'ABC'))}
+    named |= {'VisCent': 'Vis', 'VisPeri': 'Vis'}
+    return tuple(SEVEN[named[n]] if n in named else n for n in networks)
+
+
+def reference_networks(atlas, path: Path | None = None) -> tuple[str, ...] | None:
+    """Reference networks of an atlas's parcels, ``'n/a'`` for a parcel without one.
+
+    Parameters
+    ----------
+    atlas : bids_brainfm.atlases.atlas.Atlas
+    path : Path, optional
+        A table of one's own (TSV) with the columns ``name`` (of the parcel) and ``network``, in
+        any order of rows; the atlas's own networks where not given.
+
+    Returns
+    -------
+    tuple of P str, or None
+        None where nothing is known.
+
+    Raises
+    ------
+    BrainfmError
+        The table cannot be read, or is not of this atlas.
+    """
+    if path is None:
+        return None if atlas.networks is None else seven_networks(atlas.networks)
+    import pandas as pd
+
+    try:
+        frame = pd.read_csv(path, sep='\t', dtype=str, keep_default_na=False)
+        found = dict(zip(frame['name'], frame['network'], strict=True))
+    except (OSError, ValueError, KeyError) as error:
+        raise BrainfmError(
+            f'--reference-networks {path} is not a table (TSV) with the columns name and network '
+            f'({type(error).__name__}: {error}): mend the file.'
+        ) from None
+    known = [name for name in atlas.names if name in found]
+    if not known:
+        raise BrainfmError(
+            f'--reference-networks {path} names no parcel of the atlas {atlas.name}, whose '
+            f'first is {atlas.names[0]}: give a table of this atlas.'
+        )
+    return tuple(found.get(name) or NONE for name in atlas.names)

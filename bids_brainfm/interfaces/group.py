@@ -1,0 +1,235 @@
+"""The group level: attention maps of two conditions, or of two groups, subtracted."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bids_brainfm.bids import writing
+from bids_brainfm.bids.reading import LONG_NAMES, generators, parse_name, read_description
+from bids_brainfm.errors import BrainfmError
+
+SUFFIX = 'stat-attention'
+
+
+@dataclass(frozen=True)
+class GroupMap:
+    """Attention maps of one model in one space.
+
+    Attributes
+    ----------
+    name : str
+        Entities that begin the names of outputs.
+    label : str
+        Of the model.
+    image, table : Path
+        Image and table of the atlas, beside the outputs.
+    values : list of (dict, (P,) float)
+        Entities of each run, and its map.
+    """
+
+    name: str
+    label: str
+    image: Path
+    table: Path
+    values: list
+
+
+def read_maps(dataset: Path, participants: tuple[str, ...] = ()) -> list[GroupMap]:
+    """Attention maps that the participant level wrote, by space, atlas and model.
+
+    Raises
+    ------
+    BrainfmError
+        The dataset is not ours, or has none.
+    """
+    import pandas as pd
+
+    makers = [program.get('Name') for program in generators(read_description(dataset))]
+    if 'bids_brainfm' not in makers:
+        raise BrainfmError(
+            f'{dataset} was not written by bids_brainfm: the group level takes what the '
+            f'participant level wrote, bids_brainfm OUT OUT group.'
+        )
+    found: dict[tuple, list] = {}
+    for path in sorted(dataset.glob(f'sub-*/**/*_{SUFFIX}_*_boldmap.tsv')):
+        entities = parse_name(path.name)[0]
+        if participants and entities['sub'] not in participants:
+            continue
+        if writing.read_sidecar(path.with_suffix('.json')) is None:  # not whole
+            continue
+        values = pd.read_csv(path, sep='\t', na_values='n/a')['attention'].to_numpy(float)
+        key = tuple(entities[name] for name in ('space', 'atlas', 'desc'))
+        found.setdefault(key, []).append((entities, values))
+    if not found:
+        raise BrainfmError(
+            f'{dataset} has no attention maps: run the participant level with --outputs networks '
+            f'first.'
+        )
+    return [_group_map(dataset, *key, values) for key, values in found.items()]
+
+
+def _group_map(dataset: Path, space: str, atlas: str, label: str, values: list) -> GroupMap:
+    folder = dataset / 'sourcedata' / 'atlases' / f'tpl-{space}'
+    images = sorted(folder.glob(f'tpl-{space}_atlas-{atlas}_*_dseg*.nii*'))
+    if not images:
+        raise BrainfmError(
+            f'The image of atlas {atlas} is not in {folder}, where the participant level puts '
+            f'it: run that again.'
+        )
+    table = images[0].with_name(images[0].name.partition('.')[0] + '.tsv')
+    name = f'space-{space}_atlas-{atlas}_{SUFFIX}_desc-{label}'
+    return GroupMap(name, label, images[0], table, values)
+
+
+def read_groups(dataset: Path, column: str) -> dict[str, str]:
+    """What ``participants.tsv`` says of each participant in a column.
+
+    It is looked for in the dataset, in those that it was made from, and in the raw datasets that
+    these lie in.
+
+    Raises
+    ------
+    BrainfmError
+        No such table has the column.
+    """
+    import pandas as pd
+
+    links = read_description(dataset).get('DatasetLinks', {}).values()
+    sources = [Path(link.removeprefix('file://')) for link in links]
+    folders = [
+        dataset,
+        *sources,
+        *(p.parents[1] for p in sources if p.parent.name == 'derivatives'),
+    ]
+    columns = []
+    for folder in folders:
+        path = folder / 'participants.tsv'
+        if path.is_file():
+            frame = pd.read_csv(path, sep='\t', dtype=str, keep_default_na=False)
+            if column in frame and 'participant_id' in frame:
+                labels = frame['participant_id'].str.removeprefix('sub-')
+                return dict(zip(labels, frame[column], strict=True))
+            columns += list(frame)
+    raise BrainfmError(
+        f'--contrast {column}: this is no entity of the runs (task, ses, run, acq, ...) and no '
+        f'column of a participants.tsv ({", ".join(dict.fromkeys(columns)) or "there is none"}); '
+        f'looked for it in {", ".join(map(str, folders))}.'
+    )
+
+
+def sides(of: GroupMap, column: str, a: str, b: str, dataset: Path) -> tuple:
+    """Maps of both sides of a contrast, a mean over runs for each participant.
+
+    Returns
+    -------
+    a, b : (N, P) and (M, P) float
+    paired : bool
+        Whether rows of both are the same participants: conditions are compared within, groups
+        between participants.
+
+    Raises
+    ------
+    BrainfmError
+        A side has nobody.
+    """
+    entity = {long: short for short, long in LONG_NAMES.items()}.get(column, column)
+    paired = any(entity in entities for entities, _ in of.values)
+    group = {} if paired else read_groups(dataset, column)
+    found: dict[str, dict[str, list]] = {a: {}, b: {}}
+    known = set()
+    for entities, values in of.values:
+        level = entities.get(entity) if paired else group.get(entities['sub'])
+        known.add(str(level))
+        if level in found:
+            found[level].setdefault(entities['sub'], []).append(values)
+    missing = [level for level, people in found.items() if not people]
+    if missing:
+        raise BrainfmError(
+            f'--contrast {column} {a} {b}: no attention map of {of.label} is of {column} '
+            f'{" or ".join(missing)}; there are {", ".join(sorted(known))}.'
+        )
+    people = [set(found[level]) for level in (a, b)]
+    if paired:
+        people = [people[0] & people[1]] * 2
+        if not people[0]:
+            raise BrainfmError(
+                f'--contrast {column} {a} {b}: no participant has runs of both; compare groups '
+                f'of participants by a column of participants.tsv.'
+            )
+    maps = (
+        np.array([np.mean(found[level][person], axis=0) for person in sorted(who)])
+        for level, who in zip((a, b), people, strict=True)
+    )
+    return *maps, paired
+
+
+def write_contrasts(
+    dataset: Path, output: Path, contrast: tuple[str, str, str], participants=(), version=''
+) -> list[Path]:
+    """Write a minus b for each model and space: table, image, figure, sidecar.
+
+    Parameters
+    ----------
+    dataset : Path
+        What the participant level wrote.
+    output : Path
+        Where the folder ``group`` goes.
+    contrast : tuple of str
+        An entity of runs or a column of ``participants.tsv``, and its two levels.
+    participants : tuple of str
+        Labels to take; all where empty.
+    version : str
+        Version of this program.
+
+    Returns
+    -------
+    list of Path
+        The tables.
+    """
+    import pandas as pd
+
+    from bids_brainfm.analyses.contrast import contrast as compare
+    from bids_brainfm.reports import analysis_figures, figures
+    from bids_brainfm.signals.paint import paint_map
+
+    column, a, b = contrast
+    plain = lambda text: re.sub('[^a-zA-Z0-9]', '', text)
+    folder = output / 'group' / f'{plain(column)}-{plain(a)}-minus-{plain(b)}'
+    written = []
+    for of in read_maps(dataset, participants):
+        first, second, paired = sides(of, column, a, b, dataset)
+        found = compare(first, second, paired)
+        parcels = pd.read_csv(of.table, sep='\t', dtype={'name': str})
+        table = folder / f'{of.name}_boldmap.tsv'
+        columns = {name: getattr(found, name) for name in ('difference', 't', 'p', 'q')}
+        writing.write_table(table, {'Node': list(parcels['name'])} | columns)
+        extension = '.dscalar.nii' if of.image.name.endswith('.dlabel.nii') else '.nii.gz'
+        paint_map(table.with_suffix(extension), of.image, found.difference)
+        figure = analysis_figures.contrast(
+            parcels[['x', 'y', 'z']].to_numpy(), found.difference, found.q, a, b, found.n_a,
+            found.n_b,
+        )  # fmt: skip
+        figures.save(figure, table.with_suffix('.svg'))
+        writing.write_json(
+            table.with_suffix('.json'),
+            {
+                'Description': f'Share of the attention of {of.label} that falls on each parcel: '
+                f'{column} {a} minus {b}, a mean over runs for each participant.',
+                'Contrast': {'Of': column, 'Minuend': a, 'Subtrahend': b},
+                'Test': 'paired t-test' if paired else "Welch's t-test",
+                'NumberOfParticipants': {a: found.n_a, b: found.n_b},
+                'Sources': [writing.own_uri(dataset, of.image)],
+                'SoftwareVersion': version,
+                'Node': {'Description': 'Parcel of the atlas'},
+                'difference': {'Description': f'{a} minus {b}'},
+                't': {'Description': 'Statistic of the test'},
+                'p': {'Description': 'Two-sided'},
+                'q': {
+                    'Description': 'p by false discovery rate over parcels (Benjamini & Hochberg)'
+                },
+            },
+        )
+        written.append(table)
+    return written

@@ -1,0 +1,470 @@
+"""``--outputs networks``: functional networks out of parcel features, for runs and participants.
+
+Features come from the derivatives: connectivity, attention of a class token, or an embedding for
+each parcel. What they give is held against reference networks.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+from nipype.interfaces.base import (
+    BaseInterfaceInputSpec,
+    SimpleInterface,
+    TraitedSpec,
+    traits,
+)
+
+from bids_brainfm.bids import writing
+from bids_brainfm.bids.reading import BoldRun
+from bids_brainfm.interfaces.outcome import Outcome, attempt
+from bids_brainfm.interfaces.series import report_name, series_paths, voxel_size
+from bids_brainfm.models.connectome import LABEL as CONNECTOME
+
+AUTO = 'auto'
+PICTURES = ('networks', 'knn')
+FEATURES = {
+    CONNECTOME: "each parcel's connectivity with all others (Fisher z)",
+    'attention': 'attention of the class token to each parcel at each time patch, mean over '
+    'windows',
+    'parcels': "mean of each parcel's tokens, mean over windows",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What features come from.
+
+    Attributes
+    ----------
+    label : str
+        BIDS label of the model, or the baseline's.
+    kind : str
+        A key of `FEATURES`.
+    gradients : Path or None
+        Table by which the model is told where parcels lie.
+    """
+
+    label: str
+    kind: str
+    gradients: Path | None = None
+
+
+@dataclass(frozen=True)
+class NetworkTask:
+    """How networks are found, for all runs of one atlas.
+
+    Attributes
+    ----------
+    name, atlas : str
+        Name of the atlas, and the same or the path of its card.
+    home : Path
+        Where fetched atlases are kept.
+    sources : tuple of Source
+        What features come from.
+    n_clusters : str or None
+        Number of clusters, or ``auto`` for the best silhouette; None: as many as there are
+        reference networks.
+    reference : Path or None
+        Table of reference networks; None: the atlas's own.
+    seed : int
+    output : Path
+        The output dataset.
+    version : str
+        Version of this program, for the sidecars.
+    """
+
+    name: str
+    atlas: str
+    home: Path
+    sources: tuple[Source, ...]
+    n_clusters: str | None
+    reference: Path | None
+    seed: int
+    output: Path
+    version: str
+
+    @cached_property
+    def loaded(self):
+        """The atlas."""
+        from bids_brainfm.atlases.atlas import load_atlas
+
+        return load_atlas(self.atlas, self.home)
+
+    @cached_property
+    def networks(self) -> tuple[str, ...] | None:
+        """Reference network of each parcel, None where nothing is known."""
+        from bids_brainfm.atlases.reference import reference_networks
+
+        return reference_networks(self.loaded, self.reference)
+
+    @property
+    def clusters(self) -> int | None:
+        """Number of clusters to make, None for the best silhouette."""
+        from bids_brainfm.atlases.reference import NONE
+
+        if self.n_clusters not in (None, AUTO):
+            return int(self.n_clusters)
+        if self.n_clusters == AUTO or self.networks is None:
+            return None
+        return len(set(self.networks) - {NONE})
+
+
+def networks_name(atlas: str) -> str:
+    """What finding the networks of an atlas is called among settings, methods and failures."""
+    return f'atlas-{atlas}_networks'
+
+
+def networks_text(task: NetworkTask) -> str:
+    """Sentences for the methods."""
+    labels = ', '.join(source.label for source in task.sources)
+    k = 'with the best mean silhouette' if task.clusters is None else f'{task.clusters}'
+    text = (
+        f'Functional networks of the parcels of {task.name} were sought without labels, from '
+        f'features of each parcel ({labels}; {FEATURES[CONNECTOME]} as the baseline): k-means on '
+        f'rows of unit length, number of clusters {k}, confidence by silhouette.'
+    )
+    if task.networks is None:
+        return text
+    return (
+        f'{text} Clusters were matched to reference networks by overlap. Beside it stands the '
+        'zero-shot protocol: k-nearest neighbours with held-out parcels, against the largest '
+        'network, the place of the parcels alone, shuffled labels, and surrogates of the features '
+        'with the same spatial autocorrelation (Moran spectral randomisation).'
+    )
+
+
+def whole_participant(run: BoldRun) -> BoldRun:
+    """What stands for all runs of a participant in one space, in names of outputs."""
+    entities = {key: run.entities[key] for key in ('sub', 'space')}
+    return dataclasses.replace(run, name=f'sub-{run.subject}', entities=entities)
+
+
+def paths(of: BoldRun, label: str, task: NetworkTask) -> dict[str, Path]:
+    """Files of a run or participant and a source of features."""
+
+    def path(suffix, extension='.tsv', **entities):
+        return writing.derivative_path(
+            task.output, of, suffix, extension, atlas=task.name, desc=label, **entities
+        )
+
+    found = {
+        'parcels': path('boldmap', stat='network'),
+        'image': path('dseg', '.dlabel.nii' if of.is_cifti else '.nii.gz'),
+        'table': path('dseg'),
+    }
+    return found | ({} if task.networks is None else {'knn': path('knn')})
+
+
+def features_of(run: BoldRun, source: Source, task: NetworkTask) -> np.ndarray | None:
+    """Features (P, F) of a run, read from its derivatives; None where these do not stand."""
+    import h5py
+    import pandas as pd
+
+    from bids_brainfm.analyses.networks import fc_features
+
+    def path(suffix, extension, **entities):
+        return writing.derivative_path(
+            task.output, run, suffix, extension, atlas=task.name, desc=source.label, **entities
+        )
+
+    relmat = series_paths(task.output, run, task.name)['relmat']
+    file = {
+        CONNECTOME: relmat,
+        'attention': path('boldmap', '.tsv', stat='attention'),
+        'parcels': path('embedding', '.h5'),
+    }[source.kind]
+    if not writing.is_current(file.with_suffix('.json'), file, writing.input_fingerprints(run)):
+        return None
+    if source.kind == CONNECTOME:
+        return fc_features(writing.read_relmat(relmat))
+    if source.kind == 'attention':
+        table = pd.read_csv(file, sep='\t', na_values='n/a')
+        return table.filter(like='patch').to_numpy(float)
+    with h5py.File(file) as file:
+        features = file['parcels'][:].mean(axis=0).astype(float)
+    missing = np.isnan(writing.read_relmat(relmat)).all(axis=1)
+    features[missing] = np.nan  # these were filled from other parcels
+    return features
+
+
+def mean_features(features: list[np.ndarray]) -> np.ndarray:
+    """Mean over runs of what each parcel has.
+
+    >>> nan = np.nan
+    >>> mean_features([np.array([[1.0], [nan]]), np.array([[3.0], [5.0]])]).tolist()
+    [[2.0], [5.0]]
+    """
+    known = np.isfinite(features)
+    total = np.where(known, features, 0).sum(axis=0)
+    count = known.sum(axis=0)
+    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+
+
+def participant_current(runs: list[BoldRun], task: NetworkTask) -> bool:
+    """Whether all networks of a participant stand and fit the inputs."""
+    return all(
+        _current(of, source.label, own, task)
+        for of, own in [*((run, [run]) for run in runs), *_participants(runs)]
+        for source in task.sources
+    )
+
+
+def _participants(runs: list[BoldRun]) -> list[tuple[BoldRun, list[BoldRun]]]:
+    """What stands for the participant in each space, with its runs."""
+    spaces = dict.fromkeys(run.space for run in runs)
+    by_space = [[run for run in runs if run.space == space] for space in spaces]
+    return [(whole_participant(own[0]), own) for own in by_space]
+
+
+def _inputs(runs: list[BoldRun]) -> dict:
+    return {uri: state for run in runs for uri, state in writing.input_fingerprints(run).items()}
+
+
+def _current(of: BoldRun, label: str, runs: list[BoldRun], task: NetworkTask) -> bool:
+    files = paths(of, label, task)
+    sidecar = files['parcels'].with_suffix('.json')
+    whole = all(path.is_file() for path in files.values())
+    return whole and writing.is_current(sidecar, files['parcels'], _inputs(runs))
+
+
+def make_networks(runs: list[BoldRun], task: NetworkTask, stop: bool = False) -> list[Outcome]:
+    """Find the networks of each run of a participant, and of all its runs together.
+
+    Parameters
+    ----------
+    runs : list of BoldRun
+        Of one participant.
+    task : NetworkTask
+    stop : bool
+        Whether the first failure is raised.
+    """
+    step, known = networks_name(task.name), {}
+    return [
+        attempt(task.output, of, step, partial(_of_run, of, own, task, known), stop)
+        for of, own in [*((run, [run]) for run in runs), *_participants(runs)]
+    ]
+
+
+def _of_run(of: BoldRun, runs: list[BoldRun], task: NetworkTask, known: dict) -> None:
+    """Write what is not current; what was found is kept in `known`, for one run may be all."""
+    for source in task.sources:
+        if _current(of, source.label, runs, task):
+            continue
+        found = [features_of(run, source, task) for run in runs]
+        # a run that failed has been told of, and has nothing to add
+        used = [run for run, features in zip(runs, found, strict=True) if features is not None]
+        if not used:
+            continue
+        key = source.label, *(run.name for run in used)
+        if key not in known:
+            features = mean_features([f for f in found if f is not None])
+            known[key] = find_networks(features, source, task)
+        write_networks(of, used, source, known[key], task, draw=of in runs or len(used) > 1)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Networks that were found, and how they fare.
+
+    Attributes
+    ----------
+    clusters : Clusters
+    names : list of str
+        What each cluster is called: the reference network that it was matched to.
+    agreement : dict or None
+        With the reference, None where there is none.
+    knn : KnnResult or None
+    """
+
+    clusters: object
+    names: list[str]
+    agreement: dict | None
+    knn: object | None
+
+
+def find_networks(features: np.ndarray, source: Source, task: NetworkTask) -> Found:
+    """Cluster features (P, F) and hold them against the reference."""
+    from bids_brainfm.analyses.networks import (
+        agreement,
+        cluster_parcels,
+        knn_protocol,
+        match_networks,
+    )
+    from bids_brainfm.models.gradient_table import read_gradients
+
+    given = {}
+    if source.gradients is not None:
+        given['gradient table'] = read_gradients(source.gradients)
+    clusters, reference = cluster_parcels(features, task.clusters, task.seed), task.networks
+    if reference is None:
+        names = [f'cluster {k + 1}' for k in range(clusters.n_clusters)]
+        return Found(clusters, names, None, None)
+    return Found(
+        clusters,
+        match_networks(clusters.labels, reference),
+        agreement(clusters.labels, reference),
+        knn_protocol(features, reference, task.loaded.xyz, seed=task.seed, given=given),
+    )
+
+
+def write_networks(
+    of: BoldRun, runs: list[BoldRun], source: Source, found: Found, task: NetworkTask, draw
+) -> None:
+    """Write clusters as table and image, the protocol's scores, figures and sidecars.
+
+    Parameters
+    ----------
+    of : BoldRun
+        The run, or what stands for the participant.
+    runs : list of BoldRun
+        What features are the mean of.
+    source : Source
+    found : Found
+    task : NetworkTask
+    draw : bool
+        Whether the report shows it.
+    """
+    from bids_brainfm.reports import analysis_figures as drawing
+    from bids_brainfm.reports import figures
+    from bids_brainfm.reports.report import figure_path
+    from bids_brainfm.signals.paint import paint_labels
+
+    atlas, reference, label = task.loaded, task.networks, source.label
+    files = paths(of, label, task)
+    files['parcels'].with_suffix('.json').unlink(missing_ok=True)
+    common = {
+        'Features': FEATURES[source.kind],
+        'Runs': [run.name for run in runs],
+        'Seed': task.seed,
+        'InputFiles': _inputs(runs),
+        'SoftwareVersion': task.version,
+        'Sources': [
+            writing.own_uri(task.output, series_paths(task.output, run, task.name)['series'])
+            for run in runs
+        ],
+    }
+    clusters, names, knn = found.clusters, found.names, found.knn
+    numbers = list(range(1, clusters.n_clusters + 1))
+    image = atlas.image_for(of.space, voxel_size(of.bold)).path
+    paint_labels(files['image'], image, clusters.labels, names)
+    writing.write_table(
+        files['table'],
+        {
+            'index': numbers,
+            'name': names,
+            'parcels': [int((clusters.labels == k).sum()) for k in numbers],
+        },
+    )
+    writing.write_json(
+        files['table'].with_suffix('.json'),
+        {
+            'Description': f'Clusters of parcels by {label}, numbered by size',
+            'index': {'Description': 'Label in the image'},
+            'name': {'Description': 'Reference network that the cluster was matched to'},
+            'parcels': {'Description': 'Number of parcels'},
+        }
+        | common,
+    )
+    pictures = {
+        'networks': drawing.networks(
+            atlas.xyz, clusters.labels, names, reference, clusters.confidence, found.agreement
+        )
+    }
+    if knn is not None:
+        _write_knn(files['knn'], knn, label, common)
+        pictures['knn'] = drawing.knn(knn.scores, knn.null)
+    for what, figure in pictures.items():
+        path = figure_path(task.output, report_name(of, task.name), what, label)
+        if draw:
+            figures.save(figure, path)
+        else:
+            path.unlink(missing_ok=True)
+    columns = {'cluster': clusters.labels}
+    if reference is not None:
+        columns['network'] = ['n/a' if k == 0 else names[k - 1] for k in clusters.labels]
+    columns['confidence'] = clusters.confidence
+    if reference is not None:
+        columns['reference'] = list(reference)
+    writing.write_table(files['parcels'], {'Node': list(atlas.names)} | columns)
+    writing.write_json(
+        files['parcels'].with_suffix('.json'),
+        {
+            'Description': f'Network of each parcel as found by clustering {label}.',
+            'NumberOfClusters': clusters.n_clusters,
+            'Silhouette': clusters.silhouette,
+            'Agreement': found.agreement,
+            'KNN': knn and {name: score.accuracy for name, score in knn.scores.items()},
+            'KNNp': knn and knn.scores['features'].p,
+            'Node': {'Description': f'Parcel of {task.name}'},
+            'cluster': {'Description': 'Number of the cluster, 0 for a parcel without features'},
+            'network': {'Description': 'Reference network that the cluster was matched to'},
+            'confidence': {'Description': 'Silhouette of the parcel, -1 to 1'},
+            'reference': {'Description': 'Reference network of the parcel'},
+        }
+        | common,
+    )
+
+
+def _write_knn(path: Path, knn, label: str, common: dict) -> None:
+    """Write the scores of the protocol."""
+    rows = list(knn.scores.items())
+    writing.write_table(
+        path,
+        {
+            'features': [name for name, _ in rows],
+            'accuracy': [score.accuracy for _, score in rows],
+            'balanced_accuracy': [score.balanced_accuracy for _, score in rows],
+            'p': [score.p for _, score in rows],
+        },
+    )
+    writing.write_json(
+        path.with_suffix('.json'),
+        {
+            'Description': 'k-nearest neighbours with held-out parcels (a fifth at a time, '
+            f'stratified) against reference networks, from {label}.',
+            'NumberOfSurrogates': len(knn.null),
+            'SpatialNull': knn.null,
+            'LeftAside': knn.left_aside,
+            'features': {
+                'Description': 'What the classifier is given: features; majority, always the '
+                "largest network; xyz, the parcels' centres; gradient table, what the model is "
+                'told of the place of parcels; shuffled, the features with '
+                'shuffled labels; spatial null, surrogates of the features with the same '
+                'spatial autocorrelation (Wagner & Dray 2015)'
+            },
+            'accuracy': {'Description': 'Share of held-out parcels'},
+            'balanced_accuracy': {'Description': 'Mean over networks'},
+            'p': {'Description': 'Share of surrogates that do at least as well'},
+        }
+        | common,
+    )
+
+
+class _NetworksInputSpec(BaseInterfaceInputSpec):
+    runs = traits.List(traits.Any(), mandatory=True, desc='BoldRun of each run')
+    task = traits.Any(mandatory=True, desc='NetworkTask')
+    stop = traits.Bool(False, usedefault=True, desc='raise where a run fails')
+    after = traits.List(traits.Any(), desc='what has to be written before')
+
+
+class _NetworksOutputSpec(TraitedSpec):
+    outcomes = traits.Any(desc='list of Outcome')
+
+
+class MakeNetworks(SimpleInterface):
+    """Write the networks of one participant."""
+
+    input_spec = _NetworksInputSpec
+    output_spec = _NetworksOutputSpec
+    _always_run = True
+
+    def _run_interface(self, runtime):
+        from threadpoolctl import threadpool_limits
+
+        inputs = self.inputs
+        with threadpool_limits(1):  # other participants are done beside this one
+            self._results['outcomes'] = make_networks(inputs.runs, inputs.task, inputs.stop)
+        return runtime

@@ -1,0 +1,267 @@
+"""Values of parcels -> images: the way back from :mod:`bids_brainfm.signals.parcellate`.
+
+What lies outside all parcels is zero, as the background of fMRIPrep's images is.
+"""
+
+import os
+
+import nibabel as nib
+import numpy as np
+from isal import igzip
+from nibabel.cifti2 import LabelAxis, ScalarAxis, SeriesAxis
+from scipy.sparse import csr_array
+
+from bids_brainfm.bids.writing import atomic
+from bids_brainfm.errors import BrainfmError
+from bids_brainfm.signals.parcellate import labels_of, matching_labels, sampler_of
+from bids_brainfm.signals.stream import load_image, open_bold
+
+# Okabe and Ito's colours (https://jfly.uni-koeln.de/color/), then Tol's muted ones
+# (https://personal.sron.nl/~pault/); the report, too, gives them to networks.
+COLOURS = (
+    '#E69F00', '#56B4E9', '#009E73', '#0072B2', '#D55E00', '#CC79A7', '#F0E442', '#332288',
+    '#882255', '#117733', '#999933', '#44AA99', '#661100', '#CC6677', '#AA4499', '#6699CC',
+    '#DDCC77', '#AA4466', '#1B3A4B', '#B8DE6F',
+)  # fmt: skip
+# Where the header of a NIfTI file says how voxels lie: qform and sform
+_ORIENTATION = (
+    'qform_code', 'quatern_b', 'quatern_c', 'quatern_d', 'qoffset_x', 'qoffset_y', 'qoffset_z',
+    'sform_code', 'srow_x', 'srow_y', 'srow_z',
+)  # fmt: skip
+_GZIP_LEVEL = 1  # of 0 to 3
+_ROWS = 2048  # grayordinates in one block
+
+
+def paint_map(path, image_path, values, name='map') -> None:
+    """Write a map of the parcels on the grid of an atlas image.
+
+    A parcel whose value is NaN is NaN in the image and not zero: zero is a value of most maps (no
+    variance explained, no effect), and it would be taken for one. Viewers show NaN as nothing,
+    SPM takes it as masked, and nilearn replaces it by zero with a warning.
+
+    Parameters
+    ----------
+    path : path-like
+        ``.nii.gz``, or ``.dscalar.nii`` where the atlas image is CIFTI.
+    image_path : path-like
+        NIfTI image or ``.dlabel.nii`` with the labels 1 to P, 0 outside.
+    values : (P,) float
+        Written as float32.
+    name : str
+        What Workbench calls the map (CIFTI only).
+
+    Raises
+    ------
+    BrainfmError
+        The image cannot be read or has another number of parcels, or `path` cannot be written.
+    """
+    image, parcels = _read_parcels(image_path, len(values))
+    painted = np.append(0, values).astype(np.float32)[parcels]
+    _write_on_atlas(path, image, painted, ScalarAxis([name]), 'ConnDenseScalar')
+
+
+def paint_labels(path, image_path, labels, names, name='labels') -> None:
+    """Write a grouping of the parcels, such as networks, on the grid of an atlas image.
+
+    Parameters
+    ----------
+    path : path-like
+        ``.nii.gz`` (int16), or ``.dlabel.nii`` where the atlas image is CIFTI.
+    image_path : path-like
+        NIfTI image or ``.dlabel.nii`` with the labels 1 to P, 0 outside.
+    labels : (P,) int
+        The group of each parcel, 1 to k; 0 for none.
+    names : list of k str
+        What the groups are called. A CIFTI file holds them with their colours, which repeat
+        after the twentieth.
+    name : str
+        What Workbench calls the map (CIFTI only).
+
+    Raises
+    ------
+    BrainfmError
+        There are groups without a name, the image cannot be read or has another number of
+        parcels, or `path` cannot be written.
+    """
+    labels = np.asarray(labels)
+    if labels.min() < 0 or labels.max() > len(names):
+        raise BrainfmError(
+            f'Parcels have labels from {labels.min()} to {labels.max()}, and there are '
+            f'{len(names)} names; labels must be 1 to {len(names)}, and 0 where there is none.'
+        )
+    image, parcels = _read_parcels(image_path, len(labels))
+    painted = np.append(0, labels).astype(np.int16)[parcels]
+    table = {0: ('???', (0, 0, 0, 0))}  # Workbench's word for no label
+    table |= {i + 1: (group, colour(i)) for i, group in enumerate(names)}
+    _write_on_atlas(path, image, painted, LabelAxis([name], table), 'ConnDenseLabel')
+
+
+def paint_series(path, bold_path, atlas_path, series, tr) -> None:
+    """Write series of parcels as a BOLD file on the grid of a run, volume by volume.
+
+    A voxel of the run holds the mean of the parcels that it belongs to, by the sampler of
+    :func:`~bids_brainfm.signals.parcellate.parcellate` and weighted by the number of atlas voxels
+    where several share it. So parcellate gives the series back: exactly with 'atlas-to-run' and
+    on grayordinates, blurred between neighbours that share a voxel with 'run-to-atlas'.
+
+    A parcel that is NaN throughout is zero, and parcellate finds no signal there, just as in a
+    parcel outside the field of view; where it shares a voxel, the others alone count.
+
+    A parcel that is NaN at some points has the mean of its other points there. NaN would break
+    filters, make nilearn put zeros and cost parcellate the whole parcel; zero would be a drop by
+    the whole signal; leaving volumes out would shift the rest in time; interpolation would look
+    like a prediction. Which points they were is in the series, not in the file.
+
+    Parameters
+    ----------
+    path : path-like
+        ``.nii.gz``, or ``.dtseries.nii`` where the run is CIFTI.
+    bold_path : path-like
+        The run whose grid and orientation, or grayordinates, are taken over.
+    atlas_path : path-like
+        Atlas image with the labels 1 to P in the run's space; ``.dlabel.nii`` for CIFTI.
+    series : (T, P) float32
+        Series of the parcels; T need not be that of the run.
+    tr : float
+        Repetition time in seconds.
+
+    Raises
+    ------
+    BrainfmError
+        A file cannot be read, the atlas has another number of parcels or does not lie in the
+        run's box, its grayordinates are not the run's, or `path` cannot be written.
+    """
+    bold = open_bold(bold_path)
+    _open_atlas(atlas_path, series.shape[1])
+    filled, present = _fill(series)
+    if bold.is_cifti:
+        labels = matching_labels(atlas_path, series.shape[1], bold)
+        _write_grayordinates(path, bold.axis, labels, filled, tr)
+        return
+    sampler = sampler_of(bold, atlas_path, series.shape[1])
+    voxels, counts = _shares(sampler, present)
+    total = counts.sum(axis=1)
+    header = _header(load_image(bold_path).header, (*bold.shape[:3], len(series)), tr)
+    volume = np.zeros(np.prod(bold.shape[:3]), np.float32)
+    # Without name and time in the gzip header, equal series give equal files.
+    with (
+        atomic(path) as temporary,
+        temporary.open('wb') as file,
+        igzip.IGzipFile('', 'wb', _GZIP_LEVEL, file, mtime=0) as stream,
+    ):
+        header.write_to(stream)
+        for values in filled:
+            volume[voxels] = counts @ values / total
+            stream.write(volume)
+
+
+def colour(place) -> tuple[float, float, float, float]:
+    """RGBA from 0 to 1 of a label counted from 0, opaque.
+
+    >>> [round(part, 3) for part in colour(0)]
+    [0.902, 0.624, 0.0, 1.0]
+    >>> colour(20) == colour(0)
+    True
+    """
+    code = bytes.fromhex(COLOURS[place % len(COLOURS)][1:])
+    return (*(part / 255 for part in code), 1.0)
+
+
+def _open_atlas(path, n_values):
+    """An atlas image that has as many parcels as there are values."""
+    image = load_image(path)
+    highest = np.asanyarray(image.dataobj).max()
+    # Values that are no labels at all are refused where the labels are read.
+    if highest % 1 == 0 and highest != n_values:
+        raise BrainfmError(
+            f'There are {n_values} values for the {highest:g} parcels of {path}; give one for '
+            'each parcel, in the order of the labels.'
+        )
+    return image
+
+
+def _read_parcels(path, n_values):
+    """An atlas image and its labels 0..P in the image's shape."""
+    image = _open_atlas(path, n_values)
+    return image, labels_of(image, n_values).reshape(image.shape, order='F')
+
+
+def _write_on_atlas(path, atlas, painted, axis, intent):
+    """Write what was painted on an atlas image, in the kind of file that it is."""
+    if isinstance(atlas, nib.Cifti2Image):
+        # Labels, too, are float32 in the files of the Human Connectome Project.
+        axes = axis, atlas.header.get_axis(1)
+        image = nib.Cifti2Image(painted.astype(np.float32), header=axes)
+        image.nifti_header.set_intent(intent)
+    else:
+        image = nib.Nifti1Image(painted, atlas.affine)
+        image.header.set_xyzt_units('mm')
+        for set_form in (image.set_sform, image.set_qform):
+            set_form(atlas.affine, 'mni')
+    with atomic(path) as temporary:
+        image.to_filename(temporary)
+
+
+def _fill(series):
+    """Series without gaps, and which parcels are not missing altogether.
+
+    >>> filled, present = _fill(np.array([[1, np.nan], [np.nan, np.nan], [3, np.nan]]))
+    >>> filled.T.tolist(), present.tolist()
+    ([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]], [True, False])
+    """
+    known = np.isfinite(series)
+    values = np.where(known, series, 0)
+    mean = values.sum(axis=0, dtype=float) / np.maximum(known.sum(axis=0), 1)
+    return np.where(known, values, mean).astype(np.float32), known.any(axis=0)
+
+
+def _shares(sampler, present):
+    """How often each voxel of the run stands for each parcel.
+
+    Parameters
+    ----------
+    sampler : Sampler
+    present : (P,) bool
+        Parcels to paint.
+
+    Returns
+    -------
+    voxels : (N,) int
+        Flat indices in Fortran order of those voxels that stand for any.
+    counts : (N, P) sparse float64
+    """
+    size = np.diff(sampler.starts, append=sampler.voxels.size)
+    parcel = np.repeat(sampler.parcels, size)
+    painted = present[parcel]
+    voxels, row = np.unique(sampler.voxels[painted], return_inverse=True)
+    ones = np.ones(row.size)  # equal places are added up
+    return voxels, csr_array((ones, (row, parcel[painted])), (voxels.size, present.size))
+
+
+def _header(run, shape, tr):
+    """Header of float32 volumes that lie as those of a run; nothing else of it is kept."""
+    header = type(run)()
+    header.set_data_shape(shape)
+    header.set_data_dtype(np.float32)
+    for field in _ORIENTATION:
+        header[field] = run[field]
+    header['pixdim'][:4] = run['pixdim'][:4]  # the first is part of the qform
+    header['pixdim'][4] = tr
+    header.set_xyzt_units('mm', 'sec')
+    return header
+
+
+def _write_grayordinates(path, axis, labels, series, tr):
+    """Write a dense series (T, P) block by block, each the whole time courses of its rows."""
+    time = SeriesAxis(0, tr, len(series))
+    # Zeros that take no memory: nibabel writes the headers, and the data are then written over.
+    zeros = np.broadcast_to(np.float32(0), (len(series), len(axis)))
+    image = nib.Cifti2Image(zeros, header=(time, axis))
+    image.nifti_header.set_intent('ConnDenseSeries')
+    courses = np.concatenate([np.zeros((1, len(series)), np.float32), series.T])
+    with atomic(path) as temporary:
+        image.to_filename(temporary)
+        with temporary.open('r+b') as file:
+            file.seek(-zeros.nbytes, os.SEEK_END)
+            for start in range(0, len(labels), _ROWS):
+                file.write(courses[labels[start : start + _ROWS]])

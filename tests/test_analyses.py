@@ -1,0 +1,555 @@
+"""Reconstruction, forecast and perturbation: with networks whose answers are known in advance."""
+
+import numpy as np
+import pytest
+import torch
+
+from bids_brainfm.analyses.forecast import autoregress, forecast
+from bids_brainfm.analyses.perturb import perturb
+from bids_brainfm.analyses.reconstruct import (
+    combine,
+    gain_check,
+    interpolate,
+    reconstruct,
+    seen_mean,
+)
+from bids_brainfm.analyses.scores import score
+from bids_brainfm.errors import BrainfmError
+from bids_brainfm.models.brainlm_legacy import BrainLMLegacy
+from bids_brainfm.models.brainlm_vitmae import BrainLMViT
+from bids_brainfm.models.encoder import Encoder
+from bids_brainfm.models.masking import keep_lowest, leave_out, masked_tokens
+from bids_brainfm.models.weights import initialise
+
+COMMON = {
+    'hidden_size': 16,
+    'num_hidden_layers': 1,
+    'num_attention_heads': 2,
+    'intermediate_size': 16,
+    'decoder_hidden_size': 16,
+    'decoder_num_hidden_layers': 1,
+    'decoder_num_attention_heads': 2,
+    'decoder_intermediate_size': 16,
+    'layer_norm_eps': 1e-12,
+    'num_channels': 3,
+    'num_brain_voxels': 24,
+    'num_timepoints_per_voxel': 40,
+}
+VIT = COMMON | {'image_size': 48, 'patch_size': 8}
+LEGACY = COMMON | {'timepoint_patching_size': 5, 'patch_size': 4, 'conv_kernel_size': 3}
+FULL = {'num_brain_voxels': 424, 'num_timepoints_per_voxel': 200}
+P, T = 24, 40
+FAMILIES = {'vit': (BrainLMViT, VIT), 'legacy': (BrainLMLegacy, LEGACY)}
+
+
+def network_of(family, **sizes):
+    kind, config = FAMILIES[family]
+    return initialise(kind(config | sizes), 0)
+
+
+def encoder_of(network, order=None):
+    xyz = np.random.default_rng(5).normal(0, 30, (network.window_shape[0], 3))
+    return Encoder(network, order=order, xyz=xyz)
+
+
+def double(family, answer):
+    """A network that answers ``answer(signal)`` (B, P, T), whatever it is shown."""
+    kind, config = FAMILIES[family]
+
+    class Double(kind):
+        def encode(self, signal, *place, keep=None, blank=None, return_attention=False):
+            return signal, None
+
+        def decode(self, hidden, *place, keep=None):
+            return answer(hidden)
+
+    return encoder_of(initialise(Double(config), 0))
+
+
+def copies(family):
+    return double(family, lambda signal: signal)
+
+
+def run_of(samples=T, seed=0):
+    """Smooth, of unit variance, each parcel its own: (S, P) float32."""
+    noise = np.random.default_rng(seed).standard_normal((samples + 8, P))
+    smooth = np.stack([noise[i : i + samples] for i in range(8)]).mean(0)
+    return ((smooth - smooth.mean(0)) / smooth.std(0)).astype(np.float32)
+
+
+# --- masks -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('n_tokens', 'ratio', 'kept', 'passes'),
+    [(4240, 0.2, 3392, 5), (729, 0.75, 182, 2), (961, 0.75, 240, 2), (729, 0.2, 583, 5),
+     (729, 0.9, 72, 2), (100, 0.3, 70, 4)],
+)  # fmt: skip
+def test_every_token_is_left_out(n_tokens, ratio, kept, passes):
+    """The counts of the specification; only the last pass hides again."""
+    found = leave_out(n_tokens, ratio, torch.Generator().manual_seed(0))
+    assert len(found) == passes
+    assert all(keep.shape == (kept,) for keep in found)
+    hidden = torch.stack([masked_tokens(keep[None], n_tokens)[0] for keep in found])
+    assert hidden[:-1].sum(0).max() == 1
+    assert hidden.sum(0).min() == 1
+    assert int(hidden.sum()) == passes * (n_tokens - kept)
+    assert any((keep.diff() < 0).any() for keep in found)  # in random order, as in training
+
+
+def test_masks_depend_on_the_seed_alone():
+    a, b, c = (leave_out(729, 0.75, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert not torch.equal(a[0], c[0])
+
+
+def test_tokens_that_stay_visible():
+    visible = torch.arange(100) < 40
+    found = leave_out(100, 0.25, torch.Generator().manual_seed(0), visible)
+    hidden = torch.stack([masked_tokens(keep[None], 100)[0] for keep in found])
+    assert not hidden[:, :40].any()
+    assert hidden[:, 40:].any(0).all()
+    # more is asked for than there is: all that there is at once
+    (keep,) = leave_out(100, 0.75, torch.Generator().manual_seed(0), visible)
+    assert sorted(keep.tolist()) == list(range(40))
+
+
+@pytest.mark.parametrize('ratio', [0, 1, 0.999, -0.5, 1.5])
+def test_ratios_that_hide_all_or_nothing(ratio):
+    with pytest.raises(BrainfmError, match=f'mask ratio of {ratio:g} hides all or none of 50'):
+        leave_out(50, ratio, torch.Generator())
+
+
+@pytest.mark.parametrize(
+    ('config', 'mode', 'points'),
+    [({'image_size': 432, 'patch_size': 16}, False, 28), ({'image_size': 434, 'patch_size': 14},
+     False, 23), ({'image_size': 432, 'patch_size': 16}, True, 20),
+     ({'image_size': 434, 'patch_size': 14}, True, 20)],
+)  # fmt: skip
+def test_last_points_of_the_vision_transformers(config, mode, points):
+    """28 and 23 points by whole blocks, exactly 20 with what is blanked, for all parcels alike."""
+    network = network_of('vit', **FULL, **config)
+    tokens, blank = network.hide_last(20, mode)
+    covered = network.points(tokens)[0]
+    assert (covered == covered[0]).all()
+    late = covered[0] if blank is None else blank
+    assert late.nonzero().flatten().tolist() == list(range(200 - points, 200))
+    if blank is not None:
+        assert not (covered[0] & ~blank).any()  # no token hides more than was asked for
+
+
+def test_last_points_of_the_13m_family():
+    network = network_of('legacy', **FULL, timepoint_patching_size=20)
+    for asked, exactly, hidden in ((20, True, 20), (20, False, 20), (21, False, 40)):
+        tokens, blank = network.hide_last(asked, exactly)
+        assert blank is None
+        assert tokens.sum() == 424 * hidden / 20
+        assert network.points(tokens)[0, 7].nonzero().flatten()[0] == 200 - hidden
+    with pytest.raises(BrainfmError, match=r'whole patches of 20 .* exactly the last 30'):
+        network.hide_last(30, True)
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_tokens_and_points_are_each_others_reverse(family):
+    network = network_of(family)
+    one = torch.zeros(1, P, T, dtype=torch.bool)
+    one[0, 3, 17] = True
+    tokens = network.covering(one)
+    assert tokens.sum() == 1
+    assert network.points(tokens)[0, 3, 17]
+    assert torch.equal(network.covering(network.points(tokens)), tokens)
+
+
+# --- scores ----------------------------------------------------------------------------------
+
+
+def test_scores():
+    """Against NumPy and scikit-learn, with gaps; never floored."""
+    from sklearn.metrics import r2_score
+
+    rng = np.random.default_rng(0)
+    target, prediction = rng.normal(3, 1, (2, 30, 4))
+    target[5, 1] = prediction[7, 1] = np.nan
+    found = score(prediction, target, axis=0)
+    for p in range(4):
+        good = np.isfinite(target[:, p] + prediction[:, p])
+        a, b = target[good, p], prediction[good, p]
+        assert found.r2[p] == pytest.approx(r2_score(a, b))
+        assert found.r[p] == pytest.approx(np.corrcoef(a, b)[0, 1])
+        assert found.mse[p] == pytest.approx(np.mean((a - b) ** 2))
+    assert (found.r2 < 0).all()
+    pooled = score(prediction, target)
+    good = np.isfinite(target + prediction)
+    assert pooled.r2 == pytest.approx(r2_score(target[good], prediction[good]))
+
+
+def test_scores_where_there_is_nothing_to_score():
+    constant, nothing = np.full((5, 1), 9000.1), np.full((5, 1), np.nan)
+    varying = np.arange(5.0)[:, None]
+    assert np.isnan(score(varying, constant).r2)
+    assert np.isnan(score(constant, varying).r)
+    assert score(constant - 8998.1, varying).r2 == pytest.approx(0)
+    for measure in vars(score(varying, nothing, axis=0)).values():
+        assert np.isnan(measure).all()
+
+
+# --- reconstruction --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('aggregate', ['first', 'mean'])
+def test_who_copies_explains_everything_and_who_says_the_mean_nothing(family, aggregate):
+    data = run_of()
+    copied = reconstruct(copies(family), data, 0.5, aggregate)
+    np.testing.assert_array_equal(copied.model, data)
+    assert score(copied.model, copied.target).r2 == 1
+    assert (score(copied.model, copied.target, axis=0).r2 == 1).all()
+    mean = double(family, lambda x: x.mean(2, keepdim=True).expand_as(x))
+    flat = reconstruct(mean, data, 0.5, aggregate)
+    np.testing.assert_allclose(score(flat.model, flat.target, axis=0).r2, 0, atol=1e-6)
+    assert score(flat.model, flat.target).r2 == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_what_is_scored_was_not_seen(family):
+    """Other values at the hidden points of the first pass change nothing of what it says there."""
+    encoder, data = encoder_of(network_of(family)), run_of()
+    before = reconstruct(encoder, data, 0.5)
+    changed = np.where(before.hidden, data + 3, data)
+    after = reconstruct(encoder, changed, 0.5)
+    assert np.array_equal(before.hidden, after.hidden)
+    np.testing.assert_allclose(after.model[before.hidden], before.model[before.hidden], atol=1e-6)
+    assert not np.allclose(after.model[~before.hidden], before.model[~before.hidden], atol=1e-3)
+    for name in ('mean', 'interpolation'):  # the baselines are held to the same
+        a, b = getattr(before, name), getattr(after, name)
+        np.testing.assert_allclose(a[before.hidden], b[before.hidden], atol=1e-6)
+
+
+@pytest.mark.parametrize('samples', [T, T + 1, 3 * T - 7, 2 * T])
+def test_the_whole_run_is_reconstructed(samples):
+    data = run_of(samples)
+    made = reconstruct(copies('vit'), data, 0.75)
+    np.testing.assert_array_equal(made.model, data)
+    assert all(np.isfinite(values).all() for values in made.ways.values())
+    assert 0.5 < made.hidden.mean() < 0.9
+
+
+def test_overlap_is_taken_from_the_first_window():
+    numbered = iter(range(100))
+    network = double('vit', lambda x: torch.full_like(x, next(numbered)))
+    made = reconstruct(network, run_of(T + 10), 0.5).model
+    # two windows a pass: those of the first pass answer 0 and 1, of the second 2 and 3
+    assert set(np.unique(made[:T])) == {0, 2}
+    assert set(np.unique(made[T:])) == {1, 3}
+
+
+@pytest.mark.parametrize('short', ['pad', 'tile'])
+def test_a_short_run_is_completed_and_only_what_is_real_comes_back(short):
+    data = run_of(25)
+    made = reconstruct(copies('legacy'), data, 0.5, short=short)
+    np.testing.assert_array_equal(made.model, data)
+
+
+def test_parcels_come_back_in_atlas_order():
+    """With an order, the very numbers of a network that is shown rows in that order."""
+    order, data = np.random.default_rng(2).permutation(P), run_of()
+    for family in FAMILIES:
+        network = network_of(family)
+        xyz = np.random.default_rng(5).normal(0, 30, (P, 3))
+        ordered = reconstruct(Encoder(network, order=order, xyz=xyz), data, 0.5)
+        plain = reconstruct(Encoder(network, xyz=xyz[order]), data[:, order], 0.5)
+        for name in ('model', 'hidden', 'interpolation'):
+            found, expected = getattr(ordered, name), getattr(plain, name)
+            assert np.array_equal(found[:, order], expected)
+
+
+def test_baselines_by_hand():
+    windows = np.array([[[0.0, 1, 2, 9, 4], [5.0, 5, 5, 5, 7], [1.0, 2, 3, 4, 5]]])
+    seen = np.array([[[1, 1, 0, 0, 1], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0]]], bool)
+    overall = (0 + 1 + 4 + 5) / 4
+    found = interpolate(windows, seen)[0]
+    np.testing.assert_allclose(found[0], [0, 1, 2, 3, 4])
+    np.testing.assert_allclose(found[1], 5)
+    np.testing.assert_allclose(found[2], overall)
+    mean = seen_mean(windows, seen)[0]
+    np.testing.assert_allclose(mean[:, 0], [5 / 3, 5, overall])
+
+
+def test_interpolation_explains_a_line():
+    """Where both ends of a gap are seen the line is found again to the last digit."""
+    data = (np.linspace(0, 1, T)[:, None] * np.arange(1, P + 1)).astype(np.float32)
+    made = reconstruct(copies('legacy'), data, 0.2)
+    inside = slice(5, -5)  # the first and last patch have an end that is held
+    assert score(made.interpolation[inside], made.target[inside]).r2 > 0.98
+    assert score(made.mean, made.target).r2 < 0.7
+
+
+def test_aggregates():
+    values, seen = [np.full((1, 1, 3), v) for v in (1.0, 3.0)], np.zeros((2, 1, 1, 3), bool)
+    seen[0, ..., 2] = True
+    np.testing.assert_array_equal(combine(values, seen, 'first'), [[[1, 1, 3]]])
+    np.testing.assert_array_equal(combine(values, seen, 'mean'), [[[2, 2, 3]]])
+    with pytest.raises(BrainfmError, match="first, mean, not 'median'"):
+        combine(values, seen, 'median')
+
+
+def test_first_and_mean_differ_where_a_token_is_hidden_twice():
+    encoder, data = encoder_of(network_of('vit')), run_of()
+    first, mean = (reconstruct(encoder, data, 0.75, how) for how in ('first', 'mean'))
+    alike = np.isclose(first.model, mean.model, atol=1e-6)
+    assert 0.1 < alike.mean() < 0.95
+
+
+def test_gain_check_tells_a_wrong_amplitude():
+    """A model that knows values from -1 to 1 only, on data four times as large."""
+    window = run_of().T / 4
+    network = double('vit', lambda x: x.clip(-1, 1))
+    found = gain_check(network, 4 * 4 * window, 0.5)
+    assert found.best < 1
+    assert found.warned
+    fine = gain_check(copies('vit'), window, 0.5)
+    np.testing.assert_allclose(fine.r2, 1)
+    assert not fine.warned
+    noise = gain_check(double('vit', torch.zeros_like), window, 0.5)
+    assert not noise.warned  # no gain helps a model that knows nothing
+
+
+def test_gain_check_scores_the_parcels_that_are_meant():
+    window, parcels = run_of().T, np.arange(P) == 3
+    network = double('vit', lambda x: torch.where(torch.arange(P)[:, None] == 3, x, -x))
+    assert gain_check(network, window, 0.5, parcels=parcels).r2 == pytest.approx(1)
+    assert gain_check(network, window, 0.5).r2[3] < 0
+
+
+# --- forecast --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('family', 'points', 'mode', 'hidden'),
+    [('legacy', 10, 'predict_last_pixel', 10), ('legacy', 7, 'predict_last', 10),
+     ('vit', 7, 'predict_last_pixel', 7), ('vit', 7, 'predict_last', 12)],
+)  # fmt: skip
+@pytest.mark.parametrize('samples', [T, 3 * T + 3, 30])
+def test_forecasts_lie_end_on_end_up_to_the_end(family, points, mode, hidden, samples):
+    data = run_of(samples)
+    made = forecast(copies(family), data, points, mode)
+    flat = made.samples.ravel()
+    assert made.target.shape[2] == hidden
+    assert flat[-1] == samples - 1
+    assert np.array_equal(flat, np.arange(flat[0], samples))
+    assert samples < T or flat[0] < T - hidden + hidden  # the first window lies at the start
+    np.testing.assert_array_equal(made.target[:, 5].ravel(), data[flat, 5])
+    np.testing.assert_array_equal(made.along(made.model, samples)[flat], data[flat])
+    assert np.isnan(made.along(made.model, samples)[: flat[0]]).all()
+    if samples >= T:
+        np.testing.assert_array_equal(
+            made.persistence[:, :, 0], data[made.samples[:, 0] - 1], strict=False
+        )
+        past = [data[s - (T - hidden) : s].mean(0) for s in made.samples[:, 0]]
+        np.testing.assert_allclose(made.mean[:, :, -1], past, atol=1e-6)
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('mode', ['predict_last', 'predict_last_pixel'])
+def test_the_future_is_not_seen(family, mode):
+    encoder, data = encoder_of(network_of(family)), run_of()
+    before = forecast(encoder, data, 10, mode)
+    data = data.copy()
+    data[before.samples[0]] += 5
+    after = forecast(encoder, data, 10, mode)
+    for name, values in before.ways.items():
+        np.testing.assert_array_equal(values, after.ways[name], err_msg=name)
+    data[:20] += 5
+    assert not np.allclose(forecast(encoder, data, 10, mode).model, before.model, atol=1e-3)
+
+
+def test_scores_of_each_step():
+    data = run_of(4 * T)
+    made = forecast(copies('vit'), data, 8)
+    parcels = np.arange(P) % 2 == 0
+    scores = made.scores(parcels)
+    assert list(scores) == ['model', 'persistence', 'mean', 'ar']
+    assert (scores['model'].r2 == 1).all()
+    by_hand = np.mean((made.ar[:, parcels] - made.target[:, parcels]) ** 2, axis=(0, 1))
+    np.testing.assert_allclose(scores['ar'].mse, by_hand, rtol=1e-5)
+    # smooth data: the near future is told by the last value, the far one is not
+    assert scores['persistence'].r2[0] > 0.5 > 0 > scores['persistence'].r2[-1]
+
+
+def test_autoregression_finds_its_own_process():
+    """Coefficients of x[t] = 0.9 x[t-1] - 0.4 x[t-2] + e show in what is forecast."""
+    rng = np.random.default_rng(0)
+    series = np.zeros(4000)
+    for t in range(2, 4000):
+        series[t] = 0.9 * series[t - 1] - 0.4 * series[t - 2] + rng.standard_normal()
+    past = series[None, None] + 100
+    made = autoregress(past, 3, order=2)[0, 0] - 100
+    x = [series[-2], series[-1]]
+    for value in made:
+        x.append(0.9 * x[-1] - 0.4 * x[-2])
+        assert value == pytest.approx(x[-1], abs=0.15)
+    assert np.array_equal(autoregress(np.full((1, 2, 30), 7.0), 4), np.full((1, 2, 4), 7.0))
+    trend = autoregress(np.arange(180.0)[None, None], 1000)[0, 0]
+    assert abs(trend[-1] - np.arange(180).mean()) < 20  # it returns to the mean
+
+
+@pytest.mark.parametrize('points', [0, T, T + 5])
+def test_forecasts_of_a_whole_window(points):
+    with pytest.raises(BrainfmError, match=r'1 to 39 of them'):
+        forecast(copies('vit'), run_of(), points)
+
+
+def test_forecasts_that_leave_nothing_to_see():
+    with pytest.raises(BrainfmError, match='sees nothing to forecast from'):
+        forecast(copies('legacy'), run_of(), 36, 'predict_last')
+    with pytest.raises(BrainfmError, match="not 'next'"):
+        forecast(copies('legacy'), run_of(), 5, 'next')
+
+
+# --- perturbation ----------------------------------------------------------------------------
+
+
+def neighbour(family, reach=1):
+    """A network in which every parcel follows the one before it."""
+    return double(family, lambda x: x.roll(reach, 1))
+
+
+def test_a_clamped_parcel_moves_its_follower_alone():
+    window = run_of().T
+    mean, sd = window.mean(1), window.std(1)
+    target = np.arange(P) == 6
+    for k_sd in (2.0, -3.0):
+        found = perturb(neighbour('legacy'), window, target, mean, sd, k_sd, 0.2)
+        expected = np.zeros(P)
+        expected[7] = k_sd * sd[6] / sd[7]  # what was there had the window's mean
+        expected[6] = np.nan
+        np.testing.assert_allclose(found.change, expected, atol=1e-5)
+        assert found.p[7] <= 2 / 20  # a sham may be a follower's target, too
+        assert (found.p[[3, 15]] == 1).all()
+        assert np.isnan(found.p[6])
+    assert found.null.shape == (19, P)
+
+
+def test_parcels_that_share_a_token_are_told_apart_from_those_that_do_not_change():
+    """In a vision transformer the rows of a token stand or fall together."""
+    window = run_of().T
+    target = np.arange(P) == 6  # rows 0 to 7 are one block: the padding above is 12 of 8
+    network = neighbour('vit', reach=8)
+    found = perturb(network, window, target, window.mean(1), window.std(1), 2.0, 0.5)
+    tokens = network.covering(target)
+    mates = network.points(tokens[None])[0].any(1)
+    assert mates[6]
+    assert 1 < mates.sum() < P
+    assert np.array_equal(np.isnan(found.change), mates)
+    assert found.change[14] == pytest.approx(2 * window[6].std() / window[14].std(), rel=1e-4)
+
+
+def test_order_of_rows_does_not_move_the_target():
+    """Rows are shown in another order, and the network still moves what follows in that order."""
+    order = np.random.default_rng(0).permutation(P)
+    network = neighbour('legacy').network
+    xyz = np.zeros((P, 3))
+    window = run_of().T
+    target = np.arange(P) == order[4]
+    found = perturb(
+        Encoder(network, order=order, xyz=xyz), window, target, window.mean(1), window.std(1),
+        2.0, 0.2, shams=0,
+    )  # fmt: skip
+    moved = np.flatnonzero(np.abs(np.nan_to_num(found.change)) > 0.1)
+    assert moved.tolist() == [order[5]]
+    assert (found.p[moved] == 1).all()  # without shams nothing is known of chance
+
+
+def test_sham_targets_are_as_many_and_of_those_that_may():
+    window, seen = run_of().T, []
+    network = neighbour('legacy')
+    covering = network.covering
+
+    def recorded(parcels):
+        seen.append(parcels.copy())
+        return covering(parcels)
+
+    network.covering = recorded
+    target, eligible = np.arange(P) < 3, np.arange(P) > 10
+    done = []
+    perturb(
+        network, window, target, window.mean(1), window.std(1), 2.0, 0.2, eligible=eligible,
+        shams=6, progress=done.append,
+    )  # fmt: skip
+    assert np.array_equal(seen[0], target)
+    assert all(sham.sum() == 3 and not (sham & ~eligible).any() for sham in seen[1:])
+    assert done == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_targets_that_cannot_be():
+    window = run_of().T
+    mean, sd = window.mean(1), window.std(1)
+    network = neighbour('vit')
+    for target, sentence in (
+        (np.zeros(P, bool), 'no parcel with a signal of its own'),
+        (np.arange(P) < 13, 'only 11 are left to draw'),
+        (np.arange(P) % 4 == 0, r'each token .* one of the 6 clamped'),
+    ):
+        with pytest.raises(BrainfmError, match=sentence):
+            perturb(network, window, target, mean, sd, 2.0, 0.5)
+
+
+# --- the encoder -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_encoder_reconstructs_as_the_network_does(family):
+    network = network_of(family)
+    encoder, windows = encoder_of(network), np.stack([run_of(seed=s).T for s in range(3)])
+    keep = keep_lowest(torch.rand(3, network.tokens), 0.5)
+    with torch.inference_mode():
+        expected = network.reconstruct(torch.from_numpy(windows), *encoder._place, keep=keep)
+    np.testing.assert_allclose(encoder.reconstruct(windows, keep), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        encoder.reconstruct(windows, keep[0])[1],
+        encoder.reconstruct(windows[1:2], keep[:1])[0],
+        atol=1e-6,
+    )
+
+
+def test_bfloat16_reconstructs_nearly_the_same():
+    for family in FAMILIES:
+        windows = run_of().T[None]
+        keep = torch.arange(0, network_of(family).tokens, 2)
+        xyz = np.random.default_rng(5).normal(0, 30, (P, 3))
+        exact, coarse = (
+            Encoder(network_of(family), xyz=xyz, precision=p).reconstruct(windows, keep)
+            for p in ('float32', 'bfloat16')
+        )
+        assert coarse.dtype == np.float32
+        assert 0 < np.linalg.norm(exact - coarse) / np.linalg.norm(exact) < 0.05
+
+
+def test_attention_of_a_vision_transformer_is_shared_by_the_parcels_of_a_token():
+    """Equal parts, and what falls on the window adds up; the padding's share is left out."""
+    network = network_of('vit')
+    encoder = encoder_of(network)
+    window = run_of().T[None]
+    profile = encoder.encode(window, attention=True).attention_profile
+    with torch.inference_mode():
+        _, row = network.encode(torch.from_numpy(window), return_attention=True)
+    blocks = row[0, 1:].view(6, 6).numpy()
+    grid = network.grid
+    rows = (grid.top + np.arange(P)) // 8
+    assert profile.shape == (1, P, 6)
+    for p in (0, 5, 23):
+        share = blocks[rows[p]] / (rows == rows[p]).sum()
+        np.testing.assert_allclose(profile[0, p], share, rtol=1e-5)
+    inside = blocks[np.unique(rows)].sum()
+    assert profile.sum() == pytest.approx(inside, rel=1e-5)
+
+
+def test_a_model_without_decoder_says_so():
+    from bids_brainfm.models.cards import load_card
+    from bids_brainfm.models.weights import build
+
+    card = load_card('brain-jepa-demo')
+    encoder = Encoder(initialise(build(card.config), 0), name='Brain-JEPA')
+    windows = np.zeros((1, 424, 160), np.float32)
+    with pytest.raises(BrainfmError, match='Brain-JEPA has no decoder'):
+        encoder.reconstruct(windows, torch.arange(3))
