@@ -238,6 +238,8 @@ class KnnResult:
     """(N,) float, accuracy of each surrogate."""
     observed: float
     """Accuracy of the features on the folds of the surrogates, what p compares with `null`."""
+    n_neighbours: int
+    """Number of neighbours that voted."""
     left_aside: dict[str, int]
     """Networks that have too few parcels to be held out, with their number of parcels."""
 
@@ -246,7 +248,7 @@ def knn_protocol(
     features: np.ndarray,
     reference: Sequence[str | None],
     xyz: np.ndarray,
-    n_neighbours: int = 5,
+    n_neighbours: int | None = None,
     folds: int = 5,
     repeats: int = 5,
     surrogates: int = 100,
@@ -278,7 +280,8 @@ def knn_protocol(
         folds.
     xyz : (P, 3) float
         Centres of the parcels in mm.
-    n_neighbours : int
+    n_neighbours : int, optional
+        The square root of the number of training parcels where not given, a usual rule of thumb.
         Of equally frequent networks among the neighbours the first by alphabet is taken.
     folds : int
         Each holds out a like share of every network.
@@ -314,7 +317,7 @@ def knn_protocol(
     from sklearn.model_selection import StratifiedKFold
     from sklearn.preprocessing import StandardScaler
 
-    if folds < 2 or min(n_neighbours, repeats, surrogates) < 1:
+    if folds < 2 or min(1 if n_neighbours is None else n_neighbours, repeats, surrogates) < 1:
         raise BrainfmError(
             f'{n_neighbours} neighbours, {folds} folds, {repeats} repeats and {surrogates} '
             'surrogates make no protocol: ask for at least 2 folds and 1 of the others.'
@@ -330,6 +333,8 @@ def knn_protocol(
 
     splits = [split(truth, repeat) for repeat in range(repeats)]
     training = min(len(train) for train, _ in splits[0])
+    if n_neighbours is None:
+        n_neighbours = round(training**0.5)
     if training < n_neighbours:
         raise BrainfmError(
             f'{training} training parcels have no {n_neighbours} neighbours: ask for fewer '
@@ -366,7 +371,7 @@ def knn_protocol(
         name: _score(name, run, len(truth), p if name == 'features' else np.nan)
         for name, run in runs.items()
     }
-    return KnnResult(scores, null, observed, left_aside)
+    return KnnResult(scores, null, observed, n_neighbours, left_aside)
 
 
 def _unit_rows(features):

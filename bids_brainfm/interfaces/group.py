@@ -1,5 +1,6 @@
 """The group level: attention maps of two conditions, or of two groups, subtracted."""
 
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from bids_brainfm.bids import writing
 from bids_brainfm.bids.reading import LONG_NAMES, generators, parse_name, read_description
 from bids_brainfm.errors import BrainfmError
 
+LOGGER = logging.getLogger('bids_brainfm')
 SUFFIX = 'stat-attention'
 
 
@@ -187,6 +189,11 @@ def write_contrasts(
     -------
     list of Path
         The tables.
+
+    Raises
+    ------
+    BrainfmError
+        No model has maps of both sides.
     """
     import pandas as pd
 
@@ -197,9 +204,13 @@ def write_contrasts(
     column, a, b = contrast
     plain = lambda text: re.sub('[^a-zA-Z0-9]', '', text)
     folder = output / 'group' / f'{plain(column)}-{plain(a)}-minus-{plain(b)}'
-    written = []
+    written, lacking = [], []
     for of in read_maps(dataset, participants):
-        first, second, paired = sides(of, column, a, b, dataset)
+        try:
+            first, second, paired = sides(of, column, a, b, dataset)
+        except BrainfmError as error:  # another model may have both sides
+            lacking.append(error)
+            continue
         found = compare(first, second, paired)
         parcels = pd.read_csv(of.table, sep='\t', dtype={'name': str})
         table = folder / f'{of.name}_boldmap.tsv'
@@ -232,4 +243,8 @@ def write_contrasts(
             },
         )
         written.append(table)
+    if not written:
+        raise lacking[0]
+    for error in lacking:
+        LOGGER.warning('%s', error)
     return written

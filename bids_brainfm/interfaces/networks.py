@@ -425,6 +425,7 @@ def _write_knn(path: Path, knn, label: str, common: dict) -> None:
         {
             'Description': 'k-nearest neighbours with held-out parcels (a fifth at a time, '
             f'stratified) against reference networks, from {label}.',
+            'NumberOfNeighbours': knn.n_neighbours,
             'NumberOfSurrogates': len(knn.null),
             'SpatialNull': knn.null,
             'LeftAside': knn.left_aside,

@@ -1,0 +1,542 @@
+"""``--outputs`` through the command: what is written, what it says, and on which side it lies."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+
+from bids_brainfm.analyses.scores import score
+from bids_brainfm.atlases.atlas import home, load_atlas
+from bids_brainfm.bids.writing import read_matrix
+
+SPACE = 'MNI152NLin2009cAsym'
+STEM = f'sub-01_task-rest_space-{SPACE}_atlas-Demo424'
+DEMO, PARCELS = 'brainlmdemo', 'tiny13m'
+PACKAGE = Path(__file__).parents[1] / 'bids_brainfm'
+
+
+@pytest.fixture(scope='module')
+def tiny(tmp_path_factory):
+    """Card of a small network of the 13M family, which has a token for each parcel."""
+    text = (PACKAGE / 'data' / 'models' / 'brainlm-13m.yml').read_text()
+    for old, new in (
+        ('name: brainlm-13m', 'name: tiny-13m'),
+        ('label: brainlm13m', f'label: {PARCELS}'),
+        ('atlas: A424', 'atlas: Demo424'),
+        ('hidden_size: 512', 'hidden_size: 16'),
+        ('num_hidden_layers: 4', 'num_hidden_layers: 1'),
+        ('num_hidden_layers: 2', 'num_hidden_layers: 1'),
+        ('num_attention_heads: 4', 'num_attention_heads: 1'),
+        ('intermediate_size: 1024', 'intermediate_size: 16'),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    card = tmp_path_factory.mktemp('card') / 'tiny.yml'
+    card.write_text(text[: text.index('\nweights:')] + '\nweights: []\n')
+    return card
+
+
+def command(data, out, *options, level='participant'):
+    return subprocess.run(
+        [sys.executable, '-m', 'bids_brainfm.cli.run', data, out, level, '-w', f'{out}_work',
+         *map(str, options)],
+        capture_output=True, text=True, check=False, cwd=Path(out).parent,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def done(simulated, tiny, tmp_path_factory):
+    """All outputs of two families on two participants, as BOLD too."""
+    out = tmp_path_factory.mktemp('outputs') / 'out'
+    run = command(
+        simulated, out, '--model', 'brainlm-demo', tiny, '--outputs', 'all', '--write-bold'
+    )
+    assert run.returncode == 0, run.stderr
+    return out
+
+
+def func(out, name, sub='01'):
+    return out / f'sub-{sub}' / 'func' / f'{STEM.replace("sub-01", f"sub-{sub}")}_{name}'
+
+
+def about(out, name, sub='01'):
+    return json.loads(func(out, f'{name}.json', sub).read_text())
+
+
+def test_what_is_written(done):
+    for label in (DEMO, PARCELS):
+        for name in (
+            f'desc-{label}_timeseries.tsv',
+            f'stat-r2_desc-{label}_boldmap.tsv',
+            f'stat-r2_desc-{label}_boldmap.nii.gz',
+            f'desc-{label}_forecast.tsv',
+            f'stat-forecast_desc-{label}_timeseries.tsv',
+            f'stat-attention_desc-{label}_boldmap.tsv',
+            f'stat-attention_desc-{label}_boldmap.nii.gz',
+            f'stat-perturbation_desc-{label}_boldmap.tsv',
+            f'stat-perturbation_desc-{label}_boldmap.nii.gz',
+        ):
+            assert func(done, name).is_file(), name
+            sidecar = func(done, name.partition('.')[0] + '.json')
+            assert json.loads(sidecar.read_text())['InputFiles']
+    for label in ('connectome', PARCELS):
+        for name in ('dseg.nii.gz', 'dseg.tsv', 'knn.tsv'):
+            assert func(done, f'desc-{label}_{name}').is_file()
+            whole = f'sub-01_space-{SPACE}_atlas-Demo424_desc-{label}_{name}'
+            assert (done / 'sub-01' / 'func' / whole).is_file()
+    assert not list(done.glob(f'**/*desc-{DEMO}_dseg*'))  # its tokens are not of parcels
+    assert not [path for path in done.rglob('.*') if path.name != '.bidsignore']
+
+
+def test_the_dataset_validates_without_a_word(done):
+    validator = Path(sys.executable).with_name('bids-validator-deno')
+    found = subprocess.run(
+        [validator, '--format', 'json', done], capture_output=True, text=True, check=False
+    )
+    assert json.loads(found.stdout)['issues']['issues'] == []
+
+
+@pytest.mark.parametrize(('label', 'ratio', 'passes'), [(DEMO, 0.75, 2), (PARCELS, 0.2, 5)])
+def test_reconstruction_is_scored_as_it_is_written(done, label, ratio, passes):
+    """The table's scores are those of the written series, but for the bounds of the scaling."""
+    original, names = read_matrix(func(done, 'stat-mean_timeseries.tsv'))
+    made, same_names = read_matrix(func(done, f'desc-{label}_timeseries.tsv'))
+    assert names == same_names
+    assert made.shape == original.shape
+    assert np.isfinite(made).all()
+    assert np.abs(made.mean(0) / original.mean(0) - 1).max() < 0.05  # in BOLD units
+    table = pd.read_csv(func(done, f'stat-r2_desc-{label}_boldmap.tsv'), sep='\t')
+    assert list(table['Node']) == names
+    found = score(made, original, axis=0)
+    np.testing.assert_allclose(table['r'], found.r, atol=0.02)
+    np.testing.assert_allclose(table['r2'], found.r2, atol=0.05 * (1 - found.r2.min()))
+    sidecar = about(done, f'stat-r2_desc-{label}_boldmap')
+    assert sidecar['MaskRatio'] == ratio
+    assert sidecar['NumberOfPasses'] == passes
+    assert set(sidecar['Pooled']) == {'model', 'mean', 'interpolation'}
+    assert sidecar['Pooled']['model']['R2'] < 0  # untrained, and not floored
+    assert sidecar['GainCheck']['Gain'][3] == 1
+    assert len(sidecar['GainCheck']['R2']) == 8
+    image = nib.load(func(done, f'stat-r2_desc-{label}_boldmap.nii.gz'))
+    assert np.isclose(image.get_fdata(), table['r2'][5], rtol=1e-6).sum() > 100
+
+
+def test_reconstruction_as_bold_is_the_series(done, simulated):
+    """Parcellated as any BOLD file it gives the table; it lies on the grid of the input."""
+    from bids_brainfm.signals.parcellate import parcellate
+
+    source = next(simulated.glob('sub-01/func/*_desc-preproc_bold.nii.gz'))
+    path = done / 'sub-01' / 'func' / f'sub-01_task-rest_space-{SPACE}_desc-{DEMO}_bold.nii.gz'
+    made, given = nib.load(path), nib.load(source)
+    assert made.shape == given.shape
+    np.testing.assert_array_equal(made.affine, given.affine)
+    assert made.header.get_zooms()[3] == pytest.approx(0.735)
+    atlas = load_atlas('Demo424', home())
+    found = parcellate(path, atlas.image_for(SPACE, 2.0).path, 424)
+    series, _ = read_matrix(func(done, f'desc-{DEMO}_timeseries.tsv'))
+    np.testing.assert_allclose(found.data, series, rtol=1e-5)
+    sidecar = json.loads(path.with_name(path.name.replace('.nii.gz', '.json')).read_text())
+    assert sidecar['SkullStripped'] is True
+    assert sidecar['RepetitionTime'] == 0.735
+
+
+def test_forecast_table(done):
+    for label in (DEMO, PARCELS):
+        table = pd.read_csv(func(done, f'desc-{label}_forecast.tsv'), sep='\t')
+        assert table['step'].tolist() == list(range(1, 21))
+        np.testing.assert_allclose(table['time'], 0.735 * table['step'], rtol=1e-6)
+        for way in ('model', 'persistence', 'mean', 'ar'):
+            for measure in ('mse', 'r2', 'r'):
+                assert np.isfinite(table[f'{way}_{measure}']).all()
+        assert table['ar_r2'][0] > table['mean_r2'][0]  # simulated series have a memory
+        assert table['persistence_mse'][0] < table['persistence_mse'][19]
+        sidecar = about(done, f'desc-{label}_forecast')
+        assert sidecar['PointsHidden'] == 20
+        series, _ = read_matrix(func(done, f'stat-forecast_desc-{label}_timeseries.tsv'))
+        given = np.isfinite(series).all(axis=1)
+        windows = sidecar['NumberOfWindows']
+        assert np.flatnonzero(given).tolist() == list(range(210 - 20 * windows, 210))
+
+
+def test_networks_of_the_simulation_are_found(done):
+    """Simulated networks are told from connectivity, far above shuffled labels and the null."""
+    scores = pd.read_csv(func(done, 'desc-connectome_knn.tsv'), sep='\t', index_col='features')
+    assert scores['accuracy']['features'] > scores['accuracy']['spatial null'] + 0.05
+    assert scores['accuracy']['features'] > 2 * scores['accuracy']['majority']
+    assert abs(scores['accuracy']['shuffled'] - 1 / 9) < 0.06
+    assert scores['p']['features'] == pytest.approx(1 / 101)
+    untrained = pd.read_csv(func(done, f'desc-{PARCELS}_knn.tsv'), sep='\t', index_col='features')
+    assert {'xyz', 'majority', 'shuffled', 'spatial null'} < set(untrained.index)
+
+    parcels = pd.read_csv(func(done, 'stat-network_desc-connectome_boldmap.tsv'), sep='\t')
+    lut = pd.read_csv(func(done, 'desc-connectome_dseg.tsv'), sep='\t')
+    image = nib.load(func(done, 'desc-connectome_dseg.nii.gz'))
+    assert list(parcels) == ['Node', 'cluster', 'network', 'confidence', 'reference']
+    assert parcels['confidence'].between(-1, 1).all()
+    named = dict(zip(lut['index'], lut['name'], strict=True))
+    assert (parcels['cluster'].map(named) == parcels['network']).all()
+    assert (parcels['network'] == parcels['reference']).mean() > 0.4
+    assert set(np.unique(image.dataobj)) == {0, *lut['index']}
+    atlas = load_atlas('Demo424', home())
+    labels = np.asanyarray(nib.load(atlas.image_for(SPACE, 2.0).path).dataobj)
+    for parcel in (1, 200, 424):
+        painted = np.unique(np.asanyarray(image.dataobj)[labels == parcel])
+        assert painted.tolist() == [parcels['cluster'][parcel - 1]]
+
+
+def test_networks_of_a_participant_are_of_all_its_runs(dataset, tmp_path, app):
+    """With two runs: the mean of their features, drawn in the report; one alone is the same."""
+    from bids_brainfm.analyses.networks import cluster_parcels, fc_features
+    from bids_brainfm.bids.writing import read_relmat
+
+    func = dataset / 'sub-01' / 'func'
+    other = dataset / 'sub-02' / 'func'
+    for path in list(other.iterdir()):
+        path.rename(func / path.name.replace('sub-02_task-rest', 'sub-01_task-more'))
+    shutil.rmtree(dataset / 'sub-02')
+    out = tmp_path / 'out'
+    assert app(dataset, out, '--outputs', 'networks', '--network-clusters', '5') == 0
+    relmats = sorted(out.glob('sub-01/func/*_relmat.tsv'))
+    assert len(relmats) == 2
+    features = np.mean([fc_features(read_relmat(path)) for path in relmats], axis=0)
+    expected = cluster_parcels(features, 5, 0).labels
+    name = f'sub-01_space-{SPACE}_atlas-Demo424_stat-network_desc-connectome_boldmap'
+    whole = pd.read_csv(out / 'sub-01' / 'func' / f'{name}.tsv', sep='\t')
+    assert whole['cluster'].tolist() == expected.tolist()
+    sidecar = json.loads((out / 'sub-01' / 'func' / f'{name}.json').read_text())
+    assert sidecar['Runs'] == ['sub-01_task-more', 'sub-01_task-rest']
+    picture = f'sub-01_space-{SPACE}_atlas-Demo424_model-connectome_desc-networks_bold.svg'
+    assert picture in (out / 'sub-01.html').read_text()
+    before = {path: path.stat().st_mtime_ns for path in out.glob('sub-01/**/*')}
+    assert app(dataset, out, '--outputs', 'networks', '--network-clusters', '5') == 0
+    assert {path: path.stat().st_mtime_ns for path in out.glob('sub-01/**/*')} == before
+
+
+def test_attention_maps(done):
+    """13M: a share for each parcel. Vision transformer: equal in a token, and it is said."""
+    fine = pd.read_csv(func(done, f'stat-attention_desc-{PARCELS}_boldmap.tsv'), sep='\t')
+    coarse = pd.read_csv(func(done, f'stat-attention_desc-{DEMO}_boldmap.tsv'), sep='\t')
+    assert fine.filter(like='patch').shape == (424, 10)
+    assert coarse.filter(like='patch').shape == (424, 13)
+    for table in (fine, coarse):
+        np.testing.assert_allclose(
+            table.filter(like='patch').sum(axis=1), table['attention'], rtol=1e-5
+        )
+    assert fine['attention'].nunique() > 400
+    assert coarse['attention'].round(9).nunique() == 27
+    assert fine['attention'].sum() == pytest.approx(1, abs=0.01)
+    assert 'spans 16 parcels' in about(done, f'stat-attention_desc-{DEMO}_boldmap')['TokenSpan']
+    assert 'TokenSpan' not in about(done, f'stat-attention_desc-{PARCELS}_boldmap')
+    assert 'spans 16 parcels' in (done / 'sub-01.html').read_text()
+
+
+@pytest.mark.parametrize('label', [DEMO, PARCELS])
+def test_perturbation_map(done, label):
+    """By default left V1, 2 SD up; what shares a token with it is n/a, not zero."""
+    table = pd.read_csv(func(done, f'stat-perturbation_desc-{label}_boldmap.tsv'), sep='\t')
+    sidecar = about(done, f'stat-perturbation_desc-{label}_boldmap')
+    target = table['target'] == 1
+    atlas = load_atlas('Demo424', home())
+    (parcel,) = np.flatnonzero(target)
+    assert atlas.xyz[parcel, 0] < 0
+    assert atlas.xyz[parcel, 1] < -70
+    assert sidecar['Target'] == atlas.names[parcel] == sidecar['TargetParcels'][0]
+    lost = table['change'].isna() & ~target
+    assert lost.sum() == sidecar['ParcelsSharingTokens'] == (15 if label == DEMO else 0)
+    assert any('share tokens' in warning for warning in sidecar['Warnings']) == (label == DEMO)
+    assert table['p'].dropna().between(1 / 20, 1).all()
+    assert (table['change'].dropna() != 0).any()
+    image = nib.load(func(done, f'stat-perturbation_desc-{label}_boldmap.nii.gz'))
+    values = image.get_fdata()
+    ijk = np.argwhere(np.nan_to_num(values) == 2)
+    x = nib.affines.apply_affine(image.affine, ijk)[:, 0]
+    assert len(x) > 100
+    assert (x < 0).all()
+
+
+@pytest.mark.parametrize('mirrored', [False, True])
+def test_left_stays_left_from_input_to_output(dataset, tmp_path, app, mirrored):
+    """A left visual parcel that is brighter in the input is brighter in the output, alone."""
+    from bids_brainfm.cli.demo import _grid_labels
+
+    atlas = load_atlas('Demo424', home())
+    parcel = int(np.linalg.norm(atlas.xyz - [-10, -85, 2], axis=1).argmin())
+    (source,) = dataset.glob('sub-01/func/*_desc-preproc_bold.nii.gz')
+    (mask,) = dataset.glob('sub-01/func/*_desc-brain_mask.nii.gz')
+    image = nib.load(source)
+    labels, _ = _grid_labels(atlas.image_for(SPACE, 4.0).path)
+    made = []
+    for brighter in (0, 500):
+        data = image.get_fdata(dtype=np.float32).copy()
+        data[labels == parcel + 1] += brighter
+        for path, values in ((source, data), (mask, np.asanyarray(nib.load(mask).dataobj))):
+            given = nib.load(path)
+            copy = nib.Nifti1Image(values, image.affine, given.header)
+            copy = copy.as_reoriented([[0, -1], [1, 1], [2, 1]]) if mirrored else copy
+            folder = tmp_path / str(brighter) / 'sub-01' / 'func'
+            folder.mkdir(parents=True, exist_ok=True)
+            nib.save(copy, folder / path.name)
+        for path in dataset.glob('sub-01/func/*'):
+            if not path.name.endswith('.nii.gz'):
+                shutil.copy(path, folder / path.name)
+        shutil.copy(dataset / 'dataset_description.json', tmp_path / str(brighter))
+        out = tmp_path / f'out{brighter}'
+        assert app(folder.parents[1], out, '--outputs', 'reconstruction', '--write-bold') == 0
+        made.append(nib.load(next(out.glob('sub-01/func/*_desc-brainlmdemo_bold.nii.gz'))))
+    assert nib.aff2axcodes(made[0].affine)[0] == ('L' if mirrored else 'R')
+    moved = (made[1].get_fdata() - made[0].get_fdata()).mean(axis=3)
+    ijk = np.argwhere(np.abs(moved) > 100)
+    xyz = nib.affines.apply_affine(made[0].affine, ijk)
+    assert len(ijk) == (labels == parcel + 1).sum()
+    assert (xyz[:, 0] < 0).all()
+    np.testing.assert_allclose(xyz.mean(0), atlas.xyz[parcel], atol=4)
+    np.testing.assert_allclose(moved[tuple(ijk.T)], 500, atol=5)
+
+
+def test_the_report_has_a_section_for_each(done):
+    page = (done / 'sub-01.html').read_text()
+    for what in (
+        'reconstruction', 'r2', 'gain', 'forecast', 'attention', 'networks', 'knn', 'perturbation'
+    ):  # fmt: skip
+        (figure, *_) = done.glob(f'sub-01/figures/*model-{PARCELS}_desc-{what}_bold.svg')
+        assert figure.name in page, what
+    for words in ('75% of the tokens hidden in each of 2 passes', 'predict_last_pixel',
+                  'adjusted Rand index', 'of sham targets', 'held-out parcels'):  # fmt: skip
+        assert words in page
+    methods = (done / 'logs' / 'CITATION.md').read_text()
+    for words in ('20% of the tokens of a window were hidden', 'forecast by tiny-13m',
+                  'Moran spectral randomisation', 'sham targets', 'Wagner & Dray 2015',
+                  'Attention maps show'):  # fmt: skip
+        assert words in methods
+
+
+def test_second_run_does_nothing_and_what_was_lost_comes_back(
+    simulated, done, tiny, tmp_path, app, capfd
+):
+    out = Path(shutil.copytree(done, tmp_path / 'out'))
+    models = ('--model', 'brainlm-demo', tiny, '--outputs', 'all')
+    state = lambda: {path: path.stat().st_mtime_ns for path in out.glob('sub-*/**/*.*')}
+    before = state()
+    assert app(simulated, out, *models) == 0  # without --write-bold: what stands stays
+    assert state() == before
+    lost = [
+        func(out, f'stat-r2_desc-{DEMO}_boldmap.tsv'),
+        func(out, 'desc-connectome_dseg.nii.gz', '02'),
+    ]
+    contents = [path.read_bytes() for path in lost]
+    for path in lost:
+        path.unlink()
+    assert app(simulated, out, *models) == 0
+    assert [path.read_bytes() for path in lost] == contents
+    changed = {path.name for path, when in state().items() if before.get(path) != when}
+    assert not any(PARCELS in name for name in changed)
+    assert not any('forecast' in name for name in changed)
+
+
+def test_outputs_can_be_added_and_do_not_outlive_their_input(dataset, tmp_path, app):
+    """Embeddings stay as they are when more is asked for; of an old input nothing stays."""
+    out = tmp_path / 'out'
+    assert app(dataset, out, '--participant-label', '01') == 0
+    table = func(out, f'desc-{DEMO}_embedding.tsv')
+    before = table.stat().st_mtime_ns
+    assert app(dataset, out, '--participant-label', '01', '--outputs', 'forecast') == 0
+    assert table.stat().st_mtime_ns == before
+    assert func(out, f'desc-{DEMO}_forecast.tsv').is_file()
+    next(dataset.glob('sub-01/func/*_bold.nii.gz')).touch()
+    assert app(dataset, out, '--participant-label', '01') == 0
+    assert table.stat().st_mtime_ns != before
+    assert not list(out.glob('sub-01/**/*forecast*'))
+
+
+@pytest.mark.parametrize(
+    ('options', 'said'),
+    [
+        (('--outputs', 'all', '--mask-ratio', '0.5'), 'mask_ratio was 0.75 and is now 0.5'),
+        (('--outputs', 'forecast', '--forecast-points', '10'), 'points was 20 and is now 10'),
+        (('--outputs', 'networks', '--network-clusters', '4'), 'clusters was 9 and is now 4'),
+        (('--outputs', 'perturbation', '--perturb', 'visual'), "target_name was 'L_"),
+    ],
+)
+def test_other_settings_are_not_mixed_in(simulated, done, tmp_path, app, capfd, options, said):
+    out = Path(shutil.copytree(done, tmp_path / 'out'))
+    assert app(simulated, out, *options) == 2
+    assert said in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('options', 'said'),
+    [
+        (('--mask-ratio', '0.5'), '--mask-ratio is used by --outputs reconstruction or perturb'),
+        (('--outputs', 'networks', '--write-bold'), '--write-bold is used by --outputs recon'),
+        (('--outputs', 'reconstruction', '--model', 'brain-jepa-demo'), 'has no decoder'),
+        (('--outputs', 'forecast', '--forecast-points', '200'), '1 to 199 of them, not 200'),
+        (('--outputs', 'perturbation', '--perturb', 'L_19'), 'did you mean L_19'),
+        (('--outputs', 'networks', '--reference-networks', 'no.tsv'), 'does not exist'),
+        (('--contrast', 'task', 'a', 'b'), 'the participant level has no --contrast'),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_starts(
+    simulated, tmp_path, app, capfd, options, said
+):
+    assert app(simulated, tmp_path / 'out', *options) == 2
+    assert said in capfd.readouterr().err
+    assert not list((tmp_path / 'out').glob('sub-*'))
+
+
+def test_a_13m_model_hides_whole_patches(simulated, tiny, tmp_path, app, capfd):
+    arguments = ('--model', tiny, '--outputs', 'forecast', '--forecast-points', '30')
+    assert app(simulated, tmp_path / 'out', *arguments) == 2
+    assert 'whole patches of 20' in capfd.readouterr().err
+
+
+def test_reference_networks_of_ones_own(simulated, tmp_path, app, capfd):
+    """A table by name, in any order; parcels it does not name are left aside."""
+    names = load_atlas('Demo424', home()).names
+    table = tmp_path / 'mine.tsv'
+    sides = {name: {'L': 'left', 'R': 'right'}[name[0]] for name in names[10:]}
+    rows = [f'{name}\t{side}' for name, side in reversed(sides.items())]
+    table.write_text('\n'.join(['name\tnetwork', *rows]) + '\n')
+    out = tmp_path / 'out'
+    options = ('--participant-label', '01', '--outputs', 'networks', 'perturbation')
+    options += ('--reference-networks', table, '--perturb', 'right', '--perturb-sd', '-1')
+    assert app(simulated, out, *options) == 1  # half of the brain is in every token
+    assert 'each token of brainlm-demo holds one of the 212 clamped' in capfd.readouterr().err
+    parcels = pd.read_csv(
+        func(out, 'stat-network_desc-connectome_boldmap.tsv'), sep='\t', keep_default_na=False
+    )
+    assert parcels['reference'].value_counts().to_dict() == {'right': 212, 'left': 202, 'n/a': 10}
+    assert sorted(parcels['cluster'].unique()) == [1, 2]
+    table.write_text('parcel\tnetwork\nL_001\tx\n')
+    assert app(simulated, tmp_path / 'other', *options[:4], *options[5:7]) == 2
+    assert 'is not a table (TSV) with the columns name and network' in capfd.readouterr().err
+
+
+def test_short_runs_are_served_too(dataset, tmp_path, app):
+    """60 volumes of 0.735 s, padded: every output is there, and only what is real is scored."""
+    (bold,) = dataset.glob('sub-01/func/*_bold.nii.gz')
+    image = nib.load(bold)
+    nib.save(image.slicer[..., :60], bold)
+    (table,) = dataset.glob('sub-01/func/*_timeseries.tsv')
+    frame = pd.read_csv(table, sep='\t', dtype=str, keep_default_na=False)[:60]
+    frame.to_csv(table, sep='\t', index=False)
+    out = tmp_path / 'out'
+    options = ('--participant-label', '01', '--short-runs', 'pad', '--outputs', 'all')
+    assert app(dataset, out, *options) == 0
+    series, _ = read_matrix(func(out, f'desc-{DEMO}_timeseries.tsv'))
+    assert series.shape == (60, 424)
+    assert np.isfinite(series).all()
+    assert about(out, f'desc-{DEMO}_forecast')['NumberOfWindows'] == 1
+
+
+def test_parcels_without_signal_are_in_no_output(dataset, tmp_path, app):
+    """What was filled to feed the network is n/a in every table and NaN in every image."""
+    from bids_brainfm.cli.demo import _grid_labels
+
+    (bold,) = dataset.glob('sub-01/func/*_bold.nii.gz')
+    image = nib.load(bold)
+    labels, _ = _grid_labels(load_atlas('Demo424', home()).image_for(SPACE, 4.0).path)
+    data = image.get_fdata(dtype=np.float32)
+    data[labels == 31] = 0
+    nib.save(nib.Nifti1Image(data, image.affine, image.header), bold)
+    out = tmp_path / 'out'
+    assert app(dataset, out, '--participant-label', '01', '--outputs', 'all') == 0
+    for name, column in (
+        (f'stat-r2_desc-{DEMO}_boldmap', 'r2'),
+        (f'stat-attention_desc-{DEMO}_boldmap', 'attention'),
+        (f'stat-perturbation_desc-{DEMO}_boldmap', 'change'),
+        ('stat-network_desc-connectome_boldmap', 'confidence'),
+    ):
+        table = pd.read_csv(func(out, f'{name}.tsv'), sep='\t')
+        assert np.isnan(table[column][30]), name
+        assert table[column].notna().sum() > 400
+    series, _ = read_matrix(func(out, f'desc-{DEMO}_timeseries.tsv'))
+    assert np.isnan(series[:, 30]).all()
+    networks = pd.read_csv(func(out, 'stat-network_desc-connectome_boldmap.tsv'), sep='\t')
+    assert networks['cluster'][30] == 0
+    assert app(dataset, tmp_path / 'no', '--participant-label', '01', '--outputs', 'perturbation',
+               '--perturb', 'L_031') == 1  # fmt: skip
+
+
+# --- the group level -------------------------------------------------------------------------
+
+
+def test_groups_are_subtracted(done, tmp_path):
+    """participants.tsv gives the groups; the map is the difference of the two tables."""
+    out = Path(shutil.copytree(done, tmp_path / 'out'))
+    (out / 'participants.tsv').write_text('participant_id\tsex\nsub-01\tF\nsub-02\tM\n')
+    run = command(out, out, '--contrast', 'sex', 'F', 'M', level='group')
+    assert run.returncode == 0, run.stderr
+    folder = out / 'group' / 'sex-F-minus-M'
+    name = f'space-{SPACE}_atlas-Demo424_stat-attention_desc-{PARCELS}_boldmap'
+    table = pd.read_csv(folder / f'{name}.tsv', sep='\t')
+    own = f'stat-attention_desc-{PARCELS}_boldmap.tsv'
+    one, two = (pd.read_csv(func(out, own, sub), sep='\t')['attention'] for sub in ('01', '02'))
+    np.testing.assert_allclose(table['difference'], one - two, atol=1e-8)
+    assert table['p'].isna().all()  # one participant a side tells nothing about chance
+    image = nib.load(folder / f'{name}.nii.gz')
+    atlas = load_atlas('Demo424', home())
+    labels = np.asanyarray(nib.load(atlas.image_for(SPACE, 2.0).path).dataobj)
+    np.testing.assert_allclose(image.get_fdata()[labels == 7], table['difference'][6], rtol=1e-5)
+    assert (folder / f'{name}.svg').is_file()
+    sidecar = json.loads((folder / f'{name}.json').read_text())
+    assert sidecar['NumberOfParticipants'] == {'F': 1, 'M': 1}
+    assert 'Welch' in sidecar['Test']
+    (out / 'participants.tsv').unlink()
+    validator = Path(sys.executable).with_name('bids-validator-deno')
+    found = subprocess.run(
+        [validator, '--format', 'json', out], capture_output=True, text=True, check=False
+    )
+    assert json.loads(found.stdout)['issues']['issues'] == []
+
+
+def test_conditions_are_subtracted_within_participants(done, tmp_path):
+    """With a second task the test is paired, over those who have both."""
+    out = Path(shutil.copytree(done, tmp_path / 'out'))
+    random = np.random.default_rng(0)
+    for sub in ('01', '02'):
+        own = func(out, f'stat-attention_desc-{PARCELS}_boldmap.tsv', sub)
+        frame = pd.read_csv(own, sep='\t')
+        for run in ('1', '2'):
+            other = own.with_name(own.name.replace('task-rest', f'task-nback_run-{run}'))
+            frame.assign(attention=frame['attention'] + 1 + random.normal(0, 0.1, 424)).to_csv(
+                other, sep='\t', index=False
+            )
+            shutil.copy(own.with_suffix('.json'), other.with_suffix('.json'))
+    run = command(out, out, '--contrast', 'task', 'nback', 'rest', level='group')
+    assert run.returncode == 0, run.stderr
+    (path,) = out.glob(f'group/task-nback-minus-rest/*{PARCELS}_boldmap.tsv')
+    table = pd.read_csv(path, sep='\t')
+    np.testing.assert_allclose(table['difference'], 1, atol=0.3)
+    assert np.isfinite(table['p']).all()
+    assert 'paired' in json.loads(path.with_suffix('.json').read_text())['Test']
+    assert len(list(out.glob('group/*/*.tsv'))) == 1  # the other model has no such task
+
+
+@pytest.mark.parametrize(
+    ('contrast', 'said'),
+    [
+        (('sex', 'F', 'M'), 'no column of a participants.tsv'),
+        (('task', 'rest', 'nback'), 'is of task nback; there are rest'),
+        (('trait', 'high', 'low'), 'is of trait high or low'),
+    ],
+)
+def test_contrasts_that_cannot_be(done, tmp_path, contrast, said):
+    out = Path(shutil.copytree(done, tmp_path / 'out'))
+    run = command(out, out, '--contrast', *contrast, level='group')
+    assert run.returncode == 2
+    assert said in run.stderr
+
+
+def test_the_group_level_takes_our_outputs_only(simulated, tmp_path):
+    run = command(simulated, tmp_path / 'out', '--contrast', 'sex', 'F', 'M', level='group')
+    assert run.returncode == 2
+    assert 'was not written by bids_brainfm' in run.stderr
+    run = command(simulated, tmp_path / 'out', level='group')
+    assert run.returncode == 2
+    assert '--contrast WHAT A B' in run.stderr
