@@ -1,7 +1,5 @@
 """Clusters, their match with known networks, the k-NN protocol and its spatial null."""
 
-import time
-
 import numpy as np
 import pytest
 
@@ -463,18 +461,6 @@ def test_no_protocol_is_refused(changed, said):
     }
     with pytest.raises(BrainfmError, match=said):
         knn_protocol(**given | changed)
-
-
-def test_full_size_takes_seconds():
-    """424 parcels with as many features and 100 surrogates."""
-    rng = np.random.default_rng(0)
-    features = fc_features(connectome(rng.normal(size=(200, 424))))
-    names, xyz = rng.choice(NETWORKS, 424), rng.normal(0, 40, (424, 3))
-    begin = time.perf_counter()
-    knn_protocol(features, names, xyz)
-    took = time.perf_counter() - begin
-    print(f'424 parcels, 100 surrogates: {took:.1f} s')
-    assert took < 15  # 3.5 s on one idle core
 
 
 # Real recordings

@@ -201,7 +201,9 @@ def test_networks_of_a_participant_are_of_all_its_runs(dataset, tmp_path, app):
         path.rename(func / path.name.replace('sub-02_task-rest', 'sub-01_task-more'))
     shutil.rmtree(dataset / 'sub-02')
     out = tmp_path / 'out'
-    assert app(dataset, out, '--outputs', 'networks', '--network-clusters', '5') == 0
+    for task in ('rest', 'more'):  # a command each, as in jobs of an array
+        options = ('--outputs', 'networks', '--network-clusters', '5', '--task-id', task)
+        assert app(dataset, out, *options) == 0
     relmats = sorted(out.glob('sub-01/func/*_relmat.tsv'))
     assert len(relmats) == 2
     features = np.mean([fc_features(read_relmat(path)) for path in relmats], axis=0)

@@ -25,11 +25,17 @@ from bids_brainfm.models.connectome import LABEL as CONNECTOME
 
 AUTO = 'auto'
 PICTURES = ('networks', 'knn')
+# Kinds of features, and the files that hold them ({}: label of the model)
 FEATURES = {
     CONNECTOME: "each parcel's connectivity with all others (Fisher z)",
     'attention': 'attention of the class token to each parcel at each time patch, mean over '
     'windows',
     'parcels': "mean of each parcel's tokens, mean over windows",
+}
+ENDINGS = {
+    CONNECTOME: '_stat-pearsoncorrelation_relmat.tsv',
+    'attention': '_stat-attention_desc-{}_boldmap.tsv',
+    'parcels': '_desc-{}_embedding.h5',
 }
 
 
@@ -158,35 +164,76 @@ def paths(of: BoldRun, label: str, task: NetworkTask) -> dict[str, Path]:
     return found | ({} if task.networks is None else {'knn': path('knn')})
 
 
-def features_of(run: BoldRun, source: Source, task: NetworkTask) -> np.ndarray | None:
-    """Features (P, F) of a run, read from its derivatives; None where these do not stand."""
+@dataclass(frozen=True)
+class Member:
+    """A run whose derivatives stand.
+
+    Attributes
+    ----------
+    stem : Path
+        What the names of its derivatives begin with, up to the atlas.
+    inputs : dict
+        Fingerprints of what they were made from.
+    """
+
+    stem: Path
+    inputs: dict
+
+    @property
+    def name(self) -> str:
+        """Name of the run."""
+        return self.stem.name.partition('_space-')[0]
+
+    def file(self, kind: str, label: str = '') -> Path:
+        """Where features of a kind, a key of `FEATURES`, are read from."""
+        return self.stem.with_name(self.stem.name + ENDINGS[kind].format(label))
+
+    def has(self, source: Source) -> bool:
+        """Whether features stand that were made from the same inputs."""
+        file = self.file(source.kind, source.label)
+        return writing.is_current(file.with_suffix('.json'), file, self.inputs)
+
+
+def members_of(runs: list[BoldRun], task: NetworkTask) -> list[tuple[BoldRun, list[Member]]]:
+    """What networks are found of: each run, and what stands of the participant in each space.
+
+    The participant's runs are all that the output holds, also those of other commands.
+    """
+    relmat = lambda run: series_paths(task.output, run, task.name)['relmat']
+    stem = lambda path: path.with_name(path.name.removesuffix(ENDINGS[CONNECTOME]))
+    live = {stem(relmat(run)): writing.input_fingerprints(run) for run in runs}
+    found = [
+        (run, [Member(s, inputs)]) for run, (s, inputs) in zip(runs, live.items(), strict=True)
+    ]
+    for space, run in {run.space: run for run in reversed(runs)}.items():
+        pattern = f'**/func/*_space-{space}_atlas-{task.name}{ENDINGS[CONNECTOME]}'
+        standing = {}
+        for path in sorted((task.output / f'sub-{run.subject}').glob(pattern)):
+            sidecar = writing.read_sidecar(path.with_suffix('.json'))
+            if sidecar is not None:
+                standing[stem(path)] = sidecar['InputFiles']
+        members = [Member(s, live.get(s, inputs)) for s, inputs in standing.items()]
+        found.append((whole_participant(run), members))
+    return found
+
+
+def features_of(member: Member, source: Source) -> np.ndarray:
+    """Features (P, F) of a run, read from its derivatives."""
     import h5py
     import pandas as pd
 
     from bids_brainfm.analyses.networks import fc_features
 
-    def path(suffix, extension, **entities):
-        return writing.derivative_path(
-            task.output, run, suffix, extension, atlas=task.name, desc=source.label, **entities
-        )
-
-    relmat = series_paths(task.output, run, task.name)['relmat']
-    file = {
-        CONNECTOME: relmat,
-        'attention': path('boldmap', '.tsv', stat='attention'),
-        'parcels': path('embedding', '.h5'),
-    }[source.kind]
-    if not writing.is_current(file.with_suffix('.json'), file, writing.input_fingerprints(run)):
-        return None
-    if source.kind == CONNECTOME:
-        return fc_features(writing.read_relmat(relmat))
+    file = member.file(source.kind, source.label)
     if source.kind == 'attention':
         table = pd.read_csv(file, sep='\t', na_values='n/a')
         return table.filter(like='patch').to_numpy(float)
-    with h5py.File(file) as file:
-        features = file['parcels'][:].mean(axis=0).astype(float)
-    missing = np.isnan(writing.read_relmat(relmat)).all(axis=1)
-    features[missing] = np.nan  # these were filled from other parcels
+    connectivity = fc_features(writing.read_relmat(member.file(CONNECTOME)))
+    if source.kind == CONNECTOME:
+        return connectivity
+    with h5py.File(file) as arrays:
+        features = arrays['parcels'][:].mean(axis=0).astype(float)
+    features[np.isnan(connectivity).all(axis=1)] = np.nan  # these were filled from others
     return features
 
 
@@ -204,30 +251,24 @@ def mean_features(features: list[np.ndarray]) -> np.ndarray:
 
 
 def participant_current(runs: list[BoldRun], task: NetworkTask) -> bool:
-    """Whether all networks of a participant stand and fit the inputs."""
+    """Whether all networks of a participant stand and fit what they are made from."""
     return all(
-        _current(of, source.label, own, task)
-        for of, own in [*((run, [run]) for run in runs), *_participants(runs)]
+        _current(of, source.label, used, task)
+        for of, members in members_of(runs, task)
         for source in task.sources
+        if (used := [member for member in members if member.has(source)])
     )
 
 
-def _participants(runs: list[BoldRun]) -> list[tuple[BoldRun, list[BoldRun]]]:
-    """What stands for the participant in each space, with its runs."""
-    spaces = dict.fromkeys(run.space for run in runs)
-    by_space = [[run for run in runs if run.space == space] for space in spaces]
-    return [(whole_participant(own[0]), own) for own in by_space]
+def _inputs(members: list[Member]) -> dict:
+    return {uri: state for member in members for uri, state in member.inputs.items()}
 
 
-def _inputs(runs: list[BoldRun]) -> dict:
-    return {uri: state for run in runs for uri, state in writing.input_fingerprints(run).items()}
-
-
-def _current(of: BoldRun, label: str, runs: list[BoldRun], task: NetworkTask) -> bool:
+def _current(of: BoldRun, label: str, used: list[Member], task: NetworkTask) -> bool:
     files = paths(of, label, task)
     sidecar = files['parcels'].with_suffix('.json')
     whole = all(path.is_file() for path in files.values())
-    return whole and writing.is_current(sidecar, files['parcels'], _inputs(runs))
+    return whole and writing.is_current(sidecar, files['parcels'], _inputs(used))
 
 
 def make_networks(runs: list[BoldRun], task: NetworkTask, stop: bool = False) -> list[Outcome]:
@@ -243,26 +284,24 @@ def make_networks(runs: list[BoldRun], task: NetworkTask, stop: bool = False) ->
     """
     step, known = networks_name(task.name), {}
     return [
-        attempt(task.output, of, step, partial(_of_run, of, own, task, known), stop)
-        for of, own in [*((run, [run]) for run in runs), *_participants(runs)]
+        attempt(task.output, of, step, partial(_find_and_write, of, members, task, known), stop)
+        for of, members in members_of(runs, task)
     ]
 
 
-def _of_run(of: BoldRun, runs: list[BoldRun], task: NetworkTask, known: dict) -> None:
+def _find_and_write(of: BoldRun, members: list[Member], task: NetworkTask, known: dict) -> None:
     """Write what is not current; what was found is kept in `known`, for one run may be all."""
     for source in task.sources:
-        if _current(of, source.label, runs, task):
-            continue
-        found = [features_of(run, source, task) for run in runs]
         # a run that failed has been told of, and has nothing to add
-        used = [run for run, features in zip(runs, found, strict=True) if features is not None]
-        if not used:
+        used = [member for member in members if member.has(source)]
+        if not used or _current(of, source.label, used, task):
             continue
-        key = source.label, *(run.name for run in used)
+        key = source.label, *(member.stem for member in used)
         if key not in known:
-            features = mean_features([f for f in found if f is not None])
+            features = mean_features([features_of(member, source) for member in used])
             known[key] = find_networks(features, source, task)
-        write_networks(of, used, source, known[key], task, draw=of in runs or len(used) > 1)
+        draw = 'task' in of.entities or len(used) > 1
+        write_networks(of, used, source, known[key], task, draw)
 
 
 @dataclass(frozen=True)
@@ -311,7 +350,7 @@ def find_networks(features: np.ndarray, source: Source, task: NetworkTask) -> Fo
 
 
 def write_networks(
-    of: BoldRun, runs: list[BoldRun], source: Source, found: Found, task: NetworkTask, draw
+    of: BoldRun, used: list[Member], source: Source, found: Found, task: NetworkTask, draw: bool
 ) -> None:
     """Write clusters as table and image, the protocol's scores, figures and sidecars.
 
@@ -319,7 +358,7 @@ def write_networks(
     ----------
     of : BoldRun
         The run, or what stands for the participant.
-    runs : list of BoldRun
+    used : list of Member
         What features are the mean of.
     source : Source
     found : Found
@@ -337,13 +376,12 @@ def write_networks(
     files['parcels'].with_suffix('.json').unlink(missing_ok=True)
     common = {
         'Features': FEATURES[source.kind],
-        'Runs': [run.name for run in runs],
+        'Runs': [member.name for member in used],
         'Seed': task.seed,
-        'InputFiles': _inputs(runs),
+        'InputFiles': _inputs(used),
         'SoftwareVersion': task.version,
         'Sources': [
-            writing.own_uri(task.output, series_paths(task.output, run, task.name)['series'])
-            for run in runs
+            writing.own_uri(task.output, member.file(source.kind, label)) for member in used
         ],
     }
     clusters, names, knn = found.clusters, found.names, found.knn
