@@ -70,7 +70,7 @@ class Settings:
     forecast_points: int | None = None
     forecast_mode: str | None = None
     network_clusters: str | None = None
-    reference_networks: Path | None = None
+    reference_networks: tuple[Path, ...] = ()
     perturb: str | None = None
     perturb_sd: float | None = None
     random_seed: int = 0

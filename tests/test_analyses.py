@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bids_brainfm.analyses.forecast import autoregress, forecast
-from bids_brainfm.analyses.perturb import perturb
+from bids_brainfm.analyses.perturb import perturb, sham_targets
 from bids_brainfm.analyses.reconstruct import (
     combine,
     gain_check,
@@ -243,10 +243,9 @@ def test_overlap_is_taken_from_the_first_window():
     assert set(np.unique(made[T:])) == {1, 3}
 
 
-@pytest.mark.parametrize('short', ['pad', 'tile'])
-def test_a_short_run_is_completed_and_only_what_is_real_comes_back(short):
+def test_a_short_run_is_completed_and_only_what_is_real_comes_back():
     data = run_of(25)
-    made = reconstruct(copies('legacy'), data, 0.5, short=short)
+    made = reconstruct(copies('legacy'), data, 0.5)
     np.testing.assert_array_equal(made.model, data)
 
 
@@ -314,11 +313,24 @@ def test_gain_check_tells_a_wrong_amplitude():
     assert not noise.warned  # no gain helps a model that knows nothing
 
 
-def test_gain_check_scores_the_parcels_that_are_meant():
-    window, parcels = run_of().T, np.arange(P) == 3
-    network = double('vit', lambda x: torch.where(torch.arange(P)[:, None] == 3, x, -x))
-    assert gain_check(network, window, 0.5, parcels=parcels).r2 == pytest.approx(1)
+def test_gain_check_scores_the_points_that_are_meant():
+    window, scored = run_of().T, np.zeros((P, T), bool)
+    scored[3, 10:] = True
+    network = double('vit', lambda x: torch.where(torch.from_numpy(scored), x, -x))
+    assert gain_check(network, window, 0.5, scored=scored).r2 == pytest.approx(1)
     assert gain_check(network, window, 0.5).r2[3] < 0
+
+
+def test_levels_of_parcels_flatter_no_gain():
+    """A model that knows how bright parcels are, and nothing else, explains nothing."""
+    window = run_of().T + 100 * np.arange(P)[:, None]
+    network = double('legacy', lambda x: x.mean(2, keepdim=True).expand_as(x))
+    assert (gain_check(network, window.astype(np.float32), 0.5).r2 < 0.05).all()
+    data = window.T.astype(np.float32)
+    future = forecast(network, np.concatenate([data, data]), 10)
+    everything = np.ones((2 * T, P), bool)
+    assert future.scores(everything, axis=None)['model'].r2 < 0.1
+    assert future.scores(everything, axis=None)['mean'].r2 < 0.1
 
 
 # --- forecast --------------------------------------------------------------------------------
@@ -347,6 +359,8 @@ def test_forecasts_lie_end_on_end_up_to_the_end(family, points, mode, hidden, sa
         )
         past = [data[s - (T - hidden) : s].mean(0) for s in made.samples[:, 0]]
         np.testing.assert_allclose(made.mean[:, :, -1], past, atol=1e-6)
+    else:  # the past is continued backwards by what is known before the forecast
+        np.testing.assert_allclose(made.mean[0, :, 0], data[:-hidden].mean(0), atol=1e-6)
 
 
 @pytest.mark.parametrize('family', FAMILIES)
@@ -367,10 +381,14 @@ def test_scores_of_each_step():
     data = run_of(4 * T)
     made = forecast(copies('vit'), data, 8)
     parcels = np.arange(P) % 2 == 0
-    scores = made.scores(parcels)
+    scored = np.ones((4 * T, 1), bool) & parcels
+    scored[made.samples[0, 2]] = False
+    scores = made.scores(scored)
     assert list(scores) == ['model', 'persistence', 'mean', 'ar']
     assert (scores['model'].r2 == 1).all()
-    by_hand = np.mean((made.ar[:, parcels] - made.target[:, parcels]) ** 2, axis=(0, 1))
+    error = (made.ar[:, parcels] - made.target[:, parcels]) ** 2
+    error[0, :, 2] = np.nan
+    by_hand = np.nanmean(error, axis=(0, 1))
     np.testing.assert_allclose(scores['ar'].mse, by_hand, rtol=1e-5)
     # smooth data: the near future is told by the last value, the far one is not
     assert scores['persistence'].r2[0] > 0.5 > 0 > scores['persistence'].r2[-1]
@@ -397,6 +415,12 @@ def test_autoregression_finds_its_own_process():
 def test_forecasts_of_a_whole_window(points):
     with pytest.raises(BrainfmError, match=r'1 to 39 of them'):
         forecast(copies('vit'), run_of(), points)
+
+
+def test_forecasts_of_a_run_that_is_too_short():
+    forecast(copies('vit'), run_of(20), 10)
+    with pytest.raises(BrainfmError, match=r'has 19 samples .* forecasting 10 of them takes 20'):
+        forecast(copies('vit'), run_of(19), 10)
 
 
 def test_forecasts_that_leave_nothing_to_see():
@@ -460,25 +484,36 @@ def test_order_of_rows_does_not_move_the_target():
     assert (found.p[moved] == 1).all()  # without shams nothing is known of chance
 
 
-def test_sham_targets_are_as_many_and_of_those_that_may():
-    window, seen = run_of().T, []
-    network = neighbour('legacy')
-    covering = network.covering
+@pytest.mark.parametrize('family', FAMILIES)
+def test_sham_targets_are_the_target_moved_along_the_rows(family):
+    order = np.random.default_rng(1).permutation(P)
+    network = network_of(family)
+    encoder = Encoder(network, order=order, xyz=np.zeros((P, 3)))
+    target = np.zeros(P, bool)
+    target[order[[2, 3, 6]]] = True  # rows 2, 3 and 6
+    eligible = np.arange(P) != order[9]
+    found = sham_targets(encoder, target, eligible, 19, seed=0)
+    assert len(found) == 19
+    assert len({sham.tobytes() for sham in found}) == 19
+    for sham in found:
+        rows = np.flatnonzero(sham[order])
+        assert 9 not in rows
+        moved = [{(r + s) % P for r in (2, 3, 6)} - {9} for s in range(1, P)]
+        assert set(rows) in moved
+    assert not any(np.array_equal(sham, target) for sham in found)
+    again = sham_targets(encoder, target, eligible, 19, seed=0)
+    assert all(np.array_equal(a, b) for a, b in zip(found, again, strict=True))
+    assert len(sham_targets(encoder, target, eligible, 100, seed=0)) == P - 1
 
-    def recorded(parcels):
-        seen.append(parcels.copy())
-        return covering(parcels)
 
-    network.covering = recorded
-    target, eligible = np.arange(P) < 3, np.arange(P) > 10
-    done = []
-    perturb(
-        network, window, target, window.mean(1), window.std(1), 2.0, 0.2, eligible=eligible,
-        shams=6, progress=done.append,
-    )  # fmt: skip
-    assert np.array_equal(seen[0], target)
-    assert all(sham.sum() == 3 and not (sham & ~eligible).any() for sham in seen[1:])
-    assert done == [1, 2, 3, 4, 5, 6, 7]
+def test_a_wide_target_of_a_vision_transformer_has_shams():
+    """Those that would hold every token are passed over; the target's own run stands."""
+    network = neighbour('vit', reach=8)
+    window = run_of().T
+    target = np.isin(np.arange(P), [0, 1, 2, 4, 5, 20, 21])  # three of four blocks of rows
+    found = perturb(network, window, target, window.mean(1), window.std(1), 2.0, 0.5)
+    assert np.isfinite(found.change).sum() == 8
+    assert 3 <= len(found.null) <= 19
 
 
 def test_targets_that_cannot_be():
@@ -487,7 +522,6 @@ def test_targets_that_cannot_be():
     network = neighbour('vit')
     for target, sentence in (
         (np.zeros(P, bool), 'no parcel with a signal of its own'),
-        (np.arange(P) < 13, 'only 11 are left to draw'),
         (np.arange(P) % 4 == 0, r'each token .* one of the 6 clamped'),
     ):
         with pytest.raises(BrainfmError, match=sentence):

@@ -113,7 +113,10 @@ def test_reconstruction_is_scored_as_it_is_written(done, label, ratio, passes):
     assert np.abs(made.mean(0) / original.mean(0) - 1).max() < 0.05  # in BOLD units
     table = pd.read_csv(func(done, f'stat-r2_desc-{label}_boldmap.tsv'), sep='\t')
     assert list(table['Node']) == names
-    found = score(made, original, axis=0)
+    flagged = about(done, 'stat-mean_timeseries')['FlaggedVolumes']
+    measured = original.copy()
+    measured[flagged] = np.nan  # these were interpolated
+    found = score(made, measured, axis=0)
     np.testing.assert_allclose(table['r'], found.r, atol=0.02)
     np.testing.assert_allclose(table['r2'], found.r2, atol=0.05 * (1 - found.r2.min()))
     sidecar = about(done, f'stat-r2_desc-{label}_boldmap')
@@ -123,6 +126,8 @@ def test_reconstruction_is_scored_as_it_is_written(done, label, ratio, passes):
     assert sidecar['Pooled']['model']['R2'] < 0  # untrained, and not floored
     assert sidecar['GainCheck']['Gain'][3] == 1
     assert len(sidecar['GainCheck']['R2']) == 8
+    assert sidecar['ShareFlagged'] == pytest.approx(len(flagged) / 210)
+    assert sidecar['Precision'] == 'float32'
     image = nib.load(func(done, f'stat-r2_desc-{label}_boldmap.nii.gz'))
     assert np.isclose(image.get_fdata(), table['r2'][5], rtol=1e-6).sum() > 100
 
@@ -188,6 +193,46 @@ def test_networks_of_the_simulation_are_found(done):
     for parcel in (1, 200, 424):
         painted = np.unique(np.asanyarray(image.dataobj)[labels == parcel])
         assert painted.tolist() == [parcels['cluster'][parcel - 1]]
+
+
+def test_networks_of_an_old_input_do_not_stay(dataset, tmp_path, app):
+    """Nor do those of the participant, nor their pictures: the report would show them."""
+    out = tmp_path / 'out'
+    options = ('--participant-label', '01')
+    assert app(dataset, out, *options, '--outputs', 'networks') == 0
+    assert len(list(out.glob('sub-01/func/*_dseg.nii.gz'))) == 2
+    assert app(dataset, out, *options) == 0
+    assert len(list(out.glob('sub-01/func/*_dseg.nii.gz'))) == 2
+    next(dataset.glob('sub-01/func/*_bold.nii.gz')).touch()
+    assert app(dataset, out, *options) == 0
+    for pattern in ('*_dseg*', '*_knn*', '*stat-network*', '*desc-networks*', '*desc-knn*'):
+        assert not list(out.glob(f'sub-01/**/{pattern}')), pattern
+    assert 'adjusted Rand index' not in (out / 'sub-01.html').read_text()
+
+
+def test_settings_file_of_a_run_is_taken_back(simulated, done, tmp_path, app):
+    """As it was written, with all new settings; a typo in a list of outputs is refused."""
+    out = Path(shutil.copytree(done, tmp_path / 'out'))
+    (written,) = out.glob('logs/*/bids_brainfm.toml')
+    before = {path: path.stat().st_mtime_ns for path in out.glob('sub-*/func/*')}
+    models = ('--model', 'brainlm-demo')
+    assert app(simulated, out, *models, '--config-file', written) == 0
+    assert {path: path.stat().st_mtime_ns for path in out.glob('sub-*/func/*')} == before
+    config = tmp_path / 'mine.toml'
+    config.write_text(written.read_text().replace('"all"', '"reconstrution"'))
+    assert app(simulated, out, *models, '--config-file', config) == 2
+    for setting in ('contrast = ["sex"]', 'perturb_sd = nan', 'random_seed = -1'):
+        config.write_text(f'{setting}\n')
+        assert app(simulated, out, *models, '--config-file', config) == 2
+
+
+def test_settings_hold_while_any_output_stands(simulated, done, tmp_path, app, capfd):
+    """Without the embeddings too, reconstructions of another scaling are not mixed in."""
+    out = Path(shutil.copytree(done, tmp_path / 'out'))
+    for path in out.glob(f'sub-*/func/*_desc-{DEMO}_embedding.*'):
+        path.unlink()
+    assert app(simulated, out, '--outputs', 'reconstruction', '--scale', 'parcel-z') == 2
+    assert "scaling was 'run-robust' and is now 'parcel-z'" in capfd.readouterr().err
 
 
 def test_networks_of_a_participant_are_of_all_its_runs(dataset, tmp_path, app):
@@ -381,6 +426,8 @@ def test_other_settings_are_not_mixed_in(simulated, done, tmp_path, app, capfd, 
         (('--outputs', 'perturbation', '--perturb', 'L_19'), 'did you mean L_19'),
         (('--outputs', 'networks', '--reference-networks', 'no.tsv'), 'does not exist'),
         (('--contrast', 'task', 'a', 'b'), 'the participant level has no --contrast'),
+        (('--outputs', 'networks', '--network-clusters', '424'), 'has 424 parcels; ask for fewer'),
+        (('--outputs', 'reconstruction', '--mask-ratio', '0.9999'), 'hides all or none of 729'),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_starts(
@@ -408,15 +455,23 @@ def test_reference_networks_of_ones_own(simulated, tmp_path, app, capfd):
     options = ('--participant-label', '01', '--outputs', 'networks', 'perturbation')
     options += ('--reference-networks', table, '--perturb', 'right', '--perturb-sd', '-1')
     assert app(simulated, out, *options) == 1  # half of the brain is in every token
-    assert 'each token of brainlm-demo holds one of the 212 clamped' in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert 'each token of brainlm-demo holds one of the 212 clamped' in said
+    assert 'names no network of 10 parcels' in said
     parcels = pd.read_csv(
         func(out, 'stat-network_desc-connectome_boldmap.tsv'), sep='\t', keep_default_na=False
     )
     assert parcels['reference'].value_counts().to_dict() == {'right': 212, 'left': 202, 'n/a': 10}
     assert sorted(parcels['cluster'].unique()) == [1, 2]
-    table.write_text('parcel\tnetwork\nL_001\tx\n')
-    assert app(simulated, tmp_path / 'other', *options[:4], *options[5:7]) == 2
-    assert 'is not a table (TSV) with the columns name and network' in capfd.readouterr().err
+    other, networks = tmp_path / 'other', (*options[:4], '--reference-networks', table)
+    for content, sentence in (
+        ('parcel\tnetwork\nL_001\tx\n', 'is not a table (TSV) with the columns name and network'),
+        ('name\tnetwork\nV1\tx\n', 'names no parcel of Demo424'),
+        ('name\tnetwork\nL_001\tx\nL_001\ty\n', 'names L_001 twice'),
+    ):
+        table.write_text(content)
+        assert app(simulated, other, *networks) == 2
+        assert sentence in capfd.readouterr().err
 
 
 def test_short_runs_are_served_too(dataset, tmp_path, app):
@@ -474,6 +529,14 @@ def test_groups_are_subtracted(done, tmp_path):
     (out / 'participants.tsv').write_text('participant_id\tsex\nsub-01\tF\nsub-02\tM\n')
     run = command(out, out, '--contrast', 'sex', 'F', 'M', level='group')
     assert run.returncode == 0, run.stderr
+    for options, said in (
+        (('--participant-label', '77'), 'no participant 77'),
+        (('--task-id', 'nback'), 'no attention maps of nback'),
+        (('--participant-label', '01'), 'is of sex M; there are F'),
+    ):
+        refused = command(out, out, '--contrast', 'sex', 'F', 'M', *options, level='group')
+        assert refused.returncode == 2
+        assert said in refused.stderr
     folder = out / 'group' / 'sex-F-minus-M'
     name = f'space-{SPACE}_atlas-Demo424_stat-attention_desc-{PARCELS}_boldmap'
     table = pd.read_csv(folder / f'{name}.tsv', sep='\t')
@@ -489,6 +552,7 @@ def test_groups_are_subtracted(done, tmp_path):
     sidecar = json.loads((folder / f'{name}.json').read_text())
     assert sidecar['NumberOfParticipants'] == {'F': 1, 'M': 1}
     assert 'Welch' in sidecar['Test']
+    assert any('sub-02' in source for source in sidecar['Sources'])
     (out / 'participants.tsv').unlink()
     validator = Path(sys.executable).with_name('bids-validator-deno')
     found = subprocess.run(
@@ -526,6 +590,7 @@ def test_conditions_are_subtracted_within_participants(done, tmp_path):
         (('sex', 'F', 'M'), 'no column of a participants.tsv'),
         (('task', 'rest', 'nback'), 'is of task nback; there are rest'),
         (('trait', 'high', 'low'), 'is of trait high or low'),
+        (('task', 'rest', 'rest'), 'subtracts rest from itself'),
     ],
 )
 def test_contrasts_that_cannot_be(done, tmp_path, contrast, said):
@@ -536,9 +601,14 @@ def test_contrasts_that_cannot_be(done, tmp_path, contrast, said):
 
 
 def test_the_group_level_takes_our_outputs_only(simulated, tmp_path):
-    run = command(simulated, tmp_path / 'out', '--contrast', 'sex', 'F', 'M', level='group')
+    before = sorted(simulated.rglob('*'))
+    run = command(simulated, simulated, '--contrast', 'sex', 'F', 'M', level='group')
     assert run.returncode == 2
     assert 'was not written by bids_brainfm' in run.stderr
+    assert sorted(simulated.rglob('*')) == before
+    run = command(simulated, tmp_path / 'out', '--contrast', 'sex', 'F', 'M', level='group')
+    assert run.returncode == 2
+    assert 'writes into the dataset that it reads' in run.stderr
     run = command(simulated, tmp_path / 'out', level='group')
     assert run.returncode == 2
     assert '--contrast WHAT A B' in run.stderr

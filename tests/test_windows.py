@@ -206,9 +206,7 @@ def test_cover_holds_every_sample_and_nothing_else(n):
     assert (~real).sum() == max(0, 10 - n)
 
 
-def test_cover_completes_a_short_run_as_it_is_cut():
-    data = np.arange(4.0)[:, None]
-    for short, filled in (('pad', 1.5), ('refuse', 1.5), ('tile', 0.0)):
-        windows, samples = cover(data, 5, short)
-        assert windows[0, 0].tolist() == [0, 1, 2, 3, filled]
-        assert samples.tolist() == [[0, 1, 2, 3, -1]]
+def test_cover_completes_a_short_run_by_its_mean():
+    windows, samples = cover(np.arange(4.0)[:, None], 5)
+    assert windows[0, 0].tolist() == [0, 1, 2, 3, 1.5]
+    assert samples.tolist() == [[0, 1, 2, 3, -1]]

@@ -28,6 +28,8 @@ class Forecast:
     model, persistence, mean, ar : (W, P, H) float32
         What the model says; the last value before; the mean of what came before; and an
         autoregressive model fitted on what came before.
+    level : (P,) float32
+        Mean of each parcel over the run.
     """
 
     samples: np.ndarray
@@ -36,6 +38,7 @@ class Forecast:
     persistence: np.ndarray
     mean: np.ndarray
     ar: np.ndarray
+    level: np.ndarray
 
     @property
     def ways(self) -> dict[str, np.ndarray]:
@@ -43,13 +46,23 @@ class Forecast:
         names = ('model', 'persistence', 'mean', 'ar')
         return {name: getattr(self, name) for name in names}
 
-    def scores(self, parcels: np.ndarray) -> dict[str, Score]:
-        """Scores of each step, pooled over windows and the marked parcels (P,) bool: (H,)."""
-        kept = self.target[:, parcels]
-        return {
-            name: score(values[:, parcels], kept, axis=(0, 1))
-            for name, values in self.ways.items()
-        }
+    def scores(
+        self, scored: np.ndarray, axis: tuple[int, ...] | None = (0, 1)
+    ) -> dict[str, Score]:
+        """Scores of model and baselines, the level of each parcel taken out.
+
+        Parameters
+        ----------
+        scored : (S, P) bool
+            Samples of the run and parcels to score.
+        axis : tuple of int, optional
+            Axes (windows, parcels, steps) to pool over: by default all but the steps, so that
+            arrays are (H,); None for all.
+        """
+        level = self.level[:, None]
+        there = scored[self.samples].transpose(0, 2, 1)
+        target = np.where(there, self.target - level, np.nan)
+        return {name: score(v - level, target, axis) for name, v in self.ways.items()}
 
     def along(self, values: np.ndarray, n_samples: int) -> np.ndarray:
         """Lay forecasts (W, P, H) along the run: (S, P), NaN where nothing was forecast."""
@@ -71,7 +84,7 @@ def forecast(
 
     Windows follow one another by as many points as are hidden, and the last ends with the run, so
     that forecasts lie end on end. In a run shorter than one window the past is continued
-    backwards by each parcel's mean.
+    backwards by each parcel's mean before the forecast.
 
     Parameters
     ----------
@@ -93,9 +106,16 @@ def forecast(
     Raises
     ------
     BrainfmError
-        The model reconstructs nothing, cannot hide so many points, or would see none.
+        The model reconstructs nothing, cannot hide so many points, or would see none, or the run
+        has not twice as many samples.
     """
     tokens, blank, horizon = hidden_points(encoder.network, points, mode, encoder.name)
+    if len(data) < 2 * horizon:
+        raise BrainfmError(
+            f'the run has {len(data)} samples at the repetition time of {encoder.name}, and '
+            f'forecasting {horizon} of them takes {2 * horizon}: leave the run out, or lower '
+            f'--forecast-points.'
+        )
     windows, samples = _rolling(data, encoder.shape[1], horizon)
     keep = keep_visible(tokens)[0]
     keep = keep[torch.randperm(len(keep), generator=torch.Generator().manual_seed(seed))]
@@ -109,6 +129,7 @@ def forecast(
         persistence=past[:, :, -1:] * flat,
         mean=past.mean(axis=2, keepdims=True) * flat,
         ar=autoregress(past, horizon),
+        level=data.mean(axis=0),
     )
 
 
@@ -160,7 +181,7 @@ def _rolling(data: np.ndarray, length: int, step: int) -> tuple[np.ndarray, np.n
     """Windows (W, P, length), `step` apart, the last flush with the end; their samples."""
     lacking = length - len(data)
     if lacking > 0:
-        before = np.broadcast_to(data.mean(axis=0), (lacking, data.shape[1]))
+        before = np.broadcast_to(data[:-step].mean(axis=0), (lacking, data.shape[1]))
         windows, samples = cover(np.concatenate([before, data]), length)
         return windows, samples - lacking
     starts = np.arange(-lacking % step, -lacking + 1, step)

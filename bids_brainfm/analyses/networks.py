@@ -15,6 +15,25 @@ UNMATCHED = 'unmatched'
 SHUFFLES = 20
 
 
+def fisher_z(relmat: np.ndarray) -> np.ndarray:
+    """Fisher z of correlations (P, P); NaN where one is missing, and of a parcel with itself."""
+    relmat = np.array(relmat, float)
+    np.fill_diagonal(relmat, np.nan)
+    # two parcels with the same series would have an infinite z
+    return np.arctanh(np.clip(relmat, -0.999999, 0.999999))
+
+
+def fill_gaps(features: np.ndarray) -> np.ndarray:
+    """Set to 0 what is missing of a parcel that has other features (P, F).
+
+    >>> fill_gaps(np.array([[1.0, np.nan], [np.nan, np.nan]]))
+    array([[ 1.,  0.],
+           [nan, nan]])
+    """
+    some = np.isfinite(features).any(axis=1, keepdims=True)
+    return np.where(some & np.isnan(features), 0.0, features)
+
+
 def fc_features(relmat: np.ndarray) -> np.ndarray:
     """Features of parcels from connectivity: to whom each is connected.
 
@@ -37,13 +56,7 @@ def fc_features(relmat: np.ndarray) -> np.ndarray:
            [0.55, 0.  , 0.  ],
            [ nan,  nan,  nan]])
     """
-    relmat = np.array(relmat, float)
-    np.fill_diagonal(relmat, np.nan)
-    missing = np.isnan(relmat).all(axis=1)
-    # Two parcels with the same series would have an infinite z.
-    z = np.nan_to_num(np.arctanh(np.clip(relmat, -0.999999, 0.999999)))
-    z[missing] = np.nan
-    return z
+    return fill_gaps(fisher_z(relmat))
 
 
 @dataclass(frozen=True)

@@ -63,17 +63,16 @@ def perturb(
     seed: int = 0,
     shams: int = SHAMS,
     eligible: np.ndarray | None = None,
-    progress=None,
 ) -> Perturbation:
     """Clamp parcels of a window and reconstruct the others, with and without.
 
     The tokens that hold clamped parcels stay visible; all others are hidden in turn, under the
-    same masks with and without the clamp. Sham targets are as many parcels, drawn from the others.
+    same masks with and without the clamp.
 
     Parameters
     ----------
     encoder : Encoder
-        Of a BrainLM.
+        Of a BrainLM, in float32: the change is a small difference of large numbers.
     window : (P, T) float32
         In the model's units, atlas order.
     target : (P,) bool
@@ -87,11 +86,13 @@ def perturb(
     seed : int
         Of masks and sham targets.
     shams : int
-        Number of sham targets.
+        Number of sham targets, see :func:`sham_targets`.
     eligible : (P,) bool, optional
-        Parcels that a sham target may consist of; all but the target where not given.
-    progress : callable, optional
-        Called after each target with the number done.
+        Parcels that a sham target may consist of; all where not given.
+
+    Returns
+    -------
+    Perturbation
 
     Raises
     ------
@@ -99,29 +100,62 @@ def perturb(
         Nothing is to be clamped, or no token is left that holds none of the clamped parcels.
     """
     target = np.asarray(target, dtype=bool)
-    if not target.any() or not np.any(sd[target] > 0):
+    if not np.any(sd[target] > 0):
         raise BrainfmError('there is no parcel with a signal of its own to clamp; name another.')
-    others = np.flatnonzero(~target & (True if eligible is None else eligible))
-    if shams and len(others) < target.sum():
+    if not _reconstructable(encoder, target):
         raise BrainfmError(
-            f'{target.sum()} parcels are to be clamped, and only {len(others)} are left to draw '
-            'sham targets from; name fewer.'
+            f'each token of {encoder.name} holds one of the {target.sum()} clamped parcels, so '
+            'there is nothing to reconstruct; clamp fewer parcels, or take a model with a token '
+            'for each parcel.'
         )
-    random = np.random.default_rng(seed)
+    eligible = np.ones_like(target) if eligible is None else eligible
     generator = torch.Generator().manual_seed(seed)
-    targets = [target]
-    for _ in range(shams):
-        sham = np.zeros_like(target)
-        sham[random.choice(others, target.sum(), replace=False)] = True
-        targets.append(sham)
     changes = []
-    for done, each in enumerate(targets, 1):
+    for each in [target, *sham_targets(encoder, target, eligible, shams, seed)]:
         change = _change(encoder, window, each, mean + k_sd * sd, ratio, generator)
         with np.errstate(invalid='ignore', divide='ignore'):
             changes.append(np.where(sd > 0, change / sd, np.nan))
-        if progress:
-            progress(done)
     return Perturbation(target, changes[0], np.array(changes[1:]).reshape(-1, len(target)))
+
+
+def sham_targets(
+    encoder: Encoder, target: np.ndarray, eligible: np.ndarray, shams: int, seed: int
+) -> list[np.ndarray]:
+    """Draw sham targets: the target moved along the parcels, in the order of the model's rows.
+
+    So they are as many parcels, lie as near to each other, and share tokens as the target does.
+
+    Parameters
+    ----------
+    encoder : Encoder
+    target, eligible : (P,) bool
+        Parcels to clamp, and those that shams may consist of.
+    shams : int
+        How many at the most.
+    seed : int
+
+    Returns
+    -------
+    list of (P,) bool
+        Fewer than `shams` where there are not so many: of a sham something is left to
+        reconstruct, and it is not the target itself.
+    """
+    order = np.arange(len(target)) if encoder.order is None else encoder.order
+    found: list[np.ndarray] = []
+    for shift in np.random.default_rng(seed).permutation(np.arange(1, len(target))):
+        if len(found) == shams:
+            break
+        sham = np.zeros_like(target)
+        sham[order] = np.roll(target[order], shift)
+        sham &= eligible
+        if sham.any() and not (sham <= target).all() and _reconstructable(encoder, sham):
+            found.append(sham)
+    return found
+
+
+def _reconstructable(encoder: Encoder, target: np.ndarray) -> bool:
+    """Whether any parcel is in tokens that hold none of the target."""
+    return bool(encoder.points(~encoder.covering(target)[None]).any())
 
 
 def _change(encoder, window, target, level, ratio, generator) -> np.ndarray:
@@ -130,12 +164,6 @@ def _change(encoder, window, target, level, ratio, generator) -> np.ndarray:
     clamped = window.copy()
     clamped[target] = level[target, None]
     visible = encoder.covering(target)
-    if not encoder.points(~visible[None]).any():
-        raise BrainfmError(
-            f'each token of {encoder.name} holds one of the {target.sum()} clamped parcels, so '
-            'there is nothing to reconstruct; clamp fewer parcels, or take a model with a token '
-            'for each parcel.'
-        )
     change = np.full(window.shape, np.nan)
     for keep in leave_out(n_tokens, ratio, generator, visible):
         made = encoder.reconstruct(np.stack([window, clamped]), keep)

@@ -58,7 +58,6 @@ def reconstruct(
     ratio: float,
     aggregate: str = 'first',
     seed: int = 0,
-    short: str = 'pad',
     batch_size: int = 8,
 ) -> Reconstruction:
     """Leave every token out once, a share at a time, and let the model fill it in.
@@ -79,8 +78,6 @@ def reconstruct(
         Where several passes hide a token: the first one's answer, or the mean of all.
     seed : int
         Of the masks; every run has the same.
-    short : {'pad', 'tile'}
-        How a run shorter than one window is completed.
     batch_size : int
         Windows at once on a GPU.
 
@@ -94,7 +91,7 @@ def reconstruct(
     BrainfmError
         The model reconstructs nothing, or the ratio cannot be had.
     """
-    windows, samples = cover(data, encoder.shape[1], short)
+    windows, samples = cover(data, encoder.shape[1])
     generator = torch.Generator().manual_seed(seed)
     passes = [leave_out(encoder.network.tokens, ratio, generator) for _ in windows]
     seen, made = [], []
@@ -217,8 +214,7 @@ def gain_check(
     window: np.ndarray,
     ratio: float,
     seed: int = 0,
-    gains: tuple[float, ...] = GAINS,
-    parcels: np.ndarray | None = None,
+    scored: np.ndarray | None = None,
 ) -> GainCheck:
     """Reconstruct one window at several amplitudes, under one mask.
 
@@ -233,16 +229,29 @@ def gain_check(
         Share of tokens that is hidden.
     seed : int
         Of the mask.
-    gains : tuple of float
-    parcels : (P,) bool, optional
-        Parcels to score.
+    scored : (P, T) bool, optional
+        Points to score, of those that are hidden.
     """
     (keep, *_) = leave_out(encoder.network.tokens, ratio, torch.Generator().manual_seed(seed))
     hidden = encoder.points(masked_tokens(keep[None], encoder.network.tokens))[0]
-    if parcels is not None:
-        hidden = hidden & parcels[:, None]
+    hidden = hidden if scored is None else hidden & scored
+    target = np.where(hidden, window, np.nan)
+    level = target_level(target.T)[:, None]
     r2 = []
-    for gain in gains:
+    for gain in GAINS:
         made = encoder.reconstruct(gain * window[None], keep)[0]
-        r2.append(float(score(made[hidden], gain * window[hidden]).r2))
-    return GainCheck(np.array(gains), np.array(r2))
+        r2.append(float(score(made - gain * level, gain * (target - level)).r2))
+    return GainCheck(np.array(GAINS), np.array(r2))
+
+
+def target_level(target: np.ndarray) -> np.ndarray:
+    """Mean over time of what is scored of each parcel, (P,); 0 for a parcel of which nothing is.
+
+    Taken out of target and prediction before parcels are pooled. Else parcels of different level
+    would make any prediction that knows the levels look good.
+
+    >>> target_level(np.array([[1.0, np.nan], [3.0, np.nan]])).tolist()
+    [2.0, 0.0]
+    """
+    known = np.isfinite(target)
+    return np.where(known, target, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)

@@ -66,20 +66,37 @@ def reference_networks(atlas, path: Path | None = None) -> tuple[str, ...] | Non
     """
     if path is None:
         return None if atlas.networks is None else seven_networks(atlas.networks)
-    import pandas as pd
-
-    try:
-        frame = pd.read_csv(path, sep='\t', dtype=str, keep_default_na=False)
-        found = dict(zip(frame['name'], frame['network'], strict=True))
-    except (OSError, ValueError, KeyError) as error:
-        raise BrainfmError(
-            f'--reference-networks {path} is not a table (TSV) with the columns name and network '
-            f'({type(error).__name__}: {error}): mend the file.'
-        ) from None
-    known = [name for name in atlas.names if name in found]
-    if not known:
+    found = _read(path)
+    if not set(found) & set(atlas.names):
         raise BrainfmError(
             f'--reference-networks {path} names no parcel of the atlas {atlas.name}, whose '
             f'first is {atlas.names[0]}: give a table of this atlas.'
         )
     return tuple(found.get(name) or NONE for name in atlas.names)
+
+
+def reference_for(atlas, paths: tuple[Path, ...]) -> Path | None:
+    """The table among several that names most parcels of an atlas, None where none does."""
+    shared = {path: len(set(_read(path)) & set(atlas.names)) for path in paths}
+    best = max(shared, key=shared.get, default=None)
+    return best if best is not None and shared[best] else None
+
+
+def _read(path: Path) -> dict[str, str]:
+    """Network of each parcel that a table names."""
+    import pandas as pd
+
+    try:
+        frame = pd.read_csv(path, sep='\t', dtype=str, keep_default_na=False)
+        names, networks = frame['name'], frame['network']
+    except (OSError, ValueError, KeyError) as error:
+        raise BrainfmError(
+            f'--reference-networks {path} is not a table (TSV) with the columns name and network '
+            f'({type(error).__name__}: {error}): mend the file.'
+        ) from None
+    if names.duplicated().any():
+        raise BrainfmError(
+            f'--reference-networks {path} names {names[names.duplicated()].iloc[0]} twice: name '
+            f'each parcel once.'
+        )
+    return dict(zip(names, networks, strict=True))

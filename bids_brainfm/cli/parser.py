@@ -95,6 +95,24 @@ def ratio(text: str) -> float:
     return value
 
 
+def finite(text: str) -> float:
+    """Argument type for a number that is not 0, infinite or NaN."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < abs(value) < float('inf'):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number other than zero')
+    return value
+
+
+def seed(text: str) -> int:
+    """Argument type for a seed, which NumPy takes from 0 to 2**32 - 1."""
+    if not (text.isdigit() and int(text) < 2**32):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number from 0 to 2**32 - 1')
+    return int(text)
+
+
 def clusters(text: str) -> str:
     """Argument type for a number of clusters, or auto.
 
@@ -265,9 +283,9 @@ def get_parser() -> argparse.ArgumentParser:
         'as there are reference networks, else auto)',
     )  # fmt: skip
     outputs.add_argument(
-        '--reference-networks', '--reference_networks', type=Path, metavar='FILE',
-        help='table (TSV) with the columns name and network of the parcels (default: the '
-        "networks of the model's atlas)",
+        '--reference-networks', '--reference_networks', nargs='+', type=Path, metavar='FILE',
+        help='table (TSV) with the columns name and network of the parcels, one for each atlas '
+        '(default: the networks that come with the atlas)',
     )  # fmt: skip
     outputs.add_argument(
         '--perturb', metavar='NAME',
@@ -275,11 +293,11 @@ def get_parser() -> argparse.ArgumentParser:
         'primary visual cortex)',
     )  # fmt: skip
     outputs.add_argument(
-        '--perturb-sd', '--perturb_sd', type=float, metavar='K',
+        '--perturb-sd', '--perturb_sd', type=finite, metavar='K',
         help='where to hold it: its mean plus so many SD, negative for down (default: 2)',
     )  # fmt: skip
     outputs.add_argument(
-        '--random-seed', '--random_seed', type=int, metavar='SEED',
+        '--random-seed', '--random_seed', type=seed, metavar='SEED',
         help='of masks, sham targets and clusters (default: 0)',
     )  # fmt: skip
 
@@ -404,10 +422,12 @@ def _as_typed(found: dict, path: Path) -> dict:
         try:
             if action.nargs == 0 and action.dest != 'verbose':
                 good = isinstance(value, bool)
-            elif action.nargs == '+':
+            elif action.nargs in ('+', 3):
                 values = value if isinstance(value, list) else [value]
                 checked[action.dest] = [action.type(str(v)) if action.type else v for v in values]
                 good = all(isinstance(v, str) for v in values)
+                good &= not action.choices or set(values) <= set(action.choices)
+                good &= action.nargs == '+' or len(values) in (0, action.nargs)
             else:
                 # memory is written in GB, as a number
                 takes_text = action.type and not (
@@ -439,21 +459,19 @@ def _check(settings: Settings) -> None:
             'The group level subtracts maps: bids_brainfm OUT OUT group --contrast WHAT A B, and '
             'the participant level has no --contrast.'
         )
-    if settings.contrast and len(settings.contrast) != 3:
-        raise BrainfmError('contrast takes three words: WHAT, A and B.')
     if settings.scale == 'cohort' and not settings.scale_stats:
         raise BrainfmError('--scale cohort needs the fitted statistics: add --scale-stats FILE.')
     if settings.scale_stats and settings.scale != 'cohort':
         raise BrainfmError('--scale-stats is used by --scale cohort only: add --scale cohort.')
     for name, outputs in USED_BY.items():
-        asked = getattr(settings, name) not in (None, False)
+        asked = getattr(settings, name) not in (None, False, ())
         if asked and not {'all', *outputs} & set(settings.outputs):
             raise BrainfmError(
                 f'--{name.replace("_", "-")} is used by --outputs {" or ".join(outputs)} only: '
                 f'add --outputs {outputs[0]}.'
             )
     for option, path in (
-        ('--reference-networks', settings.reference_networks),
+        *(('--reference-networks', path) for path in settings.reference_networks),
         *(('--scale-stats', path) for path in settings.scale_stats),
         ('--bids-filter-file', settings.bids_filter_file),
         ('--use-plugin', settings.use_plugin),

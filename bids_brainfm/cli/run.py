@@ -106,7 +106,7 @@ def check_places(settings: Settings, datasets: dict[str, Path]) -> None:
             settings.use_plugin,
             *settings.scale_stats,
             settings.bids_filter_file,
-            settings.reference_networks,
+            *settings.reference_networks,
             *map(Path, (settings.denoise, *settings.model)),
             *(Path(model.partition('=')[2] or '/') for model in settings.model),
             home(),
@@ -143,16 +143,24 @@ def run_group(settings: Settings, name: str) -> int:
     """Subtract the maps of two conditions or groups."""
     from importlib.metadata import version
 
-    from bids_brainfm.interfaces.group import write_contrasts
+    from bids_brainfm.interfaces.group import read_maps, write_contrasts
 
+    if settings.bids_dir.resolve() != settings.output_dir.resolve():
+        raise BrainfmError(
+            f'The group level writes into the dataset that it reads: bids_brainfm '
+            f'{settings.bids_dir} {settings.bids_dir} group.'
+        )
+    filters = {
+        'sub': settings.participant_label,
+        'ses': settings.session_label,
+        'task': settings.task_id,
+        'run': settings.run_id,
+        'space': (settings.space,) if settings.space else (),
+    }
+    maps = read_maps(settings.bids_dir, filters)
     start_log(settings, name)
-    for table in write_contrasts(
-        settings.bids_dir,
-        settings.output_dir,
-        settings.contrast,
-        settings.participant_label,
-        version('bids-brainfm'),
-    ):
+    tables = write_contrasts(maps, settings.bids_dir, settings.contrast, version('bids-brainfm'))
+    for table in tables:
         LOGGER.info('Contrast written: %s', table)
     return 0
 
@@ -255,6 +263,7 @@ def carry_out(plan) -> int:
         write_graph(workflow, settings.work_dir)
     announce(plan)
     plan.record_failures()
+    plan.remove_stale()
     crashed = None
     try:
         execute(workflow, plan)

@@ -64,6 +64,8 @@ class Context:
     data : ModelInput
         The run in the model's units.
     encoder : Encoder
+    exact : Encoder
+        The same in float32.
     encoding : Encoding
         Of its windows.
     common : dict
@@ -75,6 +77,7 @@ class Context:
     atlas: object
     data: object
     encoder: object
+    exact: object
     encoding: object
     common: dict
 
@@ -86,6 +89,14 @@ class Context:
     @property
     def asked(self) -> AnalysisSettings:
         return self.task.analyses
+
+    @property
+    def scored(self) -> np.ndarray:
+        """Samples of the run and parcels that were measured, (S, P) bool.
+
+        Flagged volumes were interpolated, and parcels without signal filled from others.
+        """
+        return ~self.data.flagged[:, None] & self.data.own
 
     def own(self, values: np.ndarray) -> np.ndarray:
         """Values (P, ...) with NaN for the parcels that were filled from others."""
@@ -99,14 +110,19 @@ class Context:
 
         figures.save(figure, picture_path(self.run, self.task, what))
 
-    def write_sidecar(self, path: Path, content: dict) -> None:
-        """Write what is said of a table beside it; the last file of an analysis."""
+    def write_sidecar(self, path: Path, content: dict, exact: bool = False) -> None:
+        """Write what is said of a table beside it; the last file of an analysis.
+
+        `exact` tells that the encoder in float32 was used.
+        """
         model = {
             'Model': {
                 'Name': self.task.spec.card.name,
                 'Trained': self.task.spec.trained,
                 'Weights': self.task.spec.weights,
-            }
+            },
+            'Precision': self.exact.precision if exact else self.task.precision,
+            'Device': self.task.device,
         }
         writing.write_json(path.with_suffix('.json'), content | model | self.common)
 

@@ -1,5 +1,6 @@
 """From parcel series to embeddings: one model, many runs, one load of the weights."""
 
+import dataclasses
 import logging
 import time
 from functools import partial
@@ -111,7 +112,9 @@ def _encode(runs: list[BoldRun], task: EncodeTask, progress):
     from bids_brainfm.models.encoder import encode_runs
 
     atlas = load_atlas(task.spec.card.atlas, task.home)
-    encoder = load_encoder(task, atlas.xyz)
+    exact = encoder = load_encoder(task, atlas.xyz)
+    if 'perturbation' in task.analyses.outputs and task.precision != 'float32':
+        exact = load_encoder(dataclasses.replace(task, precision='float32'), atlas.xyz)
     failed, prepared = [], {}
 
     def windows_of_runs():
@@ -131,7 +134,7 @@ def _encode(runs: list[BoldRun], task: EncodeTask, progress):
     )
     for run, encoding in encodings:
         data, windows = prepared.pop(run)
-        yield run, partial(_write, run, task, atlas, data, windows, encoding, encoder)
+        yield run, partial(_write, run, task, atlas, data, windows, encoding, encoder, exact)
         while failed:
             yield failed.pop(0)
     yield from failed

@@ -7,6 +7,7 @@ from bids_brainfm.analyses.scores import score
 from bids_brainfm.bids import writing
 from bids_brainfm.bids.reading import BoldRun
 from bids_brainfm.interfaces.analysis import Context, source_sidecar, table_path
+from bids_brainfm.signals.resample import same_rate
 
 NAME = 'forecast'
 PICTURES = ('forecast',)
@@ -42,7 +43,7 @@ def write(context: Context) -> None:
     made = forecast(
         context.encoder, data.data, asked.points, asked.mode, asked.seed, task.batch_size
     )
-    scores = made.scores(data.own)
+    scores = made.scores(context.scored)
     horizon = made.target.shape[2]
     steps = np.arange(1, horizon + 1)
     table = table_path(run, task, 'forecast')
@@ -69,13 +70,21 @@ def write(context: Context) -> None:
     by_step = {n: {m: getattr(s, m) for m in MEASURES} for n, s in scores.items()}
     examples = _examples(context, made)
     context.save_figure(figures.forecast(steps * data.tr, by_step, examples), 'forecast')
-    kept = made.target[:, data.own]
+    pooled = made.scores(context.scored, axis=None)
+    warnings = []
+    if data.series.tr > data.tr and not same_rate(data.series.tr, data.tr):
+        warnings.append(
+            f'The run was brought from {data.series.tr:g} s to {data.tr:g} s, so that a sample '
+            f'also holds a part of volumes after it: the first steps of forecasts by '
+            f'{task.spec.label}, and of all baselines, are easier than they would be.'
+        )
     context.write_sidecar(
         table,
         {
             'Description': f'Forecasts by {task.spec.card.name} of the last {horizon} points of '
             'windows that roll over the run, scored at each step over windows and parcels, in '
-            'the units of the model.',
+            "the units of the model, each parcel's mean over the run taken out. Flagged volumes, "
+            'which were interpolated, are not scored.',
             'Mode': asked.mode,
             'PointsAsked': asked.points,
             'PointsHidden': horizon,
@@ -83,10 +92,10 @@ def write(context: Context) -> None:
             'Seed': asked.seed,
             'Pooled': {
                 name: {'R2': float(found.r2), 'r': float(found.r), 'MSE': float(found.mse)}
-                for name, found in (
-                    (name, score(values[:, data.own], kept)) for name, values in made.ways.items()
-                )
+                for name, found in pooled.items()
             },
+            'ShareFlagged': data.flagged.mean(),
+            'Warnings': warnings,
             'step': {'Description': 'Points after the last one that was seen'},
             'time': {'Description': 'The same in seconds', 'Units': 's'},
             'model_*': {'Description': 'MSE, R2 and Pearson r of the model'},

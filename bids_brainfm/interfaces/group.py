@@ -4,11 +4,18 @@ import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
 from bids_brainfm.bids import writing
-from bids_brainfm.bids.reading import LONG_NAMES, generators, parse_name, read_description
+from bids_brainfm.bids.reading import (
+    LONG_NAMES,
+    check_participants,
+    generators,
+    parse_name,
+    read_description,
+)
 from bids_brainfm.errors import BrainfmError
 
 LOGGER = logging.getLogger('bids_brainfm')
@@ -29,6 +36,8 @@ class GroupMap:
         Image and table of the atlas, beside the outputs.
     values : list of (dict, (P,) float)
         Entities of each run, and its map.
+    paths : list of Path
+        Tables that the maps were read from.
     """
 
     name: str
@@ -36,15 +45,22 @@ class GroupMap:
     image: Path
     table: Path
     values: list
+    paths: list
 
 
-def read_maps(dataset: Path, participants: tuple[str, ...] = ()) -> list[GroupMap]:
+def read_maps(dataset: Path, filters: dict[str, tuple[str, ...]]) -> list[GroupMap]:
     """Attention maps that the participant level wrote, by space, atlas and model.
+
+    Parameters
+    ----------
+    dataset : Path
+    filters : dict of str to tuple of str
+        Labels of an entity to take; all where empty.
 
     Raises
     ------
     BrainfmError
-        The dataset is not ours, or has none.
+        The dataset is not ours, or has none, or lacks a participant that was asked for.
     """
     import pandas as pd
 
@@ -55,24 +71,26 @@ def read_maps(dataset: Path, participants: tuple[str, ...] = ()) -> list[GroupMa
             f'participant level wrote, bids_brainfm OUT OUT group.'
         )
     found: dict[tuple, list] = {}
+    check_participants({'outputs': dataset}, filters.get('sub', ()))
     for path in sorted(dataset.glob(f'sub-*/**/*_{SUFFIX}_*_boldmap.tsv')):
         entities = parse_name(path.name)[0]
-        if participants and entities['sub'] not in participants:
+        if any(labels and entities.get(name) not in labels for name, labels in filters.items()):
             continue
         if writing.read_sidecar(path.with_suffix('.json')) is None:  # not whole
             continue
         values = pd.read_csv(path, sep='\t', na_values='n/a')['attention'].to_numpy(float)
         key = tuple(entities[name] for name in ('space', 'atlas', 'desc'))
-        found.setdefault(key, []).append((entities, values))
+        found.setdefault(key, []).append((entities, values, path))
     if not found:
+        asked = ', '.join(' '.join(labels) for labels in filters.values() if labels)
         raise BrainfmError(
-            f'{dataset} has no attention maps: run the participant level with --outputs networks '
-            f'first.'
+            f'{dataset} has no attention maps{f" of {asked}" if asked else ""}: run the '
+            f'participant level with --outputs networks first.'
         )
-    return [_group_map(dataset, *key, values) for key, values in found.items()]
+    return [_group_map(dataset, *key, maps) for key, maps in found.items()]
 
 
-def _group_map(dataset: Path, space: str, atlas: str, label: str, values: list) -> GroupMap:
+def _group_map(dataset: Path, space: str, atlas: str, label: str, maps: list) -> GroupMap:
     folder = dataset / 'sourcedata' / 'atlases' / f'tpl-{space}'
     images = sorted(folder.glob(f'tpl-{space}_atlas-{atlas}_*_dseg*.nii*'))
     if not images:
@@ -82,7 +100,8 @@ def _group_map(dataset: Path, space: str, atlas: str, label: str, values: list) 
         )
     table = images[0].with_name(images[0].name.partition('.')[0] + '.tsv')
     name = f'space-{space}_atlas-{atlas}_{SUFFIX}_desc-{label}'
-    return GroupMap(name, label, images[0], table, values)
+    values = [(entities, values) for entities, values, _ in maps]
+    return GroupMap(name, label, images[0], table, values, [path for *_, path in maps])
 
 
 def read_groups(dataset: Path, column: str) -> dict[str, str]:
@@ -99,7 +118,7 @@ def read_groups(dataset: Path, column: str) -> dict[str, str]:
     import pandas as pd
 
     links = read_description(dataset).get('DatasetLinks', {}).values()
-    sources = [Path(link.removeprefix('file://')) for link in links]
+    sources = [Path(unquote(urlsplit(link).path)) for link in links]
     folders = [
         dataset,
         *sources,
@@ -168,20 +187,17 @@ def sides(of: GroupMap, column: str, a: str, b: str, dataset: Path) -> tuple:
 
 
 def write_contrasts(
-    dataset: Path, output: Path, contrast: tuple[str, str, str], participants=(), version=''
+    maps: list[GroupMap], dataset: Path, contrast: tuple[str, str, str], version: str = ''
 ) -> list[Path]:
     """Write a minus b for each model and space: table, image, figure, sidecar.
 
     Parameters
     ----------
+    maps : list of GroupMap
     dataset : Path
-        What the participant level wrote.
-    output : Path
-        Where the folder ``group`` goes.
+        Where they are from, and where the folder ``group`` goes.
     contrast : tuple of str
         An entity of runs or a column of ``participants.tsv``, and its two levels.
-    participants : tuple of str
-        Labels to take; all where empty.
     version : str
         Version of this program.
 
@@ -193,7 +209,7 @@ def write_contrasts(
     Raises
     ------
     BrainfmError
-        No model has maps of both sides.
+        Both levels are one, or no model has maps of both.
     """
     import pandas as pd
 
@@ -203,9 +219,11 @@ def write_contrasts(
 
     column, a, b = contrast
     plain = lambda text: re.sub('[^a-zA-Z0-9]', '', text)
-    folder = output / 'group' / f'{plain(column)}-{plain(a)}-minus-{plain(b)}'
+    if a == b:
+        raise BrainfmError(f'--contrast {column} {a} {b} subtracts {a} from itself: name two.')
+    folder = dataset / 'group' / f'{plain(column)}-{plain(a)}-minus-{plain(b)}'
     written, lacking = [], []
-    for of in read_maps(dataset, participants):
+    for of in maps:
         try:
             first, second, paired = sides(of, column, a, b, dataset)
         except BrainfmError as error:  # another model may have both sides
@@ -231,7 +249,7 @@ def write_contrasts(
                 'Contrast': {'Of': column, 'Minuend': a, 'Subtrahend': b},
                 'Test': 'paired t-test' if paired else "Welch's t-test",
                 'NumberOfParticipants': {a: found.n_a, b: found.n_b},
-                'Sources': [writing.own_uri(dataset, of.image)],
+                'Sources': [writing.own_uri(dataset, p) for p in (*of.paths, of.image)],
                 'SoftwareVersion': version,
                 'Node': {'Description': 'Parcel of the atlas'},
                 'difference': {'Description': f'{a} minus {b}'},

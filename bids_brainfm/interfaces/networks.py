@@ -22,6 +22,7 @@ from bids_brainfm.bids.reading import BoldRun
 from bids_brainfm.interfaces.outcome import Outcome, attempt
 from bids_brainfm.interfaces.series import report_name, series_paths, voxel_size
 from bids_brainfm.models.connectome import LABEL as CONNECTOME
+from bids_brainfm.reports.report import figure_path
 
 AUTO = 'auto'
 PICTURES = ('networks', 'knn')
@@ -123,14 +124,24 @@ def networks_name(atlas: str) -> str:
     return f'atlas-{atlas}_networks'
 
 
+def networks_step(of: BoldRun, source: Source, task: NetworkTask) -> str:
+    """What finding the networks of a run, or of a participant in a space, is called in the log."""
+    whose = '' if 'task' in of.entities else f'-{of.space}'
+    return f'{networks_name(task.name)}{whose}_desc-{source.label}'
+
+
+def source_text(source: Source, task: NetworkTask) -> str:
+    """Sentence for the methods on what networks were found from."""
+    return f'Networks of {task.name} were found from {source.label}: {FEATURES[source.kind]}.'
+
+
 def networks_text(task: NetworkTask) -> str:
     """Sentences for the methods."""
-    labels = ', '.join(source.label for source in task.sources)
     k = 'with the best mean silhouette' if task.clusters is None else f'{task.clusters}'
     text = (
         f'Functional networks of the parcels of {task.name} were sought without labels, from '
-        f'features of each parcel ({labels}; {FEATURES[CONNECTOME]} as the baseline): k-means on '
-        f'rows of unit length, number of clusters {k}, confidence by silhouette.'
+        f'features of each parcel: k-means on rows of unit length, number of clusters {k}, '
+        f'confidence by silhouette.'
     )
     if task.networks is None:
         return text
@@ -218,17 +229,17 @@ def members_of(runs: list[BoldRun], task: NetworkTask) -> list[tuple[BoldRun, li
 
 
 def features_of(member: Member, source: Source) -> np.ndarray:
-    """Features (P, F) of a run, read from its derivatives."""
+    """Features (P, F) of a run, read from its derivatives; NaN where there is none."""
     import h5py
     import pandas as pd
 
-    from bids_brainfm.analyses.networks import fc_features
+    from bids_brainfm.analyses.networks import fisher_z
 
     file = member.file(source.kind, source.label)
     if source.kind == 'attention':
         table = pd.read_csv(file, sep='\t', na_values='n/a')
         return table.filter(like='patch').to_numpy(float)
-    connectivity = fc_features(writing.read_relmat(member.file(CONNECTOME)))
+    connectivity = fisher_z(writing.read_relmat(member.file(CONNECTOME)))
     if source.kind == CONNECTOME:
         return connectivity
     with h5py.File(file) as arrays:
@@ -238,16 +249,19 @@ def features_of(member: Member, source: Source) -> np.ndarray:
 
 
 def mean_features(features: list[np.ndarray]) -> np.ndarray:
-    """Mean over runs of what each parcel has.
+    """Mean over runs of what each parcel has; 0 where only that is missing in all of them.
 
     >>> nan = np.nan
-    >>> mean_features([np.array([[1.0], [nan]]), np.array([[3.0], [5.0]])]).tolist()
-    [[2.0], [5.0]]
+    >>> mean_features([np.array([[1.0, 2], [nan, nan]]), np.array([[3.0, nan], [5, nan]])])
+    array([[2., 2.],
+           [5., 0.]])
     """
+    from bids_brainfm.analyses.networks import fill_gaps
+
     known = np.isfinite(features)
     total = np.where(known, features, 0).sum(axis=0)
     count = known.sum(axis=0)
-    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+    return fill_gaps(np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0))
 
 
 def participant_current(runs: list[BoldRun], task: NetworkTask) -> bool:
@@ -282,26 +296,54 @@ def make_networks(runs: list[BoldRun], task: NetworkTask, stop: bool = False) ->
     stop : bool
         Whether the first failure is raised.
     """
-    step, known = networks_name(task.name), {}
+    known: dict = {}
     return [
-        attempt(task.output, of, step, partial(_find_and_write, of, members, task, known), stop)
+        attempt(
+            task.output, of, networks_step(of, source, task),
+            partial(_find_and_write, of, members, source, task, known), stop,
+        )
         for of, members in members_of(runs, task)
-    ]
+        for source in task.sources
+    ]  # fmt: skip
 
 
-def _find_and_write(of: BoldRun, members: list[Member], task: NetworkTask, known: dict) -> None:
+def _find_and_write(
+    of: BoldRun, members: list[Member], source: Source, task: NetworkTask, known: dict
+) -> None:
     """Write what is not current; what was found is kept in `known`, for one run may be all."""
-    for source in task.sources:
-        # a run that failed has been told of, and has nothing to add
-        used = [member for member in members if member.has(source)]
-        if not used or _current(of, source.label, used, task):
-            continue
-        key = source.label, *(member.stem for member in used)
-        if key not in known:
-            features = mean_features([features_of(member, source) for member in used])
-            known[key] = find_networks(features, source, task)
-        draw = 'task' in of.entities or len(used) > 1
-        write_networks(of, used, source, known[key], task, draw)
+    # a run that failed has been told of, and has nothing to add
+    used = [member for member in members if member.has(source)]
+    if not used or _current(of, source.label, used, task):
+        return
+    key = source.label, *(member.stem for member in used)
+    if key not in known:
+        features = mean_features([features_of(member, source) for member in used])
+        known[key] = find_networks(features, source, task)
+    draw = 'task' in of.entities or len(used) > 1
+    write_networks(of, used, source, known[key], task, draw)
+
+
+def remove_stale(output: Path, run: BoldRun, atlas: str) -> None:
+    """Remove networks that were found from inputs that are no more, of a run and its participant.
+
+    Those who ask for networks get them anew; to others the old ones would look like new.
+    """
+    live = writing.input_fingerprints(run)
+    for of in (run, whole_participant(run)):
+        start = f'{report_name(of, atlas)}_stat-network_desc-'
+        for sidecar in (output / f'sub-{run.subject}').glob(f'**/func/{start}*_boldmap.json'):
+            recorded = (writing.read_sidecar(sidecar) or {}).get('InputFiles', {})
+            if all(recorded.get(uri, state) == state for uri, state in live.items()):
+                continue
+            label = sidecar.name.removeprefix(start).removesuffix('_boldmap.json')
+            stem = report_name(of, atlas)
+            sidecar.unlink()
+            for ending in (f'stat-network_desc-{label}_*', f'desc-{label}_dseg.*',
+                           f'desc-{label}_knn.*'):  # fmt: skip
+                for path in sidecar.parent.glob(f'{stem}_{ending}'):
+                    path.unlink()
+            for what in PICTURES:
+                figure_path(output, stem, what, label).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -368,7 +410,6 @@ def write_networks(
     """
     from bids_brainfm.reports import analysis_figures as drawing
     from bids_brainfm.reports import figures
-    from bids_brainfm.reports.report import figure_path
     from bids_brainfm.signals.paint import paint_labels
 
     atlas, reference, label = task.loaded, task.networks, source.label

@@ -42,7 +42,9 @@ def _analysis_current(analysis, run: BoldRun, task: EncodeTask) -> bool:
     return whole and writing.is_current(first.with_suffix('.json'), first, inputs)
 
 
-def write_run(run: BoldRun, task: EncodeTask, atlas, data, windows, encoding, encoder) -> None:
+def write_run(
+    run: BoldRun, task: EncodeTask, atlas, data, windows, encoding, encoder, exact
+) -> None:
     """Write what a model says of a run, but for what stands already.
 
     Parameters
@@ -55,10 +57,12 @@ def write_run(run: BoldRun, task: EncodeTask, atlas, data, windows, encoding, en
     windows : Windows
         What was encoded.
     encoding : Encoding
-    encoder : Encoder
+    encoder, exact : Encoder
+        As the task says, and in float32.
     """
     write_outputs(run, task, atlas, windows, data.donors, encoding)
-    context = Context(run, task, atlas, data, encoder, encoding, said_by_all(run, task))
+    common = said_by_all(run, task)
+    context = Context(run, task, atlas, data, encoder, exact, encoding, common)
     asked = analyses_of(task)
     for analysis in ANALYSES:
         if _analysis_current(analysis, run, task):

@@ -37,8 +37,8 @@ def text(task) -> str:
         f'In the first window of each run {asked.target_name} was held at its mean '
         f'{asked.k_sd:+g} SD, and the other parcels were reconstructed by '
         f'{task.spec.card.name} under masks ({asked.mask_ratio:.0%} of the tokens a pass) with '
-        'and without this; the change is given beside that of sham targets of as many parcels '
-        'drawn at random.'
+        'and without this; the change is given beside that of sham targets, the same pattern '
+        'moved along the parcels.'
     )
 
 
@@ -48,17 +48,17 @@ def write(context: Context) -> None:
 
     run, task, data, asked = context.run, context.task, context.data, context.asked
     atlas = context.atlas
-    target = np.isin(atlas.names, asked.target)
-    lost = [atlas.names[i] for i in np.flatnonzero(target & ~data.own)]
-    if lost:
+    named = np.isin(atlas.names, asked.target)
+    target = named & data.own
+    if not target.any():
         raise BrainfmError(
-            f'{", ".join(lost[:5])} of the perturbation target {asked.target_name} has no signal '
-            'in this run: name another target with --perturb.'
+            f'the perturbation target {asked.target_name} has no signal in this run: name '
+            f'another one with --perturb.'
         )
-    window = cover(data.data, task.spec.card.window, task.contract.short_runs)[0][0]
+    window = cover(data.data, task.spec.card.window)[0][0]
     mean, sd = data.data.mean(axis=0), data.data.std(axis=0)
     found = perturb(
-        context.encoder, window, target, mean, sd, asked.k_sd, asked.mask_ratio, asked.seed,
+        context.exact, window, target, mean, sd, asked.k_sd, asked.mask_ratio, asked.seed,
         eligible=data.own,
     )  # fmt: skip
     change, p, spread = (context.own(x) for x in (found.change, found.p, found.null_sd))
@@ -81,6 +81,8 @@ def write(context: Context) -> None:
     )
     shared = int((~np.isfinite(found.change) & ~target).sum())
     warnings = []
+    if lost := int((named & ~target).sum()):
+        warnings.append(f'{lost} parcels of {asked.target_name} have no signal and were not set.')
     if shared:
         warnings.append(
             f'{shared} parcels share tokens of {task.spec.label} with the perturbed '
@@ -93,7 +95,7 @@ def write(context: Context) -> None:
             f'when {asked.target_name} is held at its mean {asked.k_sd:+g} SD throughout the '
             'first window, mean over the window. In the image the target holds what was set.',
             'Target': asked.target_name,
-            'TargetParcels': asked.target,
+            'TargetParcels': [atlas.names[i] for i in np.flatnonzero(target)],
             'SD': asked.k_sd,
             'MaskRatio': asked.mask_ratio,
             'Seed': asked.seed,
@@ -112,4 +114,5 @@ def write(context: Context) -> None:
             'sham_sd': {'Description': 'Root mean square of the sham changes, in SD'},
             'target': {'Description': '1 for the parcels that were set'},
         },
+        exact=True,
     )

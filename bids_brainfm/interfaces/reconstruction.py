@@ -2,7 +2,12 @@
 
 import numpy as np
 
-from bids_brainfm.analyses.reconstruct import GAIN_MARGIN, gain_check, reconstruct
+from bids_brainfm.analyses.reconstruct import (
+    GAIN_MARGIN,
+    gain_check,
+    reconstruct,
+    target_level,
+)
 from bids_brainfm.analyses.scores import score
 from bids_brainfm.bids import writing
 from bids_brainfm.bids.reading import BoldRun
@@ -55,16 +60,17 @@ def write(context: Context) -> None:
     from bids_brainfm.reports import analysis_figures as figures
 
     run, task, data, asked = context.run, context.task, context.data, context.asked
-    short, batch = task.contract.short_runs, task.batch_size
     made = reconstruct(
-        context.encoder, data.data, asked.mask_ratio, asked.aggregate, asked.seed, short, batch
+        context.encoder, data.data, asked.mask_ratio, asked.aggregate, asked.seed, task.batch_size
     )
-    window = cover(data.data, task.spec.card.window, short)[0][0]
-    gain = gain_check(context.encoder, window, asked.mask_ratio, asked.seed, parcels=data.own)
+    windows, samples = cover(data.data, task.spec.card.window)
+    first = (samples[0] >= 0)[:, None] & context.scored[samples[0]]
+    gain = gain_check(context.encoder, windows[0], asked.mask_ratio, asked.seed, first.T)
 
-    target = np.where(data.own, made.target, np.nan)
+    target = np.where(context.scored, made.target, np.nan)
+    level = target_level(target)
     by_parcel = {name: score(values, target, axis=0) for name, values in made.ways.items()}
-    pooled = {name: score(values, target) for name, values in made.ways.items()}
+    pooled = {name: score(v - level, target - level) for name, v in made.ways.items()}
 
     series = data.in_bold_units(made.model)
     series_table = table_path(run, task, 'timeseries')
@@ -81,11 +87,11 @@ def write(context: Context) -> None:
 
     order, label = display_order(context.atlas.xyz)
     r2 = {name: found.r2 for name, found in by_parcel.items()}
-    drawn = np.where(data.own, made.model, np.nan)
+    shown, drawn = (np.where(data.own, x, np.nan) for x in (made.target, made.model))
     names = list(context.atlas.names)
     context.save_figure(
         figures.reconstruction(
-            target, made.hidden, drawn, data.tr, r2['model'], names, order,
+            shown, made.hidden, drawn, data.tr, r2['model'], names, order,
             order_label=label, start=data.series.start,
         ),
         'reconstruction',
@@ -157,7 +163,9 @@ def _describe_scores(context: Context, made, pooled: dict, gain) -> dict:
     return {
         'Description': f'How well {context.task.spec.card.name} reconstructs each parcel where it '
         'was hidden: share of variance explained (R2, not floored; 0 is what the mean of the '
-        'parcel over the run explains) and Pearson r, in the units of the model.',
+        'parcel over the run explains) and Pearson r, in the units of the model. Flagged volumes, '
+        'which were interpolated, are not scored.',
+        'ShareFlagged': context.data.flagged.mean(),
         'NumberOfPasses': made.n_passes,
         'Pooled': {
             name: {'R2': float(found.r2), 'r': float(found.r), 'MSE': float(found.mse)}

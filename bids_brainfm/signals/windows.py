@@ -107,8 +107,11 @@ def cut(
     )
 
 
-def cover(data, length, short='pad') -> tuple[np.ndarray, np.ndarray]:
+def cover(data, length) -> tuple[np.ndarray, np.ndarray]:
     """Cut a run into windows that together hold every sample.
+
+    A run shorter than one window is completed by each parcel's mean. It is never repeated: a
+    model would find what is hidden from it in the copy.
 
     Parameters
     ----------
@@ -116,8 +119,6 @@ def cover(data, length, short='pad') -> tuple[np.ndarray, np.ndarray]:
         Scaled parcel series.
     length : int
         Samples in a window.
-    short : {'refuse', 'pad', 'tile'}
-        How a run shorter than one window is completed, as in :func:`cut`.
 
     Returns
     -------
@@ -135,9 +136,8 @@ def cover(data, length, short='pad') -> tuple[np.ndarray, np.ndarray]:
     """
     data = np.asarray(data, dtype=np.float32)
     if len(data) < length:
-        short = 'pad' if short == 'refuse' else short
         samples = np.arange(length)[None]
-        cut_out = cut(data, np.zeros(len(data), bool), 1.0, length, short=short).data
+        cut_out = cut(data, np.zeros(len(data), bool), 1.0, length, short='pad').data
         return cut_out, np.where(samples < len(data), samples, -1)
     starts = [*range(0, len(data) - length, length), len(data) - length]
     samples = np.array(starts)[:, None] + np.arange(length)

@@ -40,6 +40,8 @@ class Progress:
 
     def __call__(self, node, status: str) -> None:
         """Take Nipype's report on a node."""
+        if node.name.startswith('networks_') and status == 'end':
+            LOGGER.info('%s: networks found', node.name.removeprefix('networks_'))
         if not node.name.startswith('series_'):
             return
         if status == 'start':

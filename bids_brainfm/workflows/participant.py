@@ -12,7 +12,12 @@ from niworkflows.engine.workflows import LiterateWorkflow
 
 from bids_brainfm.interfaces.embedding import BLOCKS, latent_name
 from bids_brainfm.interfaces.encode import EncodeRuns
-from bids_brainfm.interfaces.networks import MakeNetworks, networks_name, networks_text
+from bids_brainfm.interfaces.networks import (
+    MakeNetworks,
+    networks_name,
+    networks_text,
+    source_text,
+)
 from bids_brainfm.interfaces.outputs import analyses_of, analysis_name
 from bids_brainfm.interfaces.report import WriteReport
 from bids_brainfm.interfaces.series import FILL_RULE, MakeSeries
@@ -104,7 +109,10 @@ def describe(workflow: LiterateWorkflow, plan: Plan) -> dict[str, tuple[str, lis
             for analysis in analyses_of(model.task):
                 parts[analysis_name(analysis, spec.label)] = analysis.text(model.task), []
         if atlas.networks is not None:
-            parts[networks_name(atlas.name)] = networks_text(atlas.networks), NETWORK_REFERENCES
+            name = networks_name(atlas.name)
+            parts[name] = networks_text(atlas.networks), NETWORK_REFERENCES
+            for source in atlas.networks.sources:
+                parts[f'{name}_desc-{source.label}'] = source_text(source, atlas.networks), []
     return parts
 
 

@@ -26,7 +26,9 @@ from bids_brainfm.interfaces.networks import (
     NetworkTask,
     Source,
     networks_name,
+    networks_step,
     participant_current,
+    remove_stale,
     whole_participant,
 )
 from bids_brainfm.interfaces.outcome import Outcome, read_failures
@@ -72,8 +74,12 @@ class AtlasPlan:
         labels = [encode_step(self.name, model.task.spec.label) for model in self.models]
         wanted = [(run, s) for run in self.runs for s in (series_step(self.name), *labels)]
         if self.networks is not None:
-            whole = {run.subject: whole_participant(run) for run in self.runs}
-            wanted += [(of, networks_name(self.name)) for of in (*self.runs, *whole.values())]
+            whole = {(run.subject, run.space): whole_participant(run) for run in self.runs}
+            wanted += [
+                (of, networks_step(of, source, self.networks))
+                for of in (*self.runs, *whole.values())
+                for source in self.networks.sources
+            ]
         return [Outcome(run.name, step) for run, step in wanted]
 
 
@@ -102,6 +108,12 @@ class Plan:
     def steps(self) -> list[Outcome]:
         """Everything that this plan wants done, by run and step, as if it were."""
         return [step for atlas in self.atlases for step in atlas.steps]
+
+    def remove_stale(self) -> None:
+        """Remove networks of runs whose parcel series will be other ones."""
+        for atlas in self.atlases:
+            for run in atlas.todo:
+                remove_stale(self.settings.output_dir, run, atlas.name)
 
     def record_failures(self) -> None:
         """Forget failures of earlier runs in what is to be done now, and write down the known."""
@@ -243,7 +255,7 @@ def _target(settings: Settings, atlas) -> tuple[str, tuple[str, ...]]:
 
     import numpy as np
 
-    from bids_brainfm.atlases.reference import reference_networks
+    from bids_brainfm.atlases.reference import reference_for, reference_networks
 
     name = settings.perturb
     if name is None:
@@ -251,7 +263,7 @@ def _target(settings: Settings, atlas) -> tuple[str, tuple[str, ...]]:
         name = atlas.names[int(distance.argmin())]
     if name in atlas.names:
         return name, (name,)
-    networks = reference_networks(atlas, settings.reference_networks) or ()
+    networks = reference_networks(atlas, reference_for(atlas, settings.reference_networks)) or ()
     parcels = tuple(
         n for n, network in zip(atlas.names, networks, strict=False) if network == name
     )
@@ -274,18 +286,51 @@ def _check_outputs(settings: Settings, tasks: list[EncodeTask]) -> None:
             f'--outputs {" ".join(lacking)}: {", ".join(settings.model)} has no decoder, as '
             f'BrainLM has: leave it out, or add a BrainLM with --model.'
         )
+    _check_references(settings, tasks)
     for task in tasks:
-        if 'forecast' in task.analyses.outputs:
-            _check_forecast(task)
+        _check_masks(task)
+        clusters = settings.network_clusters or ''
+        if clusters.isdigit() and int(clusters) >= task.spec.n_parcels:
+            raise BrainfmError(
+                f'--network-clusters {clusters}: the atlas {task.atlas} has {task.spec.n_parcels} '
+                f'parcels; ask for fewer clusters than that.'
+            )
 
 
-def _check_forecast(task: EncodeTask) -> None:
-    """See that a model can hide what is to be forecast."""
+def _check_references(settings: Settings, tasks: list[EncodeTask]) -> None:
+    """See that every table of networks is of some model's atlas; tell what it leaves out."""
+    from bids_brainfm.atlases.atlas import load_atlas
+    from bids_brainfm.atlases.reference import NONE, reference_for, reference_networks
+
+    atlases = {task.atlas: load_atlas(task.spec.card.atlas, task.home) for task in tasks}
+    for path in settings.reference_networks:
+        of = [atlas for atlas in atlases.values() if reference_for(atlas, (path,))]
+        if not of:
+            raise BrainfmError(
+                f'--reference-networks {path} names no parcel of {" or ".join(atlases)}: give a '
+                f'table of the atlas of a model that is run.'
+            )
+        for atlas in of:
+            unnamed = reference_networks(atlas, path).count(NONE)
+            if unnamed:
+                LOGGER.warning(
+                    '%s names no network of %d parcels of %s.', path, unnamed, atlas.name
+                )
+
+
+def _check_masks(task: EncodeTask) -> None:
+    """See that a model can hide what is to be hidden."""
+    import torch
+
     from bids_brainfm.analyses.forecast import hidden_points
+    from bids_brainfm.models.masking import leave_out
     from bids_brainfm.models.weights import build
 
-    network = build(task.spec.card.config)
-    hidden_points(network, task.analyses.points, task.analyses.mode, task.spec.card.name)
+    asked, network = task.analyses, build(task.spec.card.config)
+    if 'forecast' in asked.outputs:
+        hidden_points(network, asked.points, asked.mode, task.spec.card.name)
+    if {'reconstruction', 'perturbation'} & set(asked.outputs):
+        leave_out(network.tokens, asked.mask_ratio, torch.Generator())
 
 
 def _contract(settings: Settings, card, atlas: str):
@@ -464,6 +509,9 @@ def _networks(settings, version, home, atlas_name, tasks) -> NetworkTask | None:
     """How networks are found in one atlas, None where they are not asked for."""
     if not {'networks', 'all'} & set(settings.outputs):
         return None
+    from bids_brainfm.atlases.atlas import load_atlas
+    from bids_brainfm.atlases.reference import reference_for
+
     kind = lambda spec: 'attention' if spec.pooling == 'class token' else 'parcels'
     table = lambda spec: spec.gradients and spec.gradients.path
     specs = [task.spec for task in tasks if task.spec.per_parcel]
@@ -475,12 +523,12 @@ def _networks(settings, version, home, atlas_name, tasks) -> NetworkTask | None:
         home=home,
         sources=tuple(sources),
         n_clusters=settings.network_clusters,
-        reference=settings.reference_networks,
+        reference=reference_for(load_atlas(atlas_name, home), settings.reference_networks),
         seed=settings.random_seed,
         output=settings.output_dir,
         version=version,
     )
-    if networks.networks is None and settings.reference_networks is None:
+    if networks.networks is None:
         LOGGER.warning(
             'No reference networks of the atlas %s are on this machine: clusters are not named '
             'and the k-NN protocol is left out (see --reference-networks).', networks.name,
@@ -535,7 +583,7 @@ def _claim(settings: Settings, atlas: str, preset, tasks: list[EncodeTask]) -> N
             'denoise_sha256': _digest(dataclasses.asdict(preset)),
             'min_coverage': settings.min_coverage,
         },
-        f'*_atlas-{atlas}_stat-mean_timeseries.tsv',
+        f'*_atlas-{atlas}_*.tsv',
     )
     for task in tasks:
         contract = dataclasses.asdict(task.contract)
@@ -553,7 +601,7 @@ def _claim(settings: Settings, atlas: str, preset, tasks: list[EncodeTask]) -> N
                 'atlas': atlas,
                 'precision': task.precision,
             },
-            f'*_desc-{task.spec.label}_embedding.tsv',
+            f'*_desc-{task.spec.label}_*.tsv',
         )
         if task.block:
             name = latent_name(task.spec.label)
