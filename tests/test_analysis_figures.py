@@ -90,7 +90,7 @@ def degenerate(xyz):
         ('forecast', (np.ones(1), {'model': nothing}, []), 'No step'),
         ('forecast', (np.ones(1), {'model': flat, 'mean': flat}, [example]), 'at 0 of 1 steps'),
         ('networks', (xyz, zero, [], None, nan, None), 'No network was found in 50 parcels'),
-        ('networks', (xyz, one, ['a'], None, 3 * one, None), '1 clusters in 50 of 50'),
+        ('networks', (xyz, one, ['a'], None, 3 * one, None), '1 cluster in 50 of 50'),
         ('knn', ({'features': lost}, nan), 'features: no parcel could be told'),
         ('knn', ({'features': score(0.0, 0.0, 1.0)}, zero), 'not above the spatial null'),
         ('attention', (xyz, nan, np.full((50, 3), np.nan), None), 'No parcel of 50'),

@@ -184,6 +184,7 @@ def test_networks_of_the_simulation_are_found(done):
     image = nib.load(func(done, 'desc-connectome_dseg.nii.gz'))
     assert list(parcels) == ['Node', 'cluster', 'network', 'confidence', 'reference']
     assert parcels['confidence'].between(-1, 1).all()
+    assert lut['name'].tolist() == sorted(lut['name'])  # a number is a network, in all maps
     named = dict(zip(lut['index'], lut['name'], strict=True))
     assert (parcels['cluster'].map(named) == parcels['network']).all()
     assert (parcels['network'] == parcels['reference']).mean() > 0.4
@@ -255,7 +256,8 @@ def test_networks_of_a_participant_are_of_all_its_runs(dataset, tmp_path, app):
     expected = cluster_parcels(features, 5, 0).labels
     name = f'sub-01_space-{SPACE}_atlas-Demo424_stat-network_desc-connectome_boldmap'
     whole = pd.read_csv(out / 'sub-01' / 'func' / f'{name}.tsv', sep='\t')
-    assert whole['cluster'].tolist() == expected.tolist()
+    pairs = set(zip(whole['cluster'], expected, strict=True))
+    assert len(pairs) == len(set(expected)) == 5  # the same parcels, in the reference's order
     sidecar = json.loads((out / 'sub-01' / 'func' / f'{name}.json').read_text())
     assert sidecar['Runs'] == ['sub-01_task-more', 'sub-01_task-rest']
     picture = f'sub-01_space-{SPACE}_atlas-Demo424_model-connectome_desc-networks_bold.svg'
@@ -297,7 +299,9 @@ def test_perturbation_map(done, label):
     lost = table['change'].isna() & ~target
     assert lost.sum() == sidecar['ParcelsSharingTokens'] == (15 if label == DEMO else 0)
     assert any('share tokens' in warning for warning in sidecar['Warnings']) == (label == DEMO)
-    assert table['p'].dropna().between(1 / 20, 1).all()
+    assert table['p'].dropna().between(1 / 25, 1).all()
+    assert table['p'].notna().sum() > 300
+    assert (table['shams'][table['p'].notna()] >= 19).all()
     assert (table['change'].dropna() != 0).any()
     image = nib.load(func(done, f'stat-perturbation_desc-{label}_boldmap.nii.gz'))
     values = image.get_fdata()
@@ -359,7 +363,7 @@ def test_the_report_has_a_section_for_each(done):
     methods = (done / 'logs' / 'CITATION.md').read_text()
     for words in ('20% of the tokens of a window were hidden', 'forecast by tiny-13m',
                   'Moran spectral randomisation', 'sham targets', 'Wagner & Dray 2015',
-                  'Attention maps show'):  # fmt: skip
+                  'Attention maps of tiny-13m show'):  # fmt: skip
         assert words in methods
 
 
@@ -452,25 +456,26 @@ def test_reference_networks_of_ones_own(simulated, tmp_path, app, capfd):
     rows = [f'{name}\t{side}' for name, side in reversed(sides.items())]
     table.write_text('\n'.join(['name\tnetwork', *rows]) + '\n')
     out = tmp_path / 'out'
-    options = ('--participant-label', '01', '--outputs', 'networks', 'perturbation')
-    options += ('--reference-networks', table, '--perturb', 'right', '--perturb-sd', '-1')
-    assert app(simulated, out, *options) == 1  # half of the brain is in every token
-    said = capfd.readouterr().err
-    assert 'each token of brainlm-demo holds one of the 212 clamped' in said
-    assert 'names no network of 10 parcels' in said
+    options = ('--participant-label', '01', '--outputs', 'networks')
+    options += ('--reference-networks', table)
+    assert app(simulated, out, *options) == 0
+    assert 'names no network of 10 parcels' in capfd.readouterr().err
+    perturb = ('--outputs', 'perturbation', '--perturb', 'right', '--reference-networks', table)
+    assert app(simulated, out, *perturb) == 2  # half of the brain is in every token
+    assert 'each token of brainlm-demo holds one of its 212 parcels' in capfd.readouterr().err
     parcels = pd.read_csv(
         func(out, 'stat-network_desc-connectome_boldmap.tsv'), sep='\t', keep_default_na=False
     )
     assert parcels['reference'].value_counts().to_dict() == {'right': 212, 'left': 202, 'n/a': 10}
     assert sorted(parcels['cluster'].unique()) == [1, 2]
-    other, networks = tmp_path / 'other', (*options[:4], '--reference-networks', table)
+    other = tmp_path / 'other'
     for content, sentence in (
         ('parcel\tnetwork\nL_001\tx\n', 'is not a table (TSV) with the columns name and network'),
         ('name\tnetwork\nV1\tx\n', 'names no parcel of Demo424'),
         ('name\tnetwork\nL_001\tx\nL_001\ty\n', 'names L_001 twice'),
     ):
         table.write_text(content)
-        assert app(simulated, other, *networks) == 2
+        assert app(simulated, other, *options) == 2
         assert sentence in capfd.readouterr().err
 
 

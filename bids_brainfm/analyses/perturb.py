@@ -13,7 +13,8 @@ from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.encoder import Encoder
 from bids_brainfm.models.masking import leave_out, masked_tokens
 
-SHAMS = 19  # so that a change beyond all of them has p = 1 / 20
+ENOUGH = 19  # sham targets, so that a change beyond all of them has p = 1 / 20
+SHAMS = 24  # of which some share tokens with a parcel and say nothing about it
 
 
 @dataclass(frozen=True)
@@ -37,19 +38,27 @@ class Perturbation:
 
     @property
     def p(self) -> np.ndarray:
-        """Share of sham targets that change a parcel at least as much, (P,), itself counted."""
+        """Share of sham targets that change a parcel at least as much, (P,), itself counted.
+
+        NaN where fewer than `ENOUGH` shams tell of a parcel.
+        """
         known = np.isfinite(self.null)
         beyond = known & (np.abs(np.where(known, self.null, 0)) >= np.abs(self.change))
-        share = (1 + beyond.sum(axis=0)) / (1 + known.sum(axis=0))
-        return np.where(np.isfinite(self.change), share, np.nan)
+        share = (1 + beyond.sum(axis=0)) / (1 + self.n_shams)
+        return np.where(np.isfinite(self.change) & (self.n_shams >= ENOUGH), share, np.nan)
+
+    @property
+    def n_shams(self) -> np.ndarray:
+        """Sham targets that tell of each parcel, (P,) int."""
+        return np.isfinite(self.null).sum(axis=0)
 
     @property
     def null_sd(self) -> np.ndarray:
         """Spread of the sham changes about zero, (P,)."""
         known = np.isfinite(self.null)
         square = (np.where(known, self.null, 0) ** 2).sum(axis=0)
-        count = known.sum(axis=0)
-        return np.sqrt(np.divide(square, count, out=np.full(len(square), np.nan), where=count > 0))
+        mean = np.full(len(square), np.nan)
+        return np.sqrt(np.divide(square, self.n_shams, out=mean, where=self.n_shams > 0))
 
 
 def perturb(
@@ -63,6 +72,7 @@ def perturb(
     seed: int = 0,
     shams: int = SHAMS,
     eligible: np.ndarray | None = None,
+    recorded: np.ndarray | None = None,
 ) -> Perturbation:
     """Clamp parcels of a window and reconstruct the others, with and without.
 
@@ -89,6 +99,8 @@ def perturb(
         Number of sham targets, see :func:`sham_targets`.
     eligible : (P,) bool, optional
         Parcels that a sham target may consist of; all where not given.
+    recorded : (T,) bool, optional
+        Points over which the change is averaged; all where not given.
 
     Returns
     -------
@@ -102,19 +114,20 @@ def perturb(
     target = np.asarray(target, dtype=bool)
     if not np.any(sd[target] > 0):
         raise BrainfmError('there is no parcel with a signal of its own to clamp; name another.')
-    if not _reconstructable(encoder, target):
+    if not others_left(encoder.network, target, encoder.order):
         raise BrainfmError(
             f'each token of {encoder.name} holds one of the {target.sum()} clamped parcels, so '
             'there is nothing to reconstruct; clamp fewer parcels, or take a model with a token '
             'for each parcel.'
         )
     eligible = np.ones_like(target) if eligible is None else eligible
+    recorded = slice(None) if recorded is None else recorded
     generator = torch.Generator().manual_seed(seed)
     changes = []
     for each in [target, *sham_targets(encoder, target, eligible, shams, seed)]:
         change = _change(encoder, window, each, mean + k_sd * sd, ratio, generator)
         with np.errstate(invalid='ignore', divide='ignore'):
-            changes.append(np.where(sd > 0, change / sd, np.nan))
+            changes.append(np.where(sd > 0, change[:, recorded].mean(axis=1) / sd, np.nan))
     return Perturbation(target, changes[0], np.array(changes[1:]).reshape(-1, len(target)))
 
 
@@ -148,18 +161,31 @@ def sham_targets(
         sham = np.zeros_like(target)
         sham[order] = np.roll(target[order], shift)
         sham &= eligible
-        if sham.any() and not (sham <= target).all() and _reconstructable(encoder, sham):
+        left = others_left(encoder.network, sham, encoder.order)
+        if sham.any() and not (sham <= target).all() and left:
             found.append(sham)
     return found
 
 
-def _reconstructable(encoder: Encoder, target: np.ndarray) -> bool:
-    """Whether any parcel is in tokens that hold none of the target."""
-    return bool(encoder.points(~encoder.covering(target)[None]).any())
+def others_left(network, target: np.ndarray, order: np.ndarray | None = None) -> bool:
+    """Whether any parcel is in tokens that hold none of the target.
+
+    Parameters
+    ----------
+    network : nn.Module
+        A BrainLM; its weights are not looked at.
+    target : (P,) bool
+        In atlas order.
+    order : (P,) int, optional
+        Row i of the network's input is parcel ``order[i]``.
+    """
+    rows = torch.from_numpy(target if order is None else target[order])
+    tokens = network.covering(rows[None, :, None].expand(1, *network.window_shape))
+    return bool(network.points(~tokens).any())
 
 
 def _change(encoder, window, target, level, ratio, generator) -> np.ndarray:
-    """Mean change (P,) of the other parcels' reconstruction when `target` is held at `level`."""
+    """Change (P, T) of the other parcels' reconstruction when `target` is held at `level`."""
     n_tokens = encoder.network.tokens
     clamped = window.copy()
     clamped[target] = level[target, None]
@@ -169,4 +195,4 @@ def _change(encoder, window, target, level, ratio, generator) -> np.ndarray:
         made = encoder.reconstruct(np.stack([window, clamped]), keep)
         hidden = encoder.points(masked_tokens(keep[None], n_tokens))[0]
         change = np.where(hidden & np.isnan(change), made[1] - made[0], change)
-    return change.mean(axis=1)
+    return change

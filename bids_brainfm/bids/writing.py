@@ -36,7 +36,7 @@ BIDSIGNORE = (
     '*_embedding.*',
     '*_forecast.*',
     '*_knn.*',
-    '*_bold.dtseries.*',
+    '*_space-fsLR*_bold.*',
     '*_dseg.*',
     '*_stat-coverage_bold.*',
 )
@@ -245,7 +245,7 @@ def claim_settings(output: Path, name: str, settings: dict, pattern: str) -> Non
             temporary.unlink()
     recorded = read_sidecar(path) or {}
     differences = [
-        f'{key} was {recorded.get(key)!r} and is now {wanted.get(key)!r}'
+        f'{key} was {recorded.get(key)!r:.60} and is now {wanted.get(key)!r:.60}'
         for key in {**recorded, **wanted}
         if recorded.get(key) != wanted.get(key)
     ]

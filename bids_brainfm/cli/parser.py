@@ -89,8 +89,11 @@ def share(text: str) -> float:
 
 def ratio(text: str) -> float:
     """Argument type for a number between 0 and 1."""
-    value = share(text)
-    if value in (0, 1):
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f'{text!r} is not a number between 0 and 1')
     return value
 

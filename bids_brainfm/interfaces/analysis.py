@@ -131,7 +131,8 @@ class Context:
         from bids_brainfm.signals.paint import paint_map
 
         writing.write_table(path, {'Node': list(self.atlas.names)} | columns)
-        paint_map(image_path(self.run, path), self.image, values)
+        name = path.name.partition('_stat-')[2].partition('_boldmap')[0].replace('_desc-', ' ')
+        paint_map(image_path(self.run, path), self.image, values, name)
 
 
 def table_path(run: BoldRun, task, suffix: str, stat: str | None = None) -> Path:

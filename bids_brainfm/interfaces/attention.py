@@ -37,8 +37,8 @@ def text(task) -> str:
     """Sentences for the methods."""
     whose = 'class token' if task.spec.pooling == 'class token' else 'mean over tokens'
     return (
-        f'Attention maps show the share of attention (last layer, mean over heads, {whose}) that '
-        f'falls on each parcel. {token_note(task) or ""}'
+        f'Attention maps of {task.spec.card.name} show the share of attention (last layer, mean '
+        f'over heads, {whose}) that falls on each parcel. {token_note(task) or ""}'
     ).strip()
 
 

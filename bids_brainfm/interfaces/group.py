@@ -155,13 +155,12 @@ def sides(of: GroupMap, column: str, a: str, b: str, dataset: Path) -> tuple:
     BrainfmError
         A side has nobody.
     """
-    entity = {long: short for short, long in LONG_NAMES.items()}.get(column, column)
-    paired = any(entity in entities for entities, _ in of.values)
+    paired = any(column in entities for entities, _ in of.values)
     group = {} if paired else read_groups(dataset, column)
     found: dict[str, dict[str, list]] = {a: {}, b: {}}
     known = set()
     for entities, values in of.values:
-        level = entities.get(entity) if paired else group.get(entities['sub'])
+        level = entities.get(column) if paired else group.get(entities['sub'])
         known.add(str(level))
         if level in found:
             found[level].setdefault(entities['sub'], []).append(values)
@@ -221,6 +220,7 @@ def write_contrasts(
     plain = lambda text: re.sub('[^a-zA-Z0-9]', '', text)
     if a == b:
         raise BrainfmError(f'--contrast {column} {a} {b} subtracts {a} from itself: name two.')
+    column = {long: short for short, long in LONG_NAMES.items()}.get(column, column)
     folder = dataset / 'group' / f'{plain(column)}-{plain(a)}-minus-{plain(b)}'
     written, lacking = [], []
     for of in maps:

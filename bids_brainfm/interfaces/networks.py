@@ -383,9 +383,14 @@ def find_networks(features: np.ndarray, source: Source, task: NetworkTask) -> Fo
     if reference is None:
         names = [f'cluster {k + 1}' for k in range(clusters.n_clusters)]
         return Found(clusters, names, None, None)
+    names = match_networks(clusters.labels, reference)
+    # in the order of the reference, so that a number means the same network in all maps
+    order = sorted(range(clusters.n_clusters), key=lambda k: (names[k], k))
+    rank = np.argsort(order) + 1
+    clusters = dataclasses.replace(clusters, labels=np.append(0, rank)[clusters.labels])
     return Found(
         clusters,
-        match_networks(clusters.labels, reference),
+        [names[k] for k in order],
         agreement(clusters.labels, reference),
         knn_protocol(features, reference, task.loaded.xyz, seed=task.seed, given=given),
     )
@@ -428,7 +433,7 @@ def write_networks(
     clusters, names, knn = found.clusters, found.names, found.knn
     numbers = list(range(1, clusters.n_clusters + 1))
     image = atlas.image_for(of.space, voxel_size(of.bold)).path
-    paint_labels(files['image'], image, clusters.labels, names)
+    paint_labels(files['image'], image, clusters.labels, names, f'networks {label}')
     writing.write_table(
         files['table'],
         {
@@ -440,7 +445,8 @@ def write_networks(
     writing.write_json(
         files['table'].with_suffix('.json'),
         {
-            'Description': f'Clusters of parcels by {label}, numbered by size',
+            'Description': f'Clusters of parcels by {label}, in the order of the names of the '
+            'reference networks that they were matched to; without a reference, by size',
             'index': {'Description': 'Label in the image'},
             'name': {'Description': 'Reference network that the cluster was matched to'},
             'parcels': {'Description': 'Number of parcels'},

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from bids_brainfm.analyses.perturb import perturb
+from bids_brainfm.analyses.perturb import ENOUGH, perturb
 from bids_brainfm.bids.reading import BoldRun
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.interfaces.analysis import Context, image_path, table_path
@@ -55,11 +55,11 @@ def write(context: Context) -> None:
             f'the perturbation target {asked.target_name} has no signal in this run: name '
             f'another one with --perturb.'
         )
-    window = cover(data.data, task.spec.card.window)[0][0]
+    windows, samples = cover(data.data, task.spec.card.window)
     mean, sd = data.data.mean(axis=0), data.data.std(axis=0)
     found = perturb(
-        context.exact, window, target, mean, sd, asked.k_sd, asked.mask_ratio, asked.seed,
-        eligible=data.own,
+        context.exact, windows[0], target, mean, sd, asked.k_sd, asked.mask_ratio, asked.seed,
+        eligible=data.own, recorded=samples[0] >= 0,
     )  # fmt: skip
     change, p, spread = (context.own(x) for x in (found.change, found.p, found.null_sd))
     # one SD of the model's units in those of the run
@@ -71,6 +71,7 @@ def write(context: Context) -> None:
         'change_bold': change * unit,
         'p': p,
         'sham_sd': spread,
+        'shams': found.n_shams,
         'target': target.astype(int),
     }
     context.write_map(table, columns, shown)
@@ -109,7 +110,12 @@ def write(context: Context) -> None:
             'change_bold': {'Description': 'In BOLD units'},
             'p': {
                 'Description': 'Share of sham targets that change the parcel at least as much, '
-                'the target itself counted; not corrected for the number of parcels'
+                'the target itself counted; not corrected for the number of parcels; n/a with '
+                f'fewer than {ENOUGH} shams'
+            },
+            'shams': {
+                'Description': 'Sham targets that tell of the parcel, because they share no token '
+                'with it'
             },
             'sham_sd': {'Description': 'Root mean square of the sham changes, in SD'},
             'target': {'Description': '1 for the parcels that were set'},

@@ -144,7 +144,7 @@ def _write_bold(context: Context, series: np.ndarray) -> None:
             # an image in that space which is at hand: the atlas, last among the sources
             'SpatialReference': context.common['Sources'][-1],
             'Resolution': run.entities.get('res') and 'as the input',
-            # there voxels hold the mean of their parcel, since NaN breaks most tools
+            'GapRule': 'Volumes without reconstruction hold the mean over the others',
             'VolumesWithoutReconstruction': np.flatnonzero(np.isnan(series).all(axis=1)),
         }
         | context.common,
@@ -173,8 +173,8 @@ def _describe_scores(context: Context, made, pooled: dict, gain) -> dict:
         },
         'GainCheck': {
             'Description': 'R2 of the hidden points of the first window when the input is '
-            f'multiplied by each gain; a rise of more than {GAIN_MARGIN} away from 1 is warned '
-            'about',
+            f'multiplied by each gain. It is warned about where another gain gives an R2 above 0 '
+            f'that is higher by more than {GAIN_MARGIN}',
             'Gain': gain.gains,
             'R2': gain.r2,
             'Best': gain.best,

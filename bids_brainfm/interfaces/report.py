@@ -146,7 +146,7 @@ def _networks_text(found: dict) -> dict[str, str]:
 def _perturbation_text(found: dict) -> dict[str, str]:
     return {
         'Perturbation': f'{found["Target"]} at {found["SD"]:+g} SD: {found["ParcelsBelow05"]} of '
-        f'{found["ParcelsTested"]} parcels change more than in all but 5% of sham targets'
+        f'{found["ParcelsTested"]} parcels change more than under 95% of sham targets'
     }
 
 

@@ -4,6 +4,7 @@ Values of parcels are drawn at the parcels' centres in nilearn's glass brain. Ti
 was found. Look and colours are in :mod:`bids_brainfm.reports.style`, which also writes the SVG.
 """
 
+import re
 import textwrap
 from functools import cache
 
@@ -167,6 +168,7 @@ def _bar(figure, axes, cmap, norm, values, label, ticks=None):
     )  # fmt: skip
     if ticks is None:
         bar.locator = MaxNLocator(5)
+        bar.formatter = '{x:.2g}'  # a common factor would stand on the label
     else:
         bar.set_ticks(ticks, labels=[f'{tick:.2f}' for tick in ticks])
         bar.minorticks_off()
@@ -577,7 +579,8 @@ def networks(xyz, labels, names, reference, confidence, agreement):
     labels, confidence = np.asarray(labels, int), np.asarray(confidence, float)
     names = [str(name) for name in names]
     theirs = [] if reference is None else [str(each) for each in reference]
-    known = dict.fromkeys([*names, *sorted(set(theirs) - {'', 'n/a'})])
+    # by the reference, so that a network has one colour in all figures
+    known = dict.fromkeys([*sorted(set(theirs) - {'', 'n/a'}), *names])
     base = {name: to_rgb(COLOURS[place % len(COLOURS)]) for place, name in enumerate(known)}
     shades = []
     for cluster, name in enumerate(names):
@@ -629,14 +632,26 @@ def networks(xyz, labels, names, reference, confidence, agreement):
     else:
         _nothing(axes)
 
-    found = f'{len(names)} clusters in {(labels > 0).sum()} of {len(labels)} parcels'
+    plural = 'cluster' if len(names) == 1 else 'clusters'
+    found = f'{len(names)} {plural} in {(labels > 0).sum()} of {len(labels)} parcels'
     if not (labels > 0).any():
         found = f'No network was found in {len(labels)} parcels'
     if agreement:
-        pairs = ', '.join(f'{name} {value:z.2f}' for name, value in agreement.items())
+        pairs = ', '.join(f'{_words(name)} {value:z.2f}' for name, value in agreement.items())
         found += f'; agreement with the reference: {pairs}'
     headline(figure, found)
     return figure
+
+
+def _words(name):
+    """Words of a name in capitals.
+
+    >>> _words('AdjustedRandIndex'), _words('ARI')
+    ('adjusted Rand index', 'ARI')
+    """
+    if name.isupper():
+        return name
+    return re.sub(r'(?<=[a-z])(?=[A-Z])', ' ', name).lower().replace('rand', 'Rand')
 
 
 def _categories(palette):
@@ -683,7 +698,8 @@ def knn(scores, null):
             if np.isfinite(value):
                 axes.annotate(
                     f'{value:z.2f}', (place + shift, top), xytext=(0, 2), ha='center',
-                    textcoords='offset points', fontsize=8,
+                    textcoords='offset points', fontsize=8, zorder=4,
+                    bbox={'facecolor': 'white', 'edgecolor': 'none', 'pad': 0.6, 'alpha': 0.8},
                 )  # fmt: skip
         if name == 'spatial null' and null.size:
             # Spread by the golden ratio: even, and the same in every run
@@ -830,7 +846,7 @@ def perturbation(xyz, change, target, p, null_sd, names, k_sd):
     target = np.asarray(target, bool)
     others = np.where(target, np.nan, change)
     known = np.isfinite(others)
-    tested = known & np.isfinite(p)
+    tested = known & np.isfinite(p)  # without enough sham targets there is no p
     # With 19 sham targets a change beyond all of them has a p of exactly 1 / 20
     beyond = tested & (p <= ALPHA + 1e-9)
 
@@ -865,7 +881,9 @@ def perturbation(xyz, change, target, p, null_sd, names, k_sd):
 
     plural = 'parcel' if target.sum() == 1 else 'parcels'
     held = f'{target.sum()} {plural} held at {k_sd:+g} SD'
-    if known.any():
+    if known.any() and not tested.any():
+        found = f'{held}: too few sham targets to tell whether {known.sum()} others change'
+    elif known.any():
         found = (
             f'{held}: {beyond.sum()} of {tested.sum()} others change beyond the sham null '
             f'(p ≤ .05; {ALPHA * tested.sum():.0f} expected by chance)'
@@ -927,6 +945,8 @@ def contrast(xyz, difference, q, label_a, label_b, n_a, n_b):
     sizes = f'{label_a} (n = {n_a}) and {label_b} (n = {n_b})'
     if not known.any():
         found = f'{sizes} could be compared in no parcel'
+    elif not np.isfinite(q).any():
+        found = f'{sizes}: too few participants for a test'
     elif not differs.any():
         found = f'{sizes} differ in none of {known.sum()} parcels at q < .05'
     else:

@@ -320,17 +320,31 @@ def _check_references(settings: Settings, tasks: list[EncodeTask]) -> None:
 
 def _check_masks(task: EncodeTask) -> None:
     """See that a model can hide what is to be hidden."""
+    import numpy as np
     import torch
 
     from bids_brainfm.analyses.forecast import hidden_points
+    from bids_brainfm.analyses.perturb import others_left
+    from bids_brainfm.atlases.atlas import load_atlas
+    from bids_brainfm.models.encoder import ascending_y
     from bids_brainfm.models.masking import leave_out
     from bids_brainfm.models.weights import build
 
     asked, network = task.analyses, build(task.spec.card.config)
+    atlas = load_atlas(task.spec.card.atlas, task.home)
     if 'forecast' in asked.outputs:
         hidden_points(network, asked.points, asked.mode, task.spec.card.name)
     if {'reconstruction', 'perturbation'} & set(asked.outputs):
         leave_out(network.tokens, asked.mask_ratio, torch.Generator())
+    if 'perturbation' in asked.outputs:
+        target = np.isin(atlas.names, asked.target)
+        by_y = task.spec.card.parcel_order == 'ascending-y'
+        if not others_left(network, target, ascending_y(atlas.xyz) if by_y else None):
+            raise BrainfmError(
+                f'--perturb {asked.target_name}: each token of {task.spec.card.name} holds one of '
+                f'its {target.sum()} parcels, so there is nothing to reconstruct; name fewer, or '
+                f'take brainlm-13m, which has a token for each parcel.'
+            )
 
 
 def _contract(settings: Settings, card, atlas: str):
