@@ -7,7 +7,6 @@ that do not fit the outputs already there.
 import dataclasses
 import hashlib
 import json
-import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,16 +17,11 @@ from bids_brainfm.bids import reading, writing
 from bids_brainfm.bids.reading import BoldRun
 from bids_brainfm.config import Settings
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.interfaces.analysis import AnalysisSettings
 from bids_brainfm.interfaces.embedding import EncodeTask, latent_name
 from bids_brainfm.interfaces.encode import encode_step
 from bids_brainfm.interfaces.networks import (
-    CONNECTOME,
     NetworkTask,
-    Source,
-    networks_name,
     networks_step,
-    participant_current,
     remove_stale,
     whole_participant,
 )
@@ -35,12 +29,16 @@ from bids_brainfm.interfaces.outcome import Outcome, read_failures
 from bids_brainfm.interfaces.outputs import analyses_of, analysis_name, run_current
 from bids_brainfm.interfaces.series import SeriesTask, series_current, series_step
 from bids_brainfm.signals.scale import atlas_of, check_stats, load_scale_stats
+from bids_brainfm.workflows.asked import (
+    analyses_asked,
+    check_outputs,
+    claim_networks,
+    networks_asked,
+    networks_to_find,
+)
 
 # The card's own space first; fMRIPrep's default comes last, where the atlas is a warped one
 SPACES = ('MNI152NLin6Asym', 'fsLR', 'MNI152NLin2009cAsym')
-# What is perturbed by default, since its response is the best known: in mm (MNI)
-LEFT_V1_MM = (-10.0, -85.0, 2.0)
-LOGGER = logging.getLogger('bids_brainfm')
 
 
 @dataclass(frozen=True)
@@ -193,7 +191,7 @@ def resolve_models(settings: Settings, home: Path, version: str) -> list[EncodeT
                 threads=settings.omp_nthreads,
                 tokens=settings.tokens,
                 block=None if block == 'none' else block,
-                analyses=_analyses(settings, spec, atlas),
+                analyses=analyses_asked(settings, spec, atlas),
                 output=settings.output_dir,
                 version=version,
             )
@@ -210,7 +208,7 @@ def resolve_models(settings: Settings, home: Path, version: str) -> list[EncodeT
             f'--temporal official picks frames as Brain-JEPA does, and '
             f'{", ".join(settings.model)} has no such recipe: leave it out.'
         )
-    _check_outputs(settings, tasks)
+    check_outputs(settings, tasks)
     asked = settings.latent_prediction not in (None, 'none')
     if asked and not any(task.spec.predicts_latents for task in tasks):
         raise BrainfmError(
@@ -218,133 +216,6 @@ def resolve_models(settings: Settings, home: Path, version: str) -> list[EncodeT
             f'predicts no latents, as Brain-JEPA does: leave it out.'
         )
     return tasks
-
-
-def _analyses(settings: Settings, spec, atlas) -> AnalysisSettings:
-    """What is computed with one model beside its embeddings, of all that was asked for."""
-    everything = 'all' in settings.outputs
-    can = ('networks',)
-    if spec.reconstructs:
-        can += ('reconstruction', 'forecast', 'perturbation')
-    outputs = tuple(name for name in can if everything or name in settings.outputs)
-    chosen = {
-        'mask_ratio': settings.mask_ratio or spec.card.config.get('mask_ratio'),
-        'aggregate': settings.aggregate,
-        'bold': settings.write_bold,
-        'points': settings.forecast_points,
-        'mode': settings.forecast_mode,
-        'k_sd': settings.perturb_sd,
-        'seed': settings.random_seed,
-    }
-    if 'perturbation' in outputs:
-        name, parcels = _target(settings, atlas)
-        chosen |= {'target_name': name, 'target': parcels}
-    given = {name: value for name, value in chosen.items() if value is not None}
-    return AnalysisSettings(outputs=outputs, **given)
-
-
-def _target(settings: Settings, atlas) -> tuple[str, tuple[str, ...]]:
-    """What is perturbed, and the names of its parcels.
-
-    Raises
-    ------
-    BrainfmError
-        The atlas has no such parcel or network.
-    """
-    import difflib
-
-    import numpy as np
-
-    from bids_brainfm.atlases.reference import reference_for, reference_networks
-
-    name = settings.perturb
-    if name is None:
-        distance = np.linalg.norm(atlas.xyz - np.array(LEFT_V1_MM), axis=1)
-        name = atlas.names[int(distance.argmin())]
-    if name in atlas.names:
-        return name, (name,)
-    networks = reference_networks(atlas, reference_for(atlas, settings.reference_networks)) or ()
-    parcels = tuple(
-        n for n, network in zip(atlas.names, networks, strict=False) if network == name
-    )
-    if not parcels:
-        known = [*atlas.names, *sorted(set(networks))]
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:3]
-        raise BrainfmError(
-            f'--perturb {name}: the atlas {atlas.name} has no such parcel or network; did you '
-            f'mean {", ".join(near)}?'
-        )
-    return name, parcels
-
-
-def _check_outputs(settings: Settings, tasks: list[EncodeTask]) -> None:
-    """See that every output that was named can be had of some model, and how."""
-    given = {'embeddings', 'all'}.union(*(task.analyses.outputs for task in tasks))
-    lacking = [name for name in settings.outputs if name not in given]
-    if lacking:
-        raise BrainfmError(
-            f'--outputs {" ".join(lacking)}: {", ".join(settings.model)} has no decoder, as '
-            f'BrainLM has: leave it out, or add a BrainLM with --model.'
-        )
-    _check_references(settings, tasks)
-    for task in tasks:
-        _check_masks(task)
-        clusters = settings.network_clusters or ''
-        if clusters.isdigit() and int(clusters) >= task.spec.n_parcels:
-            raise BrainfmError(
-                f'--network-clusters {clusters}: the atlas {task.atlas} has {task.spec.n_parcels} '
-                f'parcels; ask for fewer clusters than that.'
-            )
-
-
-def _check_references(settings: Settings, tasks: list[EncodeTask]) -> None:
-    """See that every table of networks is of some model's atlas; tell what it leaves out."""
-    from bids_brainfm.atlases.atlas import load_atlas
-    from bids_brainfm.atlases.reference import NONE, reference_for, reference_networks
-
-    atlases = {task.atlas: load_atlas(task.spec.card.atlas, task.home) for task in tasks}
-    for path in settings.reference_networks:
-        of = [atlas for atlas in atlases.values() if reference_for(atlas, (path,))]
-        if not of:
-            raise BrainfmError(
-                f'--reference-networks {path} names no parcel of {" or ".join(atlases)}: give a '
-                f'table of the atlas of a model that is run.'
-            )
-        for atlas in of:
-            unnamed = reference_networks(atlas, path).count(NONE)
-            if unnamed:
-                LOGGER.warning(
-                    '%s names no network of %d parcels of %s.', path, unnamed, atlas.name
-                )
-
-
-def _check_masks(task: EncodeTask) -> None:
-    """See that a model can hide what is to be hidden."""
-    import numpy as np
-    import torch
-
-    from bids_brainfm.analyses.forecast import hidden_points
-    from bids_brainfm.analyses.perturb import others_left
-    from bids_brainfm.atlases.atlas import load_atlas
-    from bids_brainfm.models.encoder import ascending_y
-    from bids_brainfm.models.masking import leave_out
-    from bids_brainfm.models.weights import build
-
-    asked, network = task.analyses, build(task.spec.card.config)
-    atlas = load_atlas(task.spec.card.atlas, task.home)
-    if 'forecast' in asked.outputs:
-        hidden_points(network, asked.points, asked.mode, task.spec.card.name)
-    if {'reconstruction', 'perturbation'} & set(asked.outputs):
-        leave_out(network.tokens, asked.mask_ratio, torch.Generator())
-    if 'perturbation' in asked.outputs:
-        target = np.isin(atlas.names, asked.target)
-        by_y = task.spec.card.parcel_order == 'ascending-y'
-        if not others_left(network, target, ascending_y(atlas.xyz) if by_y else None):
-            raise BrainfmError(
-                f'--perturb {asked.target_name}: each token of {task.spec.card.name} holds one of '
-                f'its {target.sum()} parcels, so there is nothing to reconstruct; name fewer, or '
-                f'take brainlm-13m, which has a token for each parcel.'
-            )
 
 
 def _contract(settings: Settings, card, atlas: str):
@@ -510,61 +381,13 @@ def _plan_atlas(settings, version, home, atlas_name, tasks, layouts, failures) -
     _claim(settings, atlas.name, preset, tasks)
     todo = [run for run in runs if not series_current(output, run, atlas.name)]
     models = [ModelPlan(task, _to_encode(runs, todo, task)) for task in tasks]
-    networks = _networks(settings, version, home, atlas_name, tasks)
+    networks = networks_asked(settings, version, home, atlas_name, tasks)
     if networks is not None:
-        _claim_networks(networks)
+        claim_networks(networks)
     return AtlasPlan(
         atlas.name, atlas.citation, series, runs, todo, models, networks,
-        _to_find(runs, todo, models, networks),
+        networks_to_find(runs, todo, models, networks),
     )  # fmt: skip
-
-
-def _networks(settings, version, home, atlas_name, tasks) -> NetworkTask | None:
-    """How networks are found in one atlas, None where they are not asked for."""
-    if not {'networks', 'all'} & set(settings.outputs):
-        return None
-    from bids_brainfm.atlases.atlas import load_atlas
-    from bids_brainfm.atlases.reference import reference_for
-
-    kind = lambda spec: 'attention' if spec.pooling == 'class token' else 'parcels'
-    table = lambda spec: spec.gradients and spec.gradients.path
-    specs = [task.spec for task in tasks if task.spec.per_parcel]
-    sources = [Source(CONNECTOME, CONNECTOME)]
-    sources += [Source(spec.label, kind(spec), table(spec)) for spec in specs]
-    networks = NetworkTask(
-        name=tasks[0].atlas,
-        atlas=atlas_name,
-        home=home,
-        sources=tuple(sources),
-        n_clusters=settings.network_clusters,
-        reference=reference_for(load_atlas(atlas_name, home), settings.reference_networks),
-        seed=settings.random_seed,
-        output=settings.output_dir,
-        version=version,
-    )
-    if networks.networks is None:
-        LOGGER.warning(
-            'No reference networks of the atlas %s are on this machine: clusters are not named '
-            'and the k-NN protocol is left out (see --reference-networks).', networks.name,
-        )  # fmt: skip
-    return networks
-
-
-def _to_find(runs, todo, models, networks) -> dict[str, list[BoldRun]]:
-    """Runs of each participant of which networks are to be found."""
-    if networks is None:
-        return {}
-    remade = {run.name for run in todo}.union(
-        *({run.name for run in model.todo} for model in models)
-    )
-    by_subject = {}
-    for run in runs:
-        by_subject.setdefault(run.subject, []).append(run)
-    return {
-        subject: own
-        for subject, own in by_subject.items()
-        if remade & {run.name for run in own} or not participant_current(own, networks)
-    }
 
 
 def _check_fit(task: EncodeTask, atlas) -> None:
@@ -629,19 +452,6 @@ def _claim(settings: Settings, atlas: str, preset, tasks: list[EncodeTask]) -> N
                 {key: getattr(task.analyses, key) for key in analysis.SETTINGS},
                 analysis.pattern(task),
             )
-
-
-def _claim_networks(task: NetworkTask) -> None:
-    """Hold found networks to one way of finding them."""
-    from bids_brainfm.atlases.fetch import sha256_of
-
-    own = task.reference and f'sha256 {sha256_of(task.reference)}'
-    writing.claim_settings(
-        task.output,
-        networks_name(task.name),
-        {'clusters': task.clusters, 'reference': own, 'seed': task.seed},
-        f'*_atlas-{task.name}_stat-network_*.tsv',
-    )
 
 
 def _digest(content: dict) -> str:
