@@ -877,6 +877,8 @@ def perturbation(xyz, change, target, p, null_sd, names, k_sd):
     axes.spines['left'].set_visible(False)
     axes.set_ylim(9.6, -0.6)
     axes.set_xlabel('change ± sham spread (SD)')
+    axes.locator_params(axis='x', nbins=3)
+    axes.xaxis.set_major_formatter('{x:.2g}')
     axes.set_title('Largest changes')
 
     plural = 'parcel' if target.sum() == 1 else 'parcels'
