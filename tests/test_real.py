@@ -140,18 +140,17 @@ def test_real_recordings_on_a_coarse_grid(shared, a424, small, tmp_path, app):
         assert 0.6 < table['real'][0] < 0.7
 
 
-def test_cifti_takes_the_same_way(shared, a424, small, tmp_path, app):
-    """A 91k dense series whose grayordinates are their parcel's series gives these series."""
+def dense(shared, root, volumes=210):
+    """A 91k series in which every grayordinate has its parcel's series, (T, P): the truth."""
     import nibabel as nib
 
     labels = nib.load(shared / 'atlases' / 'A424.dlabel.nii')
     parcel = labels.get_fdata()[0].astype(int)
     rng = np.random.default_rng(0)
-    truth = rng.standard_normal((210, 425)).cumsum(0) * 5 + 9000
+    truth = rng.standard_normal((volumes, 425)).cumsum(0) * 5 + 9000
     truth[:, 0] = 0
     data = truth[:, parcel].astype(np.float32)
-    axes = (nib.cifti2.SeriesAxis(0, 0.735, 210), labels.header.get_axis(1))
-    root = tmp_path / 'data'
+    axes = (nib.cifti2.SeriesAxis(0, 0.735, volumes), labels.header.get_axis(1))
     func = root / 'sub-01' / 'func'
     func.mkdir(parents=True)
     description = {'Name': 'x', 'BIDSVersion': '1.4.0', 'DatasetType': 'derivative'}
@@ -159,10 +158,69 @@ def test_cifti_takes_the_same_way(shared, a424, small, tmp_path, app):
     stem = 'sub-01_task-rest_space-fsLR_den-91k_bold'
     nib.save(nib.Cifti2Image(data, axes), func / f'{stem}.dtseries.nii')
     (func / f'{stem}.json').write_text(json.dumps({'RepetitionTime': 0.735, 'TaskName': 'rest'}))
+    return truth[:, 1:]
+
+
+def test_cifti_takes_the_same_way(shared, a424, small, tmp_path, app):
+    """Parcels are those of the dense series, and what comes back as CIFTI lies where they do."""
+    import nibabel as nib
+
+    root, out = tmp_path / 'data', tmp_path / 'out'
+    truth = dense(shared, root)
+    options = ('--denoise', 'none', '--outputs', 'all', '--write-bold')
+    assert app(root, out, '--model', small, *options) == 0
+    one = lambda pattern: next(out.glob(f'sub-01/func/sub-01_task-rest_space-fsLR*{pattern}'))
+    series, names = read_matrix(one('_stat-mean_timeseries.tsv'))
+    assert np.abs(series - truth).max() < 0.05
+
+    labels = nib.load(shared / 'atlases' / 'A424.dlabel.nii')
+    parcel = labels.get_fdata()[0].astype(int)
+    left = next(
+        part
+        for name, part, _ in labels.header.get_axis(1).iter_structures()
+        if name == 'CIFTI_STRUCTURE_CORTEX_LEFT'
+    )
+    table = pd.read_csv(one('_stat-perturbation_desc-brainlm111m_boldmap.tsv'), sep='\t')
+    image = nib.load(one('_stat-perturbation_desc-brainlm111m_boldmap.dscalar.nii'))
+    where = np.flatnonzero(np.nan_to_num(image.get_fdata()[0]) == 2)
+    assert table['Node'][table['target'] == 1].tolist() == ['L_V1_ROI']
+    assert np.array_equal(where, np.flatnonzero(parcel == 1 + names.index('L_V1_ROI')))
+    assert where.max() < left.stop
+    assert image.header.get_axis(0).name[0] == 'perturbation brainlm111m'
+    made, _ = read_matrix(one('_desc-brainlm111m_timeseries.tsv'))
+    bold = nib.load(
+        out / 'sub-01/func/sub-01_task-rest_space-fsLR_desc-brainlm111m_bold.dtseries.nii'
+    )
+    np.testing.assert_allclose(bold.get_fdata()[:, where[0]], made[:, names.index('L_V1_ROI')])
+    found = nib.load(one('_desc-connectome_dseg.dlabel.nii')).header.get_axis(0).label[0]
+    assert {'Visual', 'Default Mode', 'Subcortical'} <= {name for name, _ in found.values()}
+    silent(out)
+
+
+def silent(out):
+    """The validator has nothing to say."""
+    validator = Path(sys.executable).with_name('bids-validator-deno')
+    found = subprocess.run(
+        [validator, '--format', 'json', out], capture_output=True, text=True, check=False
+    )
+    assert json.loads(found.stdout)['issues']['issues'] == []
+
+
+def test_networks_of_real_series_are_found_far_above_chance(shared, a424, small, tmp_path, app):
+    """From connectivity on a full-size tree: above all surrogates of the same smoothness."""
+    data = paint(
+        shared, tmp_path / 'data', 'MNI152NLin6Asym', '--subjects', '01', '--volumes', '420'
+    )
     out = tmp_path / 'out'
-    assert app(root, out, '--model', small, '--denoise', 'none') == 0
-    series, _ = read_matrix(next(out.glob('sub-01/func/*space-fsLR*_timeseries.tsv')))
-    assert np.abs(series - truth[:, 1:]).max() < 0.05
+    assert app(data, out, '--model', small, '--outputs', 'networks') == 0
+    path = next(out.glob('sub-01/func/sub-01_task-rest*_desc-connectome_knn.tsv'))
+    table = pd.read_csv(path, sep='\t', index_col='features')
+    null = json.loads(path.with_suffix('.json').read_text())['SpatialNull']
+    print(table, max(null))
+    assert table['accuracy']['features'] > max(null)
+    assert table['accuracy']['features'] > 2 * table['accuracy']['majority']
+    assert table['p']['features'] == pytest.approx(1 / 101)
+    silent(out)
 
 
 @pytest.fixture(scope='module')

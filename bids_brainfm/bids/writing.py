@@ -36,7 +36,7 @@ BIDSIGNORE = (
     '*_embedding.*',
     '*_forecast.*',
     '*_knn.*',
-    '*_space-fsLR*_bold.*',
+    '*_space-fsLR_desc-*',
     '*_dseg.*',
     '*_stat-coverage_bold.*',
 )
