@@ -138,6 +138,13 @@ def test_last_points_of_the_vision_transformers(config, mode, points):
         assert not (covered[0] & ~blank).any()  # no token hides more than was asked for
 
 
+def test_points_that_are_whole_tokens_are_hidden_as_tokens():
+    """28 points of patch 16 begin where a token begins: nothing has to be blanked beside it."""
+    network = network_of('vit', **FULL, image_size=432, patch_size=16)
+    tokens, blank = network.hide_last(28, True)
+    assert torch.equal(network.points(tokens)[0, 0], blank)
+
+
 def test_last_points_of_the_13m_family():
     network = network_of('legacy', **FULL, timepoint_patching_size=20)
     for asked, exactly, hidden in ((20, True, 20), (20, False, 20), (21, False, 40)):
