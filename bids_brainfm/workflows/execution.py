@@ -79,7 +79,8 @@ def execute(workflow, plan: Plan) -> None:
         'check_version': 'false',
     }
     progress = Progress(sum(len(atlas.todo) for atlas in plan.atlases))
-    run(workflow, _plugin(settings, progress))
+    n_networks = sum(len(atlas.network_runs) for atlas in plan.atlases)
+    run(workflow, _plugin(settings, progress, max(progress.total, n_networks)))
 
 
 def run(workflow, plugin) -> None:
@@ -107,12 +108,12 @@ def run(workflow, plugin) -> None:
         raise
 
 
-def _plugin(settings: Settings, progress: Progress):
-    """Plugin of ``--use-plugin``, or workers on this machine, or none for one CPU or one run."""
+def _plugin(settings: Settings, progress: Progress, n_jobs: int):
+    """Plugin of ``--use-plugin``, or workers on this machine, or none for one CPU or one job."""
     if settings.use_plugin is not None:
         return _from_file(settings, progress)
     args = {'status_callback': progress}
-    if settings.nprocs == 1 or progress.total <= 1:
+    if settings.nprocs == 1 or n_jobs <= 1:
         return LinearPlugin(args)
     args |= {
         'n_procs': settings.nprocs,
