@@ -617,3 +617,20 @@ def test_the_group_level_takes_our_outputs_only(simulated, tmp_path):
     run = command(simulated, tmp_path / 'out', level='group')
     assert run.returncode == 2
     assert '--contrast WHAT A B' in run.stderr
+
+
+def test_parcels_that_were_filled_have_no_features(tmp_path):
+    """An embedding of a parcel without signal is that of its neighbour, and finds no network."""
+    import h5py
+
+    from bids_brainfm.bids.writing import write_matrix
+    from bids_brainfm.interfaces.networks import Member, Source, features_of
+
+    member = Member(tmp_path / 'sub-01_task-rest_space-X_atlas-Toy', {})
+    relmat = np.array([[1, 0.5, np.nan], [0.5, 1, np.nan], [np.nan] * 3])
+    names = ['a', 'b', 'c']
+    write_matrix(member.file('connectome'), relmat, ['Node', *names], names)
+    with h5py.File(member.file('parcels', 'jepa'), 'w') as file:
+        file['parcels'] = np.stack([np.zeros((3, 2)), np.ones((3, 2))])
+    features = features_of(member, Source('jepa', 'parcels'))
+    np.testing.assert_array_equal(features, [[0.5, 0.5], [0.5, 0.5], [np.nan, np.nan]])
