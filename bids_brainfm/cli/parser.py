@@ -61,59 +61,35 @@ def memory_gb(text: str) -> float:
     return float(match[1]) * factor
 
 
-def positive(kind: type):
-    """Argument type for a number above zero."""
+def number(kind: type, good, words: str):
+    """Argument type for a number of which `good` holds; `words` say what it is.
 
-    def number(text: str):
+    >>> number(float, lambda v: 0 <= v <= 1, 'a share from 0 to 1')('0.5')
+    0.5
+    """
+
+    def read(text: str):
         try:
             value = kind(text)
         except ValueError:
-            value = 0
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f'{text!r} is not a number above zero')
+            value = None
+        if value is None or not good(value):
+            raise argparse.ArgumentTypeError(f'{text!r} is not {words}')
         return value
 
-    return number
+    return read
 
 
-def share(text: str) -> float:
-    """Argument type for a number from 0 to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a share from 0 to 1')
-    return value
+def positive(kind: type):
+    """Argument type for a number above zero."""
+    return number(kind, lambda value: value > 0, 'a number above zero')
 
 
-def ratio(text: str) -> float:
-    """Argument type for a number between 0 and 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a number between 0 and 1')
-    return value
-
-
-def finite(text: str) -> float:
-    """Argument type for a number that is not 0, infinite or NaN."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < abs(value) < float('inf'):
-        raise argparse.ArgumentTypeError(f'{text!r} is not a number other than zero')
-    return value
-
-
-def seed(text: str) -> int:
-    """Argument type for a seed, which NumPy takes from 0 to 2**32 - 1."""
-    if not (text.isdigit() and int(text) < 2**32):
-        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number from 0 to 2**32 - 1')
-    return int(text)
+share = number(float, lambda value: 0 <= value <= 1, 'a share from 0 to 1')
+ratio = number(float, lambda value: 0 < value < 1, 'a number between 0 and 1')
+finite = number(float, lambda v: 0 < abs(v) < float('inf'), 'a number other than zero')
+# What NumPy takes
+seed = number(int, lambda value: 0 <= value < 2**32, 'a whole number from 0 to 2**32 - 1')
 
 
 def clusters(text: str) -> str:
