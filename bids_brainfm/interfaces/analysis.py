@@ -155,6 +155,21 @@ def picture_path(run: BoldRun, task, what: str) -> Path:
     return figure_path(task.output, report_name(run, task.atlas), what, task.spec.label)
 
 
+def said_of_series(run: BoldRun, task) -> dict:
+    """What a sidecar takes over from the parcel series, for a table with the same rows."""
+    source = source_sidecar(run, task)
+    names = ('RepetitionTime', 'SamplingFrequency', 'StartTime', 'Atlas')
+    return {name: source[name] for name in names}
+
+
+def said_of_scores(pooled: dict) -> dict:
+    """Pooled scores (name to Score) as a sidecar has them."""
+    return {
+        name: {'R2': float(found.r2), 'r': float(found.r), 'MSE': float(found.mse)}
+        for name, found in pooled.items()
+    }
+
+
 def source_sidecar(run: BoldRun, task) -> dict:
     """Sidecar of the run's parcel series."""
     series = series_paths(task.output, run, task.atlas)['series']

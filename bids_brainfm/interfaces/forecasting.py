@@ -6,7 +6,7 @@ from bids_brainfm.analyses.forecast import AR_ORDER, forecast
 from bids_brainfm.analyses.scores import score
 from bids_brainfm.bids import writing
 from bids_brainfm.bids.reading import BoldRun
-from bids_brainfm.interfaces.analysis import Context, source_sidecar, table_path
+from bids_brainfm.interfaces.analysis import Context, said_of_scores, said_of_series, table_path
 from bids_brainfm.signals.resample import same_rate
 
 NAME = 'forecast'
@@ -55,22 +55,17 @@ def write(context: Context) -> None:
     along = table_path(run, task, 'timeseries', 'forecast')
     series = data.in_bold_units(made.along(made.model, len(data.data)))
     writing.write_matrix(along, series, list(context.atlas.names))
-    source = source_sidecar(run, task)
     context.write_sidecar(
         along,
         {
             'Description': f'Forecasts by {task.spec.card.name} laid end on end, in BOLD units, a '
             'row a row of the parcel series; n/a where nothing was forecast.',
-            'RepetitionTime': source['RepetitionTime'],
-            'SamplingFrequency': source['SamplingFrequency'],
-            'StartTime': source['StartTime'],
-            'Atlas': source['Atlas'],
-        },
+        }
+        | said_of_series(run, task),
     )
     by_step = {n: {m: getattr(s, m) for m in MEASURES} for n, s in scores.items()}
     examples = _examples(context, made)
     context.save_figure(figures.forecast(steps * data.tr, by_step, examples), 'forecast')
-    pooled = made.scores(context.scored, axis=None)
     warnings = []
     if data.series.tr > data.tr and not same_rate(data.series.tr, data.tr):
         warnings.append(
@@ -90,10 +85,7 @@ def write(context: Context) -> None:
             'PointsHidden': horizon,
             'NumberOfWindows': len(made.target),
             'Seed': asked.seed,
-            'Pooled': {
-                name: {'R2': float(found.r2), 'r': float(found.r), 'MSE': float(found.mse)}
-                for name, found in pooled.items()
-            },
+            'Pooled': said_of_scores(made.scores(context.scored, axis=None)),
             'ShareFlagged': data.flagged.mean(),
             'Warnings': warnings,
             'step': {'Description': 'Points after the last one that was seen'},

@@ -11,17 +11,20 @@ from bids_brainfm.analyses.reconstruct import (
 from bids_brainfm.analyses.scores import score
 from bids_brainfm.bids import writing
 from bids_brainfm.bids.reading import BoldRun
-from bids_brainfm.interfaces.analysis import Context, image_path, source_sidecar, table_path
+from bids_brainfm.interfaces.analysis import (
+    Context,
+    image_path,
+    said_of_scores,
+    said_of_series,
+    source_sidecar,
+    table_path,
+)
 from bids_brainfm.interfaces.series import display_order
 from bids_brainfm.signals.windows import cover
 
 NAME = 'reconstruction'
 PICTURES = ('reconstruction', 'r2', 'gain')
-SETTINGS = (
-    'mask_ratio',
-    'aggregate',
-    'seed',
-)
+SETTINGS = ('mask_ratio', 'aggregate', 'seed')
 
 
 def paths(run: BoldRun, task) -> list:
@@ -96,16 +99,14 @@ def write(context: Context) -> None:
         ),
         'reconstruction',
     )  # fmt: skip
-    context.save_figure(
-        figures.r2_map(context.atlas.xyz, _titled(r2)),
-        'r2',
-    )
+    titled = {
+        'model': r2['model'],
+        'mean': r2['mean'],
+        'linear interpolation': r2['interpolation'],
+    }
+    context.save_figure(figures.r2_map(context.atlas.xyz, titled), 'r2')
     context.save_figure(figures.gain(gain.gains, gain.r2, gain.warned), 'gain')
     context.write_sidecar(scores_table, _describe_scores(context, made, pooled, gain))
-
-
-def _titled(values: dict) -> dict:
-    return {'linear interpolation' if n == 'interpolation' else n: v for n, v in values.items()}
 
 
 def _masking(context: Context) -> dict:
@@ -114,15 +115,11 @@ def _masking(context: Context) -> dict:
 
 
 def _describe_series(context: Context) -> dict:
-    source = source_sidecar(context.run, context.task)
     return {
         'Description': f'Reconstruction by {context.task.spec.card.name} of each parcel, each '
         'sample from windows in which it was hidden; BOLD units, a row a row of the parcel '
         'series. n/a where nothing was reconstructed.',
-        'RepetitionTime': source['RepetitionTime'],
-        'SamplingFrequency': source['SamplingFrequency'],
-        'StartTime': source['StartTime'],
-        'Atlas': source['Atlas'],
+        **said_of_series(context.run, context.task),
     } | _masking(context)
 
 
@@ -167,10 +164,7 @@ def _describe_scores(context: Context, made, pooled: dict, gain) -> dict:
         'which were interpolated, are not scored.',
         'ShareFlagged': context.data.flagged.mean(),
         'NumberOfPasses': made.n_passes,
-        'Pooled': {
-            name: {'R2': float(found.r2), 'r': float(found.r), 'MSE': float(found.mse)}
-            for name, found in pooled.items()
-        },
+        'Pooled': said_of_scores(pooled),
         'GainCheck': {
             'Description': 'R2 of the hidden points of the first window when the input is '
             f'multiplied by each gain. It is warned about where another gain gives an R2 above 0 '
