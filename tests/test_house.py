@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / 'bids_brainfm'
 # From the top down; a room imports what is below it. errors.py is below all of them.
 ROOMS = (
-    'cli', 'workflows', 'interfaces', 'reports', 'analyses', 'training', 'models', 'signals',
+    'cli', 'workflows', 'interfaces', 'reports', 'training', 'analyses', 'models', 'signals',
     'atlases', 'bids', 'config', 'errors',
 )  # fmt: skip
 

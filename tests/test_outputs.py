@@ -592,7 +592,7 @@ def test_conditions_are_subtracted_within_participants(done, tmp_path):
 @pytest.mark.parametrize(
     ('contrast', 'said'),
     [
-        (('sex', 'F', 'M'), 'no column of a participants.tsv'),
+        (('sex', 'F', 'M'), 'no participants.tsv has a column sex'),
         (('task', 'rest', 'nback'), 'is of task nback; there are rest'),
         (('trait', 'high', 'low'), 'is of trait high or low'),
         (('task', 'rest', 'rest'), 'subtracts rest from itself'),

@@ -1,4 +1,4 @@
-"""``bids_brainfm_models``: what models and atlases there are, and fetching them."""
+"""``bids_brainfm_models``: what models and atlases there are, fetching and training them."""
 
 import argparse
 import sys
@@ -9,6 +9,7 @@ from bids_brainfm.atlases.atlas import AtlasCard, atlas_names, home, images_here
 from bids_brainfm.atlases.atlas import load_card as load_atlas_card
 from bids_brainfm.atlases.fetch import Resource, fetch, forget
 from bids_brainfm.atlases.obtain import obtain_atlas
+from bids_brainfm.cli import training
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.cards import ModelCard, checkpoint_dir, load_card, model_names
 from bids_brainfm.models.files import WEIGHTS_FILES, is_weights
@@ -21,7 +22,7 @@ def get_parser() -> argparse.ArgumentParser:
     """Parser of the command line."""
     parser = argparse.ArgumentParser(
         prog='bids_brainfm_models',
-        description='Show and fetch the models and atlases of bids_brainfm. They are kept in '
+        description='Show, fetch and train the models of bids_brainfm. What is fetched is kept in '
         '$BIDS_BRAINFM_HOME (default: ~/.cache/bids_brainfm).',
     )
     commands = parser.add_subparsers(dest='command', required=True)
@@ -36,6 +37,7 @@ def get_parser() -> argparse.ArgumentParser:
         help='take the files from this folder instead of the internet, by sha256 whatever their '
         'names, by name where no sha256 is known',
     )
+    training.add_commands(commands)
     return parser
 
 
@@ -186,6 +188,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if options.command == 'list':
             print(list_all(home()))
+        elif options.command in training.COMMANDS:
+            return training.run(options)
         else:
             for name in options.names:
                 fetch_named(name, home(), options.source_dir)

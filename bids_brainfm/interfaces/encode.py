@@ -18,9 +18,10 @@ from bids_brainfm.errors import BrainfmError
 from bids_brainfm.interfaces.embedding import EncodeTask
 from bids_brainfm.interfaces.outcome import Outcome, attempt
 from bids_brainfm.interfaces.outputs import write_run
-from bids_brainfm.interfaces.series import read_series, series_paths
+from bids_brainfm.interfaces.series import series_paths
 from bids_brainfm.models.spec import SEED
 from bids_brainfm.signals.contract import bring, windows_of
+from bids_brainfm.signals.series import read_series
 
 LOGGER = logging.getLogger('bids_brainfm')
 

@@ -4,11 +4,11 @@ import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
 from bids_brainfm.bids import writing
+from bids_brainfm.bids.participants import read_column
 from bids_brainfm.bids.reading import (
     LONG_NAMES,
     check_participants,
@@ -104,42 +104,6 @@ def _group_map(dataset: Path, space: str, atlas: str, label: str, maps: list) ->
     return GroupMap(name, label, images[0], table, values, [path for *_, path in maps])
 
 
-def read_groups(dataset: Path, column: str) -> dict[str, str]:
-    """What ``participants.tsv`` says of each participant in a column.
-
-    It is looked for in the dataset, in those that it was made from, and in the raw datasets that
-    these lie in.
-
-    Raises
-    ------
-    BrainfmError
-        No such table has the column.
-    """
-    import pandas as pd
-
-    links = read_description(dataset).get('DatasetLinks', {}).values()
-    sources = [Path(unquote(urlsplit(link).path)) for link in links]
-    folders = [
-        dataset,
-        *sources,
-        *(p.parents[1] for p in sources if p.parent.name == 'derivatives'),
-    ]
-    columns = []
-    for folder in folders:
-        path = folder / 'participants.tsv'
-        if path.is_file():
-            frame = pd.read_csv(path, sep='\t', dtype=str, keep_default_na=False)
-            if column in frame and 'participant_id' in frame:
-                labels = frame['participant_id'].str.removeprefix('sub-')
-                return dict(zip(labels, frame[column], strict=True))
-            columns += list(frame)
-    raise BrainfmError(
-        f'--contrast {column}: this is no entity of the runs (task, ses, run, acq, ...) and no '
-        f'column of a participants.tsv ({", ".join(dict.fromkeys(columns)) or "there is none"}); '
-        f'looked for it in {", ".join(map(str, folders))}.'
-    )
-
-
 def sides(of: GroupMap, column: str, a: str, b: str, dataset: Path) -> tuple:
     """Maps of both sides of a contrast, a mean over runs for each participant.
 
@@ -156,7 +120,13 @@ def sides(of: GroupMap, column: str, a: str, b: str, dataset: Path) -> tuple:
         A side has nobody.
     """
     paired = any(column in entities for entities, _ in of.values)
-    group = {} if paired else read_groups(dataset, column)
+    try:
+        group = {} if paired else read_column(dataset, column)
+    except BrainfmError as error:
+        raise BrainfmError(
+            f'--contrast {column}: this is no entity of the runs (task, ses, run, acq, ...), and '
+            f'{error}'
+        ) from None
     found: dict[str, dict[str, list]] = {a: {}, b: {}}
     known = set()
     for entities, values in of.values:

@@ -16,7 +16,6 @@ from bids_brainfm.bids.reading import BoldRun, repetition_time
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.interfaces.outcome import attempt
 from bids_brainfm.models.connectome import LABEL, connectome, connectome_vector
-from bids_brainfm.signals.series import ParcelSeries
 
 FILL_RULE = (
     'the series of the nearest parcel (by centroid, and of the same structure where the atlas '
@@ -86,32 +85,6 @@ def series_current(output: Path, run: BoldRun, atlas: str) -> bool:
     return all(
         writing.is_current(path.with_suffix('.json'), path, inputs)
         for path in series_paths(output, run, atlas).values()
-    )
-
-
-def read_series(path: Path) -> ParcelSeries:
-    """Read parcel series back from their derivative.
-
-    Parameters
-    ----------
-    path : Path
-        ``..._stat-mean_timeseries.tsv``; its sidecar and the coverage stand beside it.
-    """
-    import pandas as pd
-
-    data, _ = writing.read_matrix(path)
-    coverage_name = path.name.replace('_stat-mean_timeseries', '_stat-coverage_bold')
-    coverage = pd.read_csv(path.with_name(coverage_name), sep='\t')['coverage']
-    sidecar = writing.read_sidecar(path.with_suffix('.json'))
-    flagged = np.zeros(len(data), dtype=bool)
-    flagged[sidecar['FlaggedVolumes']] = True
-    return ParcelSeries(
-        data=data,
-        tr=sidecar['RepetitionTime'],
-        coverage=coverage.to_numpy(np.float32),
-        flagged=flagged,
-        brain_mean=sidecar['BrainMean'],
-        start=sidecar['StartTime'],
     )
 
 

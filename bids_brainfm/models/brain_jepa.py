@@ -218,12 +218,13 @@ class BrainJEPA(nn.Module):
     needs_xyz = False
     has_class_token = False
     pooling = 'mean over tokens'
+    trunk = 'target_encoder'  # the module that encode uses
 
     def __init__(self, config: dict):
         super().__init__()
         self.config = config = {'gradients': 30} | config
         _check_sizes(config)
-        self.window_shape = tuple(config['crop_size'])
+        self.window_shape, self.width = tuple(config['crop_size']), config['embed_dim']
         self.tokens_per_parcel = self.window_shape[1] // config['patch_size']
         self.encoder = self._token_encoder()
         self.predictor = Predictor(

@@ -85,6 +85,7 @@ class BrainLMLegacy(nn.Module):
     has_class_token = True
     pooling = 'class token'
     needs_xyz = True
+    trunk = 'vit'  # the module that encode uses
 
     def __init__(self, config: dict):
         super().__init__()
@@ -96,7 +97,7 @@ class BrainLMLegacy(nn.Module):
         self.tokens_per_parcel = self.times // self.patch
         self.tokens = self.parcels * self.tokens_per_parcel
         hidden, narrow = config['hidden_size'], config['decoder_hidden_size']
-        eps = config['layer_norm_eps']
+        self.width, eps = hidden, config['layer_norm_eps']
         if config.get('num_landmarks') != config.get('segment_means_seq_len'):
             raise BrainfmError(
                 'The configuration has num_landmarks unlike segment_means_seq_len, which asks '
@@ -133,6 +134,7 @@ class BrainLMLegacy(nn.Module):
             decoder_pred1=nn.Linear(narrow, narrow // 2),
             decoder_pred2=nn.Linear(narrow // 2, self.patch),
         )
+        self.decoder.decoder_pred.requires_grad_(False)
         self.decoder.mask_token = nn.Parameter(torch.empty(1, 1, narrow))
 
     @property

@@ -202,6 +202,7 @@ class BrainLMViT(nn.Module):
     has_class_token = True
     pooling = 'class token'
     needs_xyz = False
+    trunk = 'vit'  # the module that encode uses
 
     def __init__(self, config: dict):
         super().__init__()
@@ -221,6 +222,7 @@ class BrainLMViT(nn.Module):
             )
         self.window_shape = (self.grid.parcels, self.grid.times)
         hidden, patch, channels = config['hidden_size'], self.grid.patch, config['num_channels']
+        self.width = hidden
         eps = config['layer_norm_eps']
 
         embeddings = boxed(

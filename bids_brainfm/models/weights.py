@@ -19,6 +19,7 @@ from bids_brainfm.models.brain_jepa import BrainJEPA
 from bids_brainfm.models.brainlm_legacy import BrainLMLegacy
 from bids_brainfm.models.brainlm_vitmae import BrainLMViT
 from bids_brainfm.models.files import CONFIG_FILES, config_file, weights_file
+from bids_brainfm.models.head import Head
 
 FAMILIES = {family.model_type: family for family in (BrainLMViT, BrainLMLegacy, BrainJEPA)}
 
@@ -84,7 +85,8 @@ def build(config: dict) -> nn.Module:
     Parameters
     ----------
     config : dict
-        As in a checkpoint's ``config.json``.
+        As in a checkpoint's ``config.json``; where it has a ``head``, the network gets one, see
+        :class:`bids_brainfm.models.head.Head`.
 
     Returns
     -------
@@ -108,7 +110,10 @@ def build(config: dict) -> nn.Module:
         )
     try:
         with torch.device('meta'):
-            return FAMILIES[model_type](config).eval()
+            network = FAMILIES[model_type](config)
+            if 'head' in config:
+                network.head = Head(config['head'], network.width, network.has_class_token)
+            return network.eval()
     except KeyError as error:
         raise BrainfmError(
             f'The configuration of a {model_type} model lacks {error.args[0]!r}; add it.'
@@ -142,7 +147,8 @@ def load_checkpoint(module: nn.Module, checkpoint: str | Path) -> Path:
     state = _read_safetensors(path) if path.suffix == '.safetensors' else _read_pickle(path)
     state = _flatten(state)
     _check_fit(module, state, path)
-    module.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+    floats = {n: x.float() if x.is_floating_point() else x for n, x in state.items()}
+    module.load_state_dict(floats, assign=True)
     return path
 
 
@@ -161,7 +167,12 @@ def initialise(module: nn.Module, seed: int) -> nn.Module:
         The same network.
     """
     generator = torch.Generator().manual_seed(seed)
+    # the head comes after the network, which is then the same with and without one
+    head = module._modules.pop('head', None)
     module.load_state_dict(module.initial_state(generator), assign=True)
+    if head is not None:
+        head.load_state_dict(head.initial_state(generator), assign=True)
+        module.head = head
     return module
 
 

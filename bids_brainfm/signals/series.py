@@ -1,8 +1,11 @@
 """The two words the signals are spoken in: parcel series and windows."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+
+from bids_brainfm.bids import writing
 
 
 @dataclass(frozen=True)
@@ -63,3 +66,29 @@ class Windows:
     flagged: np.ndarray
     tr: float
     left_over: float = 0.0
+
+
+def read_series(path: Path) -> ParcelSeries:
+    """Read parcel series back from their derivative.
+
+    Parameters
+    ----------
+    path : Path
+        ``..._stat-mean_timeseries.tsv``; its sidecar and the coverage stand beside it.
+    """
+    import pandas as pd
+
+    data, _ = writing.read_matrix(path)
+    coverage_name = path.name.replace('_stat-mean_timeseries', '_stat-coverage_bold')
+    coverage = pd.read_csv(path.with_name(coverage_name), sep='\t')['coverage']
+    sidecar = writing.read_sidecar(path.with_suffix('.json'))
+    flagged = np.zeros(len(data), dtype=bool)
+    flagged[sidecar['FlaggedVolumes']] = True
+    return ParcelSeries(
+        data=data,
+        tr=sidecar['RepetitionTime'],
+        coverage=coverage.to_numpy(np.float32),
+        flagged=flagged,
+        brain_mean=sidecar['BrainMean'],
+        start=sidecar['StartTime'],
+    )

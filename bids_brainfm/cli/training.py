@@ -1,0 +1,248 @@
+"""``bids_brainfm_models pretrain`` and ``finetune``: the options, and what they come to."""
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from bids_brainfm.cli.parser import number, positive, ratio, seed, share
+from bids_brainfm.config import absolute, available_cpus
+from bids_brainfm.errors import BrainfmError
+
+COMMANDS = ('pretrain', 'finetune')
+INTERRUPTED = 143  # exit code of a process that was told to end, which has a checkpoint
+
+
+def add_commands(commands) -> None:
+    """Add both commands to the subparsers of ``bids_brainfm_models``."""
+    pretraining = commands.add_parser(
+        'pretrain',
+        help='train a network on parcel series of your own',
+        description='Pretrain a network of the form of CARD on parcel series that "bids_brainfm '
+        'DATA OUT participant" wrote, and write it to OUT with a card that --model takes '
+        '(--model OUT/card.yml). The same command goes on where an earlier one was interrupted. '
+        'On several GPUs or nodes: torchrun --nproc-per-node N --no-python bids_brainfm_models '
+        'pretrain ..., or srun.',
+    )
+    _add_common(pretraining, 'CARD', 'a model (see list), or the path of a card of your own')
+    objective = pretraining.add_argument_group('objective')
+    objective.add_argument(
+        '--mask-ratio', type=number(float, lambda x: 0 < x <= 0.9, 'a share above 0, up to 0.9'),
+        help="BrainLM: share that is masked (default: the model's own)",
+    )  # fmt: skip
+    objective.add_argument(
+        '--masking', choices=('random', 'future'), default='random',
+        help='BrainLM: mask tokens at random, or the last time points (default: random)',
+    )  # fmt: skip
+    objective.add_argument(
+        '--loss', choices=('mse', 'mae'), help="BrainLM: error (default: the model's own)"
+    )
+    objective.add_argument(
+        '--warm-start', action='store_true',
+        help='start from the weights of the model instead of random ones',
+    )  # fmt: skip
+
+    tuning = commands.add_parser(
+        'finetune',
+        help='fit a model to predict a column of participants.tsv',
+        description='Fit a head on MODEL that predicts a column of participants.tsv from parcel '
+        'series that "bids_brainfm DATA OUT participant" wrote; with --mode full the network '
+        'learns too. Participants are split into training, validation (which picks the best '
+        'epoch) and test (scored once, beside a constant and the connectome). "bids_brainfm DATA '
+        'OUT participant --model OUT/card.yml" then writes predictions.',
+    )
+    _add_common(tuning, 'MODEL', 'a model (see list), NAME=CHECKPOINT, or the path of a card')
+    supervised = tuning.add_argument_group('prediction')
+    supervised.add_argument(
+        '--target', required=True, metavar='COLUMN', help='column of participants.tsv'
+    )
+    supervised.add_argument(
+        '--problem', choices=('regression', 'classification'),
+        help='default: classification for text and for two values, else regression',
+    )  # fmt: skip
+    supervised.add_argument(
+        '--mode', choices=('full', 'probe'), default='full',
+        help='the whole network learns, or a linear head only (default: full)',
+    )  # fmt: skip
+    supervised.add_argument(
+        '--pooling', choices=('class-token', 'mean'),
+        help='what the head is given (default: the class token where there is one)',
+    )  # fmt: skip
+    supervised.add_argument(
+        '--dropout', type=number(float, lambda x: 0 <= x < 1, 'a share from 0 to below 1'),
+        default=0.0, help='of the head (default: 0)',
+    )  # fmt: skip
+    supervised.add_argument(
+        '--drop-missing', action='store_true', help='leave out participants without a value'
+    )
+    supervised.add_argument(
+        '--random-weights', action='store_true', help='control: start from an untrained network'
+    )
+    supervised.add_argument(
+        '--patience', type=positive(int), metavar='EPOCHS',
+        help='end after so many epochs without a better validation score',
+    )  # fmt: skip
+    supervised.add_argument(
+        '--test-share', type=ratio, default=0.2, help='of participants (default: 0.2)'
+    )
+    tuning.set_defaults(validation_share=0.2)
+
+
+def _add_common(parser: argparse.ArgumentParser, what: str, explained: str) -> None:
+    parser.add_argument('model', metavar=what, type=absolute, help=explained)
+    parser.add_argument('output', metavar='OUT', type=lambda p: Path(p).absolute())
+    data = parser.add_argument_group('data')
+    data.add_argument(
+        '--data', nargs='+', required=True, metavar='DERIV', type=lambda p: Path(p).absolute(),
+        help='outputs of "bids_brainfm DATA OUT participant"',
+    )  # fmt: skip
+    data.add_argument(
+        '--scale', choices=('run-robust', 'global-z', 'parcel-z', 'cohort', 'none'),
+        help="scaling of the series (default: the model's own)",
+    )  # fmt: skip
+    data.add_argument(
+        '--scale-stats', metavar='FILE', type=lambda p: Path(p).absolute(),
+        help='fitted statistics, for --scale cohort',
+    )  # fmt: skip
+    data.add_argument(
+        '--min-coverage', type=share, default=0.5,
+        help='parcels below take the series of the nearest above (default: 0.5)',
+    )  # fmt: skip
+    data.add_argument(
+        '--mix-trs', action='store_true',
+        help='take runs of different repetition times, all resampled to that of the model',
+    )  # fmt: skip
+    data.add_argument(
+        '--strides', nargs='+', type=positive(int), default=[1], metavar='N',
+        help='augment the repetition time: a window takes every N-th sample, N at random of '
+        'these (default: 1)',
+    )  # fmt: skip
+    data.add_argument(
+        '--validation-share', type=ratio, default=0.1,
+        help='of participants (default: 0.1, finetune 0.2)',
+    )  # fmt: skip
+    training = parser.add_argument_group('training')
+    training.add_argument(
+        '--recipe', metavar='NAME',
+        help='schedule (default: that of the family): brainlm-vit, brainlm-legacy, fixed or '
+        'official for Brain-JEPA, finetune, probe, or a file of your own',
+    )  # fmt: skip
+    training.add_argument('--epochs', type=positive(float), help="default: the recipe's")
+    training.add_argument(
+        '--batch-size', type=positive(int),
+        help="windows in a step, over all processes (default: the recipe's)",
+    )  # fmt: skip
+    training.add_argument(
+        '--micro-batch-size', type=positive(int),
+        help='windows that a process takes at once; gradients of several are added up '
+        '(default: its part of the batch)',
+    )  # fmt: skip
+    training.add_argument(
+        '--lr', type=positive(float), help="highest learning rate (default: the recipe's)"
+    )
+    training.add_argument('--seed', type=seed, default=0, help='default: 0')
+    training.add_argument('--name', help='name of the trained model (default: that of OUT)')
+    training.add_argument(
+        '--checkpoint-steps', type=positive(int), default=200,
+        help='steps between checkpoints (default: 200)',
+    )  # fmt: skip
+    training.add_argument(
+        '--evaluate-epochs', type=positive(float), default=1.0,
+        help='epochs between evaluations (default: 1)',
+    )  # fmt: skip
+    training.add_argument(
+        '--resume', metavar='CHECKPOINT', type=lambda p: Path(p).absolute(),
+        help='checkpoint to go on from (default: the latest in OUT/checkpoints)',
+    )  # fmt: skip
+    machine = parser.add_argument_group('machine')
+    machine.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
+    machine.add_argument(
+        '--precision', choices=('float32', 'bfloat16'),
+        help='default: float32 on the CPU, bfloat16 on a GPU',
+    )  # fmt: skip
+    machine.add_argument(
+        '--nthreads', '--n-cpus', '--n_cpus', dest='nthreads', type=positive(int),
+        help='CPU threads of a process (default: those at hand, shared by the processes here)',
+    )  # fmt: skip
+    machine.add_argument(
+        '--workers', type=number(int, lambda n: n >= 0, 'a whole number from 0'), default=0,
+        help='processes that read windows ahead (default: 0)',
+    )  # fmt: skip
+
+
+def join_slurm(environment: Mapping[str, str]) -> dict[str, str]:
+    """Say what torch wants to know of its processes where srun started several.
+
+    >>> step = {'SLURM_STEP_NUM_TASKS': '4', 'SLURM_PROCID': '2', 'SLURM_LOCALID': '0',
+    ...         'SLURM_STEP_TASKS_PER_NODE': '2(x2)', 'SLURM_JOB_ID': '1234567',
+    ...         'SLURM_STEP_NODELIST': 'node1'}
+    >>> join_slurm(step)['RANK'], join_slurm(step)['MASTER_PORT']
+    ('2', '34567')
+    >>> join_slurm({'SLURM_PROCID': '0', 'SLURM_NTASKS': '4'})  # in a batch script, without srun
+    {}
+    """
+    tasks = environment.get('SLURM_STEP_NUM_TASKS', '1')
+    if 'RANK' in environment or tasks == '1':
+        return {}
+    nodes = environment['SLURM_STEP_NODELIST']
+    return {
+        'RANK': environment['SLURM_PROCID'],
+        'LOCAL_RANK': environment['SLURM_LOCALID'],
+        'WORLD_SIZE': tasks,
+        'LOCAL_WORLD_SIZE': environment['SLURM_STEP_TASKS_PER_NODE'].partition('(')[0],
+        'MASTER_ADDR': environment.get('MASTER_ADDR') or _first_node(nodes),
+        'MASTER_PORT': environment.get('MASTER_PORT')
+        or str(20_000 + int(environment['SLURM_JOB_ID']) % 20_000),
+    }
+
+
+def _first_node(nodes: str) -> str:
+    """First of Slurm's list of nodes.
+
+    >>> _first_node('gpu[07-09,12],big1'), _first_node('n1,n2')
+    ('gpu07', 'n1')
+    """
+    name, bracket, rest = nodes.partition('[')
+    if not bracket or ',' in name:
+        return nodes.split(',')[0]
+    return name + rest.replace('-', ',').replace(']', ',').split(',')[0]
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run one of the commands; returns the exit code.
+
+    Raises
+    ------
+    BrainfmError
+        Something is wrong with the settings or the data; only in the first process.
+    """
+    os.environ.update(join_slurm(os.environ))
+    import torch
+
+    from bids_brainfm.atlases.atlas import home
+    from bids_brainfm.training import job
+    from bids_brainfm.training.engine import Interrupted
+
+    here = int(os.environ.get('LOCAL_WORLD_SIZE', '1'))
+    torch.set_num_threads(options.nthreads or max(1, available_cpus() // here))
+    asked = {k: v for k, v in vars(options).items() if k not in ('command', 'nthreads')}
+    asked |= {'data': tuple(options.data), 'strides': tuple(options.strides), 'home': home()}
+    settings = job.TrainingSettings(**asked)
+    try:
+        card = {'pretrain': job.pretrain, 'finetune': job.finetune}[options.command](settings)
+    except BrainfmError:
+        if not job.is_first_process():
+            return 2
+        raise
+    except Interrupted:
+        if job.is_first_process():
+            print(
+                'Training was told to end; its checkpoint is written. The same command goes on '
+                'from there.',
+                file=sys.stderr,
+            )
+        return INTERRUPTED
+    if card is not None:
+        print(f'The trained model is {card}: give it as --model.')
+    return 0

@@ -1,0 +1,196 @@
+"""The spatiotemporal masks with which Brain-JEPA is pretrained.
+
+Dong, Li et al. 2024 (NeurIPS), section 3.2. From an observation block (some parcels, a stretch of
+time) a network predicts other parcels at the same times (Cross-ROI), the same parcels at other
+times (Cross-Time), and other parcels at other times (Double-Cross).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bids_brainfm.errors import BrainfmError
+
+RECIPES = ('fixed', 'official')
+REGIONS = ('cross_roi', 'cross_time', 'double_cross')
+# Shares of parcels and of time patches (paper, table 6)
+OBSERVED_PARCELS, OBSERVED_PATCHES = (0.84, 1.0), (0.84, 1.0)
+ACROSS_PARCELS, ACROSS_PATCHES = (0.45, 0.6), (0.2, 0.6)
+BEYOND_PARCELS, BEYOND_PATCHES = (0.15, 0.3), (0.0, 0.4)
+OFFICIAL_PATCHES = 10
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Masks of a batch of windows.
+
+    Attributes
+    ----------
+    context : (B, K) int64
+        Tokens that the encoder sees, ascending: patches × parcel + patch.
+    target : (B, M) int64
+        Tokens to predict.
+    region : (B, M) int64
+        Where each target lies: number in :data:`REGIONS`.
+    """
+
+    context: Tensor
+    target: Tensor
+    region: Tensor
+
+
+def draw_blocks(
+    windows: int, parcels: int, patches: int, recipe: str, generator: torch.Generator
+) -> Blocks:
+    """Draw masks for a batch of windows.
+
+    Parameters
+    ----------
+    windows, parcels, patches : int
+        Windows in the batch, and size of a window in tokens.
+    recipe : {'fixed', 'official'}
+        ``official`` is what the released code does, with its quirks (specification, section 4):
+        the last time patch is never seen, the last placement of a block never taken, and the
+        windows of a batch are brought to equal numbers of tokens by keeping the first ones, so
+        that late parcels are rarely seen. ``fixed`` is what the paper means: all placements, and
+        a random choice instead.
+    generator : torch.Generator
+        Of all draws.
+
+    Raises
+    ------
+    BrainfmError
+        There is no such recipe, or it cannot be had for windows of this size.
+    """
+    if recipe not in RECIPES:
+        raise BrainfmError(f'The masks {recipe!r} are not known; choose {", ".join(RECIPES)}.')
+    if recipe == 'official' and patches != OFFICIAL_PATCHES:
+        raise BrainfmError(
+            f'The official masks are for windows of {OFFICIAL_PATCHES} time patches, and this '
+            f'model has {patches}: take the recipe fixed.'
+        )
+    if parcels < 4 or patches < 3:
+        raise BrainfmError(
+            f'A window of {parcels} parcels × {patches} time patches is too small to be masked: '
+            f'it takes at least 4 × 3.'
+        )
+    draw = _official if recipe == 'official' else _fixed
+    return draw(windows, parcels, patches, generator)
+
+
+def _fixed(windows: int, parcels: int, patches: int, generator: torch.Generator) -> Blocks:
+    """Masks as the paper means them.
+
+    What is left of the observation is a clean block: parcels that are not to be predicted at any
+    of the times, at times that are not predicted from others. So a target is in the region that
+    its place says.
+    """
+    uniform = lambda limits: _uniform(limits, generator)
+    # Sizes are common to the batch, so that its windows have about the same number of tokens
+    observed = min(parcels - 1, max(3, round(parcels * uniform(OBSERVED_PARCELS))))
+    long = max(2, round(patches * uniform(OBSERVED_PATCHES)))
+    across = min(observed - 1, max(1, round(parcels * uniform(ACROSS_PARCELS))))
+    brief = min(long, max(1, round(patches * uniform(ACROSS_PATCHES))))
+    beyond = [(uniform(BEYOND_PARCELS), uniform(BEYOND_PATCHES)) for _ in range(2)]
+    side = max(1, 3 * patches // 10)
+    contexts, targets, regions = [], [], []
+    for _ in range(windows):
+        seen = _some(torch.ones(parcels, dtype=torch.bool), observed, generator)
+        other = _some(torch.ones(parcels, dtype=torch.bool), across, generator)
+        start = _integer(patches - long + 1, generator)
+        times = _span(patches, start, long)
+        same = _span(patches, start + _integer(long - brief + 1, generator), brief)
+        kept = seen & ~other
+        target = other[:, None] & same
+        beside = torch.zeros(patches, dtype=torch.bool)
+        for first, (share, stretch) in zip((patches - side, 0), beyond, strict=True):
+            n = min(int(patches * stretch), side, int((times & ~beside).sum()) - 1)
+            at = _some(_span(patches, first, side), n, generator)
+            beside |= at
+            for pool in (kept, ~kept):
+                some = _some(pool, int(share * pool.sum()), generator)
+                target |= some[:, None] & at
+        contexts.append((kept[:, None] & times & ~beside).flatten().nonzero()[:, 0])
+        targets.append(target.flatten().nonzero()[:, 0])
+        place = torch.where(kept[:, None], 1, 2 * beside.long())
+        regions.append(place.flatten()[targets[-1]])
+    context = _even(contexts, generator)
+    chosen = _even([torch.arange(len(target)) for target in targets], generator)
+    target, region = (
+        torch.stack([x[i] for x, i in zip(all_of, chosen, strict=True)])
+        for all_of in (targets, regions)
+    )
+    return Blocks(
+        torch.stack([x[i] for x, i in zip(contexts, context, strict=True)]), target, region
+    )
+
+
+def _official(windows: int, parcels: int, patches: int, generator: torch.Generator) -> Blocks:
+    """Masks as the released code draws them (specification, section 4), quirks and all."""
+    uniform = lambda limits: _uniform(limits, generator)
+    across = int(parcels * uniform(ACROSS_PARCELS))
+    brief = int(patches * uniform(ACROSS_PATCHES))
+    observed = int(parcels * uniform(OBSERVED_PARCELS))
+    long = int(patches * uniform(OBSERVED_PATCHES))
+    everywhere = torch.ones(parcels, dtype=torch.bool)
+    contexts, targets, regions = [], [], []
+    for _ in range(windows):
+        seen = _some(everywhere, observed, generator)
+        start = _integer(patches - long, generator)  # one placement too few
+        context = seen[:, None] & _span(patches, start, long)
+        other = _some(everywhere, across, generator)
+        same = _span(patches, start + _integer(long - brief, generator), brief)  # again
+        context &= ~other[:, None]
+        found = [(other[:, None] & same, torch.zeros(parcels, dtype=torch.long))]
+        removed = seen & other
+        place = torch.where(seen & ~other, 1, 2)  # what it is in effect, not by name
+        for first in (patches - 3, 0):
+            share, stretch = uniform(BEYOND_PARCELS), uniform(BEYOND_PATCHES)
+            some = _some(removed, int(share * removed.sum()), generator)
+            some |= _some(~removed, int(share * (~removed).sum()), generator)
+            at = _some(_span(patches, first, 3), int(patches * stretch), generator)
+            found.append((some[:, None] & at, place))
+            context &= ~at  # for all parcels, not only those to predict
+        tokens = [target.flatten().nonzero()[:, 0] for target, _ in found]
+        contexts.append(context.flatten().nonzero()[:, 0])
+        targets.append(torch.cat(tokens))
+        labels = [of[x // patches] for (_, of), x in zip(found, tokens, strict=True)]
+        regions.append(torch.cat(labels))
+    # the first ones are kept: the context loses the last parcels, targets the left side
+    return Blocks(*(_first(rows) for rows in (contexts, targets, regions)))
+
+
+def _first(rows: list[Tensor]) -> Tensor:
+    shortest = min(map(len, rows))
+    return torch.stack([row[:shortest] for row in rows])
+
+
+def _even(rows: list[Tensor], generator: torch.Generator) -> list[Tensor]:
+    """Choose as many places of each row as the shortest has, at random, ascending."""
+    shortest = min(map(len, rows))
+    return [torch.randperm(len(row), generator=generator)[:shortest].sort().values for row in rows]
+
+
+def _uniform(limits: tuple[float, float], generator: torch.Generator) -> float:
+    low, high = limits
+    return low + (high - low) * float(torch.rand((), generator=generator))
+
+
+def _integer(stop: int, generator: torch.Generator) -> int:
+    """Draw a whole number from 0 to below `stop`."""
+    return int(torch.randint(stop, (), generator=generator))
+
+
+def _span(n: int, start: int, length: int) -> Tensor:
+    """Mark `length` of n places from `start` on, (n,) bool."""
+    place = torch.arange(n)
+    return (place >= start) & (place < start + length)
+
+
+def _some(pool: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """Mark n of the marked places, at random."""
+    places = pool.nonzero()[:, 0]
+    chosen = torch.zeros_like(pool)
+    chosen[places[torch.randperm(len(places), generator=generator)[:n]]] = True
+    return chosen
