@@ -14,6 +14,7 @@ from bids_brainfm.atlases.atlas import load_atlas
 from bids_brainfm.cli import demo
 from bids_brainfm.signals.simulate import (
     NETWORKS,
+    express,
     framewise_displacement,
     network_loadings,
     neural_series,
@@ -77,8 +78,7 @@ def test_painted_volumes_hold_the_series(dataset, atlas):
     rng = np.random.default_rng(0)
     people = pd.read_csv(dataset / 'participants.tsv', sep='\t')
     rng.integers(20, 75, 2), rng.standard_normal(2)  # what write_dataset draws before
-    coupling = float(np.clip(0.3 + 0.25 * people['trait'][0], -0.9, 0.9))
-    run = simulate_run(atlas.xyz, VOLUMES, demo.TR, coupling, rng)
+    run = simulate_run(atlas.xyz, VOLUMES, demo.TR, rng=rng, **express(people['trait'][0]))
     labels, brain = demo._grid_labels(atlas.image_for(demo.SPACE, demo.VOXEL_MM).path)
     bold = np.asanyarray(nib.load(only(dataset, '*_bold.nii.gz')).dataobj)
     assert (bold[~brain] == 0).all()
@@ -128,3 +128,17 @@ def test_demo_refuses_a_folder_that_is_not_its_own(tmp_path, capsys):
     assert demo.main([str(tmp_path)]) == 2
     assert 'name another folder' in capsys.readouterr().err
     assert (tmp_path / 'data' / 'precious').exists()
+
+
+def test_the_trait_shows_between_parcels_not_within(atlas):
+    """Coherence is between parcels of a network; no parcel's own spectrum tells it."""
+    of = [
+        neural_series(atlas.xyz, 490, 0.735, rng=np.random.default_rng(3), **express(trait))
+        for trait in (-2.0, 2.0)
+    ]
+    same = network_loadings(atlas.xyz).argmax(1)
+    pairs = (same[:, None] == same) & ~np.eye(len(same), dtype=bool)
+    low, high = (np.corrcoef(series.T)[pairs].mean() for series in of)
+    assert high > low + 0.1
+    slow = [np.abs(np.fft.rfft(series, axis=0)[:40]).mean() for series in of]
+    assert slow[0] == pytest.approx(slow[1], rel=0.03)

@@ -17,6 +17,7 @@ from bids_brainfm.models.brain_jepa import token_error
 from bids_brainfm.models.gradient_table import read_gradients
 from bids_brainfm.models.masking import keep_lowest, keep_visible, masked_loss, masked_tokens
 from bids_brainfm.models.weights import build, load_checkpoint, read_config
+from bids_brainfm.training.pretraining import LatentPrediction, MaskedAutoencoding
 
 SHARED = Path(__file__).parents[1].parent / 'shared'
 GOLDEN = Path(os.environ.get('BRAINFM_GOLDEN', SHARED / 'golden'))
@@ -159,3 +160,38 @@ def test_jepa(folder):
     (table,) = folder.glob('*gradient*.csv')
     network.set_gradients(read_gradients(table))
     compare(jepa_answers(network, expected), expected)
+
+
+@pytest.mark.parametrize('folder', cases('brainlm'))
+@torch.inference_mode()
+def test_brainlm_is_trained_by_its_loss(folder):
+    network, expected = load(folder)
+    noise, config = expected.get('noise', expected.get('masked.noise')), network.config
+    if noise is None or 'masked.loss' not in expected:
+        pytest.skip('no loss of random masking in this case')
+    objective = MaskedAutoencoding(
+        network,
+        config['mask_ratio'],
+        loss=config['loss_fn'],
+        normalise=config.get('norm_pix_loss', False),
+        xyz=expected.get('xyz'),
+    )
+    keep = keep_lowest(noise, config['mask_ratio'])
+    total, count, _ = objective(expected['input'], keep)
+    compare({'masked.loss': total / count}, {'masked.loss': expected['masked.loss']})
+
+
+@pytest.mark.parametrize('folder', cases('brainjepa'))
+@torch.inference_mode()
+def test_jepa_is_trained_by_its_loss(folder):
+    network, expected = load(folder)
+    (table,) = folder.glob('*gradient*.csv')
+    network.set_gradients(read_gradients(table))
+    target = expected['target_mask']
+    total, count, _ = LatentPrediction(network, 'fixed')(
+        expected['input'].flatten(0, 1),
+        expected['context_mask'],
+        target,
+        torch.zeros_like(target),
+    )
+    compare({'loss': total / count}, {'loss': expected['loss']})

@@ -10,8 +10,6 @@ probes their embeddings for the simulated trait, beside those of untrained netwo
 than 20 minutes on 2 cores.
 """
 
-import shutil
-import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -22,9 +20,8 @@ import pandas as pd
 
 from bids_brainfm.atlases.atlas import home, load_atlas
 from bids_brainfm.bids import writing
-from bids_brainfm.cli.models import main as models
 from bids_brainfm.signals.denoise import denoise, load_preset, read_confounds
-from bids_brainfm.signals.simulate import simulate_run
+from bids_brainfm.signals.simulate import express, simulate_run
 
 ATLAS, TASK, TR, VOLUMES = 'Demo424', 'rest', 0.735, 490
 
@@ -32,8 +29,8 @@ ATLAS, TASK, TR, VOLUMES = 'Demo424', 'rest', 0.735, 490
 def write_participant(folder: Path, label: str, trait: float, seed: int) -> None:
     """Simulate a participant and write the series that denoising leaves."""
     atlas = load_atlas(ATLAS, home())
-    coupling = float(np.clip(0.3 + 0.25 * trait, -0.9, 0.9))
-    run = simulate_run(atlas.xyz, VOLUMES, TR, coupling, np.random.default_rng(seed))
+    rng = np.random.default_rng(seed)
+    run = simulate_run(atlas.xyz, VOLUMES, TR, rng=rng, **express(trait))
     func = folder / f'sub-{label}' / 'func'
     stem = f'sub-{label}_task-{TASK}_space-MNI152NLin2009cAsym_atlas-{ATLAS}'
     with tempfile.TemporaryDirectory() as scratch:

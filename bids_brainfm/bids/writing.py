@@ -34,6 +34,7 @@ BIDSIGNORE = (
     '*_relmat.*',
     '*_boldmap.*',
     '*_embedding.*',
+    '*_prediction.*',
     '*_forecast.*',
     '*_knn.*',
     '*_space-fsLR_desc-*',

@@ -37,8 +37,8 @@ def get_parser() -> argparse.ArgumentParser:
 def write_dataset(folder: Path, participants: int = 3, volumes: int = 490, seed: int = 0) -> None:
     """Write a simulated dataset in the layout of fMRIPrep's output.
 
-    ``participants.tsv`` has a simulated ``trait``: the more of it, the stronger the default-mode
-    and the frontoparietal network are coupled.
+    ``participants.tsv`` has a simulated ``trait``: the more of it, the more coherent the networks,
+    and the stronger the default-mode and the frontoparietal network are coupled.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ def write_dataset(folder: Path, participants: int = 3, volumes: int = 490, seed:
     import pandas as pd
 
     from bids_brainfm.atlases.atlas import home, load_atlas
-    from bids_brainfm.signals.simulate import simulate_run
+    from bids_brainfm.signals.simulate import express, simulate_run
 
     atlas = load_atlas(ATLAS, home())
     parcel, brain = _grid_labels(atlas.image_for(SPACE, VOXEL_MM).path)
@@ -70,8 +70,7 @@ def write_dataset(folder: Path, participants: int = 3, volumes: int = 490, seed:
     for person in people.itertuples():
         func = part / person.participant_id / 'func'
         func.mkdir(parents=True)
-        coupling = float(np.clip(0.3 + 0.25 * person.trait, -0.9, 0.9))
-        run = simulate_run(atlas.xyz, volumes, TR, coupling, rng)
+        run = simulate_run(atlas.xyz, volumes, TR, rng=rng, **express(person.trait))
         stem = f'{person.participant_id}_task-{TASK}'
         _write_confounds(func / f'{stem}_desc-confounds_timeseries', run)
         _write_images(func / f'{stem}_space-{SPACE}', run.series, parcel, brain, rng)
@@ -123,8 +122,8 @@ def _write_root(folder, people):
         {
             'age': {'Description': 'Simulated age', 'Units': 'year'},
             'trait': {
-                'Description': 'Simulated trait (standard normal): coupling of the default-mode '
-                'and the frontoparietal network rises with it'
+                'Description': 'Simulated trait (standard normal): with it rise the coherence of '
+                'networks and the coupling of the default-mode and the frontoparietal network'
             },
         },
     )

@@ -44,7 +44,7 @@ def get_parser() -> argparse.ArgumentParser:
 def weights_resources(
     card: ModelCard, home: Path, source_dir: Path | None = None
 ) -> list[Resource]:
-    """Files of a model's checkpoint.
+    """Files of a model's checkpoint, but for those that lie beside its card.
 
     The weights may be in any of the formats: what `source_dir` or the model's folder has is taken.
     """
@@ -53,6 +53,8 @@ def weights_resources(
     searched = [folder, *([source_dir] if source_dir else [])]
     has = lambda name: any(any(place.rglob(name)) for place in searched)
     for file in card.weights:
+        if Path(file['name']).is_absolute():
+            continue
         resource = Resource(
             file['name'], folder / file['name'], file.get('url'), file.get('sha256')
         )
@@ -74,9 +76,9 @@ def gradient_resources(card: ModelCard, home: Path) -> list[Resource]:
 
 def model_present(card: ModelCard, home: Path) -> str:
     """Whether a model can be used, in words."""
-    if card.embedded:
-        return 'yes (embedded, untrained)'
     needed = [*weights_resources(card, home), *gradient_resources(card, home)]
+    if not needed:
+        return f'yes (embedded{"" if card.weights else ", untrained"})'
     here = all(resource.target.is_file() for resource in needed)
     return 'yes' if here else 'no'
 
@@ -129,7 +131,8 @@ def fetch_model(text: str, home: Path, source_dir: Path | None) -> None:
     stood = any(resource.target.is_file() for resource in weights)
     fetch([*weights, *gradient_resources(card, home)], source_dir, command)
     try:
-        _check_weights(card, home, source_dir)
+        if weights:
+            _check_weights(card, home, source_dir)
     except BrainfmError:
         for resource in weights:
             forget(resource)
@@ -171,15 +174,19 @@ def fetch_named(name: str, home: Path, source_dir: Path | None) -> None:
         is_atlas = '\nparcels:' in Path(name).read_text()
     card = load_atlas_card(name) if is_atlas else load_card(name)
     print(f'{card.name}: licence {card.licence}', flush=True)
-    if card.embedded:
-        print(f'{card.name} comes with bids_brainfm: nothing to fetch.')
+    if is_atlas:
+        complete, folder = card.embedded, card.folder(home)
+    else:
+        complete = not weights_resources(card, home) + gradient_resources(card, home)
+        folder = checkpoint_dir(card, home)
+    if complete:
+        print(f'{card.name} comes with its card: nothing to fetch.')
         return
     if is_atlas:
         obtain_atlas(card, home, source_dir)
-        print(f'{card.name} is in {card.folder(home)}')
     else:
         fetch_model(name, home, source_dir)
-        print(f'{card.name} is in {checkpoint_dir(card, home)}')
+    print(f'{card.name} is in {folder}')
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -115,15 +115,7 @@ class Context:
 
         `exact` tells that the encoder in float32 was used.
         """
-        model = {
-            'Model': {
-                'Name': self.task.spec.card.name,
-                'Trained': self.task.spec.trained,
-                'Weights': self.task.spec.weights,
-            },
-            'Precision': self.exact.precision if exact else self.task.precision,
-            'Device': self.task.device,
-        }
+        model = said_of_model(self.task, (self.exact if exact else self.task).precision)
         writing.write_json(path.with_suffix('.json'), content | model | self.common)
 
     def write_map(self, path: Path, columns: dict, values: np.ndarray) -> None:
@@ -153,6 +145,13 @@ def picture_path(run: BoldRun, task, what: str) -> Path:
     from bids_brainfm.reports.report import figure_path
 
     return figure_path(task.output, report_name(run, task.atlas), what, task.spec.label)
+
+
+def said_of_model(task, precision: str) -> dict:
+    """What a sidecar says of the model that made a table, and how it was computed."""
+    spec = task.spec
+    model = {'Name': spec.card.name, 'Trained': spec.trained, 'Weights': spec.weights}
+    return {'Model': model, 'Precision': precision, 'Device': task.device}
 
 
 def said_of_series(run: BoldRun, task) -> dict:

@@ -9,12 +9,19 @@ from bids_brainfm.atlases.fetch import sha256_of
 from bids_brainfm.bids import writing
 from bids_brainfm.bids.reading import BoldRun
 from bids_brainfm.interfaces.analysis import AnalysisSettings, source_sidecar
+from bids_brainfm.interfaces.prediction import (
+    prediction_current,
+    remove_prediction,
+    write_prediction,
+)
 from bids_brainfm.interfaces.series import (
     FILL_RULE,
+    WINDOW_COLUMNS,
+    dimension_names,
     display_order,
-    embedding_columns,
     report_name,
     series_paths,
+    window_rows,
 )
 from bids_brainfm.models.spec import ModelSpec
 from bids_brainfm.signals.contract import Contract
@@ -98,7 +105,11 @@ def latent_path(run: BoldRun, task: EncodeTask) -> Path:
 
 def embedding_current(run: BoldRun, task: EncodeTask) -> bool:
     """Whether all that a task writes for a run stands and fits the inputs."""
-    return _table_current(run, task) and (not task.block or _latent_current(run, task))
+    return (
+        _table_current(run, task)
+        and (not task.block or _latent_current(run, task))
+        and (not task.spec.predicted or prediction_current(run, task))
+    )
 
 
 def _table_current(run: BoldRun, task: EncodeTask) -> bool:
@@ -130,7 +141,11 @@ def write_outputs(run: BoldRun, task: EncodeTask, atlas, windows, donors, encodi
     encoding : Encoding
     """
     source, common = source_sidecar(run, task), said_by_all(run, task)
-    name = report_name(run, atlas.name)
+    name, rows = report_name(run, atlas.name), _rows(windows, source)
+    if not prediction_current(run, task):
+        remove_prediction(run, task)  # what stands is of an earlier input
+        if task.spec.predicted:
+            write_prediction(run, task, encoding.prediction, rows, common)
     if not _latent_current(run, task):
         if task.block:
             write_latent(run, task, atlas, encoding, common, name)
@@ -138,7 +153,14 @@ def write_outputs(run: BoldRun, task: EncodeTask, atlas, windows, donors, encodi
             _remove_latent(run, task, name)
     if not _table_current(run, task):
         filled = {atlas.names[i]: atlas.names[d] for i, d in enumerate(donors) if d >= 0}
-        write_embedding(run, task, atlas, windows, filled, encoding, source, common, name)
+        write_embedding(run, task, atlas, windows, rows, filled, encoding, source, common, name)
+
+
+def _rows(windows, source: dict) -> list[str]:
+    """First columns of tables with a row a window; flagged is n/a where it was not assessed."""
+    assessed = 'NumberOfVolumesFlagged' in source
+    flagged = windows.flagged if assessed else np.full(len(windows.data), np.nan)
+    return window_rows(windows.onset, windows.duration, windows.real, flagged)
 
 
 def said_by_all(run: BoldRun, task: EncodeTask) -> dict:
@@ -153,12 +175,14 @@ def said_by_all(run: BoldRun, task: EncodeTask) -> dict:
 
 
 def write_embedding(
-    run, task: EncodeTask, atlas, windows, filled, encoding, source, common, name
+    run, task: EncodeTask, atlas, windows, rows, filled, encoding, source, common, name
 ) -> None:
     """Write one run's embeddings: table, arrays, figures, sidecar.
 
     Parameters
     ----------
+    rows : list of str
+        First columns of the table.
     filled : dict of str to str
         Parcels that were filled, and from which.
     source : dict
@@ -173,10 +197,8 @@ def write_embedding(
 
     spec, path = task.spec, embedding_path(run, task)
     shares = (windows.onset, windows.duration, windows.real, windows.flagged)
-    assessed = 'NumberOfVolumesFlagged' in source
-    flagged = windows.flagged if assessed else np.full(len(windows.data), np.nan)
-    header, index = embedding_columns(*shares[:3], flagged, encoding.summary.shape[1])
-    writing.write_matrix(path, encoding.summary, header, index)
+    header = [*WINDOW_COLUMNS, *dimension_names(encoding.summary.shape[1])]
+    writing.write_matrix(path, encoding.summary, header, rows)
     if task.arrays:
         write_arrays(path.with_suffix('.h5'), encoding, windows, atlas)
     else:  # those of an earlier input would not belong to this table
@@ -356,6 +378,7 @@ def _describe(
             'License': card.licence,
             'Source': card.source,
             'Citation': card.citation,
+            'Training': card.training,
             'Architecture': card.config,
         },
         'Pooling': spec.pooling,
@@ -389,12 +412,7 @@ def _describe(
         'Space': source['Space'],
         'Atlas': source['Atlas'],
         'Warnings': _warnings(task, atlas, windows, filled, order),
-        'window': {'Description': 'Number of the window, from 0'},
-        'onset': {'Description': "Start of the window since the run's start", 'Units': 's'},
-        'duration': {'Description': 'Recorded signal in the window', 'Units': 's'},
-        'real': {'Description': 'Share of samples that were recorded'},
-        'flagged': {'Description': 'Share of recorded samples from flagged volumes'},
-    }
+    } | WINDOW_COLUMNS
 
 
 def write_arrays(path: Path, encoding, windows, atlas) -> None:

@@ -150,8 +150,27 @@ def _perturbation_text(found: dict) -> dict[str, str]:
     }
 
 
+def _prediction_text(found: dict) -> dict[str, str]:
+    target, n = found['Target'], found['NumberOfWindows']
+    values = found['RunPrediction'].values()
+    if classes := found.get('Classes'):
+        pairs = zip(classes, values, strict=True)
+        made = ', '.join(f'{name} with probability {_number(value)}' for name, value in pairs)
+    else:
+        made = f'{next(iter(values)):.4g}'
+    facts = {f'Predicted {target}': f'{made} (mean of {n} window{"s" * (n > 1)})'}
+    if 'TestScores' in found:
+        scored = {'model': found['TestScores']} | found.get('TestBaselines', {})
+        facts['Held-out participants'] = '; '.join(
+            f'{name}: ' + ', '.join(f'{key} {_number(value)}' for key, value in scores.items())
+            for name, scores in scored.items()
+        )
+    return facts
+
+
 # Sidecars of what is made beside an embedding, {} for its label, and what the report says of them
 ANALYSES = {
+    'prediction': 'desc-{}_prediction',
     'latent': latent_name('{}') + '_boldmap',
     'attention': 'stat-attention_desc-{}_boldmap',
     'reconstruction': 'stat-r2_desc-{}_boldmap',
@@ -160,6 +179,7 @@ ANALYSES = {
     'perturbation': 'stat-perturbation_desc-{}_boldmap',
 }
 TEXTS = {
+    'prediction': _prediction_text,
     'latent': _latent_text,
     'attention': _attention_text,
     'reconstruction': _reconstruction_text,

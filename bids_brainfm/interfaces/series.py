@@ -21,6 +21,14 @@ FILL_RULE = (
     'the series of the nearest parcel (by centroid, and of the same structure where the atlas '
     'tells cortex from subcortex) with enough coverage'
 )
+# First columns of every table with one row a window, as sidecars describe them
+WINDOW_COLUMNS = {
+    'window': {'Description': 'Number of the window, from 0'},
+    'onset': {'Description': "Start of the window since the run's start", 'Units': 's'},
+    'duration': {'Description': 'Recorded signal in the window', 'Units': 's'},
+    'real': {'Description': 'Share of samples that were recorded'},
+    'flagged': {'Description': 'Share of recorded samples from flagged volumes'},
+}
 
 
 @dataclass(frozen=True)
@@ -303,9 +311,10 @@ def _write_tables(paths: dict[str, Path], made: Made) -> None:
     writing.write_matrix(paths['relmat'], made.relmat, ['Node', *names], names)
     vector = connectome_vector(made.relmat)
     share_flagged = made.flagged.mean() if made.assessed else np.nan
-    header, index = embedding_columns(
-        [made.dummy * made.tr], [len(made.series) * made.tr], [1.0], [share_flagged], len(vector)
+    index = window_rows(
+        [made.dummy * made.tr], [len(made.series) * made.tr], [1.0], [share_flagged]
     )
+    header = [*WINDOW_COLUMNS, *dimension_names(len(vector))]
     writing.write_matrix(paths['connectome'], vector[None], header, index)
     writing.write_matrix(paths['series'], made.series, names)
 
@@ -333,18 +342,24 @@ def display_order(xyz: np.ndarray) -> tuple[np.ndarray, str]:
     return np.lexsort((xyz[:, 1], xyz[:, 0] > 0)), 'left then right, back to front'
 
 
-def embedding_columns(onset, duration, real, flagged, size: int) -> tuple[list[str], list[str]]:
-    """Header and first columns of an embedding table: one row a window.
+def window_rows(onset, duration, real, flagged) -> list[str]:
+    """First columns of a table with one row a window: those of `WINDOW_COLUMNS`.
 
-    >>> embedding_columns([0.0], [147.0], [1.0], [0.05], 2)[1]
+    >>> window_rows([0.0], [147.0], [1.0], [0.05])
     ['0\\t0\\t147\\t1\\t0.05']
     """
-    width = len(str(size))
-    header = ['window', 'onset', 'duration', 'real', 'flagged']
-    header += [f'dim{i:0{width}d}' for i in range(size)]
     rows = zip(onset, duration, real, flagged, strict=True)
     text = lambda value: 'n/a' if np.isnan(value) else f'{value:.7g}'
-    return header, ['\t'.join([str(i), *map(text, row)]) for i, row in enumerate(rows)]
+    return ['\t'.join([str(i), *map(text, row)]) for i, row in enumerate(rows)]
+
+
+def dimension_names(size: int) -> list[str]:
+    """Columns of an embedding.
+
+    >>> dimension_names(10)[:2]
+    ['dim00', 'dim01']
+    """
+    return [f'dim{i:0{len(str(size))}d}' for i in range(size)]
 
 
 def voxel_size(bold: Path) -> float | None:

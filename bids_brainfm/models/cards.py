@@ -45,11 +45,12 @@ class ModelCard:
         Of the weights.
     citation : list of str
     weights : list of dict
-        Files of the checkpoint: ``name``, and ``url`` and ``sha256`` where known. Empty for a
-        model that comes with this package.
+        Files of the checkpoint: ``name``, and ``url`` and ``sha256`` where known. Names are
+        absolute paths where all of them lie beside the card; else they are to be fetched. Empty
+        for a network that nobody trained.
     gradients : dict or None
-        The table of brain gradients that places the parcels (Brain-JEPA): ``name`` of the file,
-        and ``url`` and ``sha256`` where known.
+        The table of brain gradients that places the parcels (Brain-JEPA): ``name`` of the file
+        (an absolute path where it lies beside the card), and ``url`` and ``sha256`` where known.
     official_volumes : int or None
         Volumes that the official code spans with one window by picking frames, whatever the
         repetition time; None where ``--temporal official`` means nothing.
@@ -58,6 +59,9 @@ class ModelCard:
         said.
     cohort_scaling : str
         Method that ``--scale cohort`` means for this model.
+    training : dict or None
+        How the weights were made and how they scored on held-out participants, as the commands
+        that train write it.
     """
 
     name: str
@@ -79,11 +83,7 @@ class ModelCard:
     official_volumes: int | None = None
     min_real: float = 1.0
     cohort_scaling: str = 'cohort'
-
-    @property
-    def embedded(self) -> bool:
-        """Whether the model comes with this package."""
-        return not self.weights
+    training: dict | None = field(hash=False, default=None)
 
     def __post_init__(self):
         for item in dataclasses.fields(self):
@@ -109,8 +109,11 @@ class ModelCard:
                 )
         if not all(isinstance(citation, str) for citation in self.citation):
             raise BrainfmError(f'Model card {self.name}: citation must be a list of texts.')
-        if self.gradients is not None and 'name' not in self.gradients:
-            raise BrainfmError(f'Model card {self.name}: gradients must give the name of a file.')
+        listed = [('weights', file) for file in self.weights]
+        listed += [('gradients', self.gradients)] if self.gradients is not None else []
+        for what, file in listed:
+            if not isinstance(file, dict) or not isinstance(file.get('name'), str):
+                raise BrainfmError(f'Model card {self.name}: {what} must give the name of a file.')
         if self.parcel_order not in PARCEL_ORDERS:
             raise BrainfmError(
                 f'Model card {self.name}: parcel_order {self.parcel_order!r} is not one of '
@@ -184,11 +187,19 @@ def load_card(name: str | Path) -> ModelCard:
             if str(content[key]).endswith(('.yml', '.yaml')):
                 content[key] = str(path.absolute().parent / content[key])
     card = ModelCard(**content)
-    if card.gradients and (source is path or card.embedded):
-        beside = Path(source).absolute().parent / card.gradients['name']
-        if beside.is_file():  # else it is to be fetched
-            card = dataclasses.replace(card, gradients=card.gradients | {'name': str(beside)})
-    return card
+    folder = Path(source).absolute().parent
+    gradients = _beside(folder, [card.gradients] if card.gradients else [])
+    return dataclasses.replace(
+        card, weights=_beside(folder, card.weights), gradients=next(iter(gradients), None)
+    )
+
+
+def _beside(folder: Path, listed: list[dict]) -> list[dict]:
+    """Give the paths of files that lie beside a card; a part of them makes no checkpoint."""
+    paths = [folder / file['name'] for file in listed]
+    if not all(path.is_file() for path in paths):
+        return listed
+    return [file | {'name': str(path)} for file, path in zip(listed, paths, strict=True)]
 
 
 def checkpoint_dir(card: ModelCard, home: Path) -> Path:

@@ -36,6 +36,9 @@ class Encoding:
         Smooth L1 error of the latents of a block of each window as predicted from the rest, and
         as guessed without a model, for each parcel in atlas order and each of K time patches; NaN
         outside the block. None where no block was asked for.
+    prediction : (W, C) or None
+        What the network's head says, in the target's units or as probabilities of the classes;
+        None for a network without a head.
     """
 
     summary: np.ndarray
@@ -44,6 +47,7 @@ class Encoding:
     attention_profile: np.ndarray | None = None
     latent_error: np.ndarray | None = None
     latent_baseline: np.ndarray | None = None
+    prediction: np.ndarray | None = None
 
     def __len__(self) -> int:
         """Number of windows."""
@@ -287,6 +291,8 @@ class Encoder:
             found['attention_profile'] = self._atlas_order(profile)
         for name, error in zip(('latent_error', 'latent_baseline'), errors, strict=False):
             found[name] = self._atlas_order(error.unflatten(1, (-1, per_parcel)))
+        if hasattr(network, 'head'):
+            found['prediction'] = network.head.predict(network.head(hidden.float()))
         # Copied, so that a summary does not hold the memory of all tokens.
         return Encoding(**{name: x.cpu().numpy().copy() for name, x in found.items()})
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.cards import ModelCard, checkpoint_dir, load_card
-from bids_brainfm.models.files import config_file, is_weights
+from bids_brainfm.models.files import CONFIG_FILES, config_file, is_weights
 
 # Seed of random weights, the same on every machine
 SEED = 20240606
@@ -55,6 +55,9 @@ class ModelSpec:
     reconstructs : bool
         Whether it has a decoder.
     gradients : GradientTable or None
+    predicted : tuple of str
+        Columns of what its head predicts, see :class:`bids_brainfm.models.head.Head`; empty for
+        a network without a head.
     """
 
     card: ModelCard
@@ -67,6 +70,7 @@ class ModelSpec:
     predicts_latents: bool
     reconstructs: bool
     gradients: GradientTable | None = None
+    predicted: tuple[str, ...] = ()
 
     @property
     def trained(self) -> bool:
@@ -99,19 +103,20 @@ def find_checkpoint(text: str, home: Path, random_weights: bool) -> tuple[ModelC
     """
     name, path = split_name(text)
     card = load_card(name)
-    if path is None and (card.embedded or random_weights):
+    if path is None and (random_weights or not card.weights):
         return card, None
-    checkpoint = path or checkpoint_dir(card, home)
+    checkpoint = path or _beside(card) or checkpoint_dir(card, home)
     folder = checkpoint.parent if checkpoint.is_file() else checkpoint
     # Where the publisher gives no configuration, the card's own holds
-    described = [file['name'] for file in card.weights]
-    needed = 'config.json' in described or card.embedded
+    needed = not card.weights or 'config.json' in (Path(f['name']).name for f in card.weights)
     if needed:
         present = config_file(folder) is not None
     elif path is not None:
         present = path.exists()
     else:  # a broken fetch may have left a folder without them
-        present = folder.is_dir() and any(is_weights(file.name) for file in folder.iterdir())
+        present = checkpoint.is_file() or (
+            folder.is_dir() and any(is_weights(file.name) for file in folder.iterdir())
+        )
     if not present:
         if path is not None:
             raise BrainfmError(
@@ -126,6 +131,12 @@ def find_checkpoint(text: str, home: Path, random_weights: bool) -> tuple[ModelC
             f'a checkpoint folder with --model {name}=PATH.'
         )
     return card, checkpoint
+
+
+def _beside(card: ModelCard) -> Path | None:
+    """File of weights that lies beside a card, None where they are to be fetched."""
+    paths = [Path(file['name']) for file in card.weights]
+    return next((p for p in paths if p.is_absolute() and p.name not in CONFIG_FILES), None)
 
 
 def find_gradients(text: str, home: Path) -> GradientTable | None:
@@ -146,7 +157,7 @@ def find_gradients(text: str, home: Path) -> GradientTable | None:
     if card.gradients is None:
         return None
     name, expected = card.gradients['name'], card.gradients.get('sha256')
-    fetched = checkpoint_dir(card, home)  # an absolute name, of an own card, stays as it is
+    fetched = checkpoint_dir(card, home)  # a name that is absolute stays as it is
     path, own = fetched / name, False
     if checkpoint is not None:
         folder = checkpoint.parent if checkpoint.is_file() else checkpoint
@@ -174,6 +185,19 @@ def find_gradients(text: str, home: Path) -> GradientTable | None:
     return GradientTable(path, digest, digest == expected or not (expected or own))
 
 
+def _check_content(card: ModelCard) -> None:
+    """Refuse weights beside a card that are not those it describes (fetching checks others)."""
+    from bids_brainfm.atlases.fetch import sha256_of
+
+    for file in card.weights:
+        path, expected = Path(file['name']), file.get('sha256')
+        if path.is_absolute() and expected and (digest := sha256_of(path)) != expected:
+            raise BrainfmError(
+                f'{path} has sha256 {digest} where the card of {card.name} gives {expected}: put '
+                f'the file there that belongs to the card, or correct the card.'
+            )
+
+
 def resolve_model(text: str, home: Path, random_weights: bool = False) -> ModelSpec:
     """Resolve one ``--model`` argument, before anything runs.
 
@@ -189,14 +213,17 @@ def resolve_model(text: str, home: Path, random_weights: bool = False) -> ModelS
     Raises
     ------
     BrainfmError
-        The card, the checkpoint or the table of gradients is missing, or of another family.
+        The card, the checkpoint or the table of gradients is missing, of another family, or not
+        what the card describes.
     """
     from bids_brainfm.atlases.fetch import sha256_of
     from bids_brainfm.models.gradient_table import read_gradients
     from bids_brainfm.models.weights import build, load_checkpoint, read_config
 
     card, checkpoint = find_checkpoint(text, home, random_weights)
-    digest = None
+    given, digest = split_name(text)[1], None
+    if checkpoint is not None and given is None:
+        _check_content(card)
     try:
         network = build(card.config)
     except (TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
@@ -222,8 +249,10 @@ def resolve_model(text: str, home: Path, random_weights: bool = False) -> ModelS
     gradients = find_gradients(text, home)
     if gradients is not None:
         network.set_gradients(read_gradients(gradients.path))
+    if given is not None or digest is None:  # what the card tells is of other weights
+        card = dataclasses.replace(card, training=None)
     # the control stands beside the real outputs, never in their place
-    label = card.label + ('random' if random_weights and not card.embedded else '')
+    label = card.label + ('random' if random_weights and (card.weights or given) else '')
     return ModelSpec(
         card=card,
         label=label,
@@ -235,4 +264,5 @@ def resolve_model(text: str, home: Path, random_weights: bool = False) -> ModelS
         predicts_latents=hasattr(network, 'latent_error'),
         reconstructs=hasattr(network, 'decode'),
         gradients=gradients,
+        predicted=tuple(network.head.columns) if hasattr(network, 'head') else (),
     )

@@ -19,6 +19,7 @@ NETWORKS = {
 REACH_MM = 22.0
 FD_OUTLIER_MM, DVARS_OUTLIER = 0.5, 1.5  # fMRIPrep's own thresholds of motion outliers
 N_PHYSIOLOGICAL = 5
+COHERENCE = 0.65  # share of a parcel's haemodynamic fluctuation that its networks have in common
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,25 @@ def haemodynamic_noise(
     return (noise - noise.mean(0)) / noise.std(0)
 
 
+def express(trait: float) -> dict[str, float]:
+    """How a simulated trait (standard normal) shows in the fluctuations of a participant.
+
+    >>> express(0.0)
+    {'coupling': 0.3, 'coherence': 0.65}
+    """
+    return {
+        'coupling': float(np.clip(0.3 + 0.25 * trait, -0.9, 0.9)),
+        'coherence': float(np.clip(COHERENCE + 0.1 * trait, 0.3, 0.95)),
+    }
+
+
 def neural_series(
-    xyz: np.ndarray, volumes: int, tr: float, coupling: float, rng: np.random.Generator
+    xyz: np.ndarray,
+    volumes: int,
+    tr: float,
+    coupling: float,
+    rng: np.random.Generator,
+    coherence: float = COHERENCE,
 ) -> np.ndarray:
     """Parcel fluctuations (T, P) of unit variance without confounds.
 
@@ -82,8 +100,10 @@ def neural_series(
     xyz : (P, 3) float
         Parcel centres in mm.
     coupling : float
-        Correlation of the default-mode with the frontoparietal source, -1 to 1: the place where
-        a simulated trait shows.
+        Correlation of the default-mode with the frontoparietal source, -1 to 1.
+    coherence : float
+        Share of each parcel's haemodynamic fluctuation that comes from its networks, 0 to 1; the
+        rest is its own, of the same spectrum, so that no parcel alone tells it.
     """
     sources = haemodynamic_noise(volumes, tr, len(NETWORKS), rng)
     default, frontal = (list(NETWORKS).index(n) for n in ('default mode', 'frontoparietal'))
@@ -93,7 +113,8 @@ def neural_series(
     shared = sources @ network_loadings(xyz).T
     own = haemodynamic_noise(volumes, tr, len(xyz), rng)
     thermal = rng.standard_normal((volumes, len(xyz)))
-    series = 0.75 * shared + 0.55 * own + 0.35 * thermal
+    common, apart = (0.93 * np.sqrt(share) for share in (coherence, 1 - coherence))
+    series = common * shared / shared.std(0) + apart * own + 0.35 * thermal
     return series / series.std(0)
 
 
@@ -116,7 +137,12 @@ def framewise_displacement(motion: np.ndarray) -> np.ndarray:
 
 
 def simulate_run(
-    xyz: np.ndarray, volumes: int, tr: float, coupling: float, rng: np.random.Generator
+    xyz: np.ndarray,
+    volumes: int,
+    tr: float,
+    coupling: float,
+    rng: np.random.Generator,
+    coherence: float = COHERENCE,
 ) -> SimulatedRun:
     """Simulate one run of resting-state fMRI at the level of parcels.
 
@@ -127,7 +153,7 @@ def simulate_run(
     volumes : int
     tr : float
         Repetition time in seconds.
-    coupling : float
+    coupling, coherence : float
         See :func:`neural_series`.
     rng : numpy.random.Generator
 
@@ -145,7 +171,7 @@ def simulate_run(
     drift = np.cumsum(rng.standard_normal((volumes, 2)), axis=0)
     drift = (drift - drift.mean(0)) / drift.std(0)
 
-    fluctuation = neural_series(xyz, volumes, tr, coupling, rng)
+    fluctuation = neural_series(xyz, volumes, tr, coupling, rng, coherence)
     fluctuation += (motion / motion.std(0)) @ (0.15 * rng.standard_normal((6, n)))
     fluctuation += physiological @ (0.2 * rng.standard_normal((N_PHYSIOLOGICAL, n)))
     fluctuation += drift @ (0.2 + 0.2 * rng.standard_normal((2, n)))

@@ -161,7 +161,7 @@ class Log:
                 writer = csv.DictWriter(file, self.columns)
                 writer.writeheader()
                 writer.writerows(kept)
-        self.rows = kept
+        self.rows = [{k: float(v) for k, v in row.items() if v} for row in kept]
         self.board = SummaryWriter(str(folder / 'tensorboard' / name), purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:

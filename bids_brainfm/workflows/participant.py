@@ -173,11 +173,14 @@ def init_encode_wf(model: ModelPlan, settings) -> LiterateWorkflow:
         placed = (
             f' Parcels were placed by the brain gradients {table.path.name} (sha256 {digest}).'
         )
+    predicting = ''
+    if task.spec.predicted:
+        predicting = f' Its head predicted {card.config["head"]["target"]} from each window.'
     workflow.__desc__ = (
         f'For {card.name} ({card.description}), parcels without signal were filled with '
         f'{FILL_RULE}. Series {_windows_text(task.contract)} Every window was encoded '
         f'without masking by {card.name}{weights}; its embedding is the {task.spec.pooling} after '
-        f'the last normalisation.{placed}\n\n'
+        f'the last normalisation.{predicting}{placed}\n\n'
     )
     encode = pe.Node(
         EncodeRuns(runs=model.todo, task=task, stop=settings.stop_on_first_crash),

@@ -1,0 +1,659 @@
+"""What networks are pretrained for, and what their fine-tuning is compared with."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bids_brainfm.analyses.reconstruct import interpolate, seen_mean
+from bids_brainfm.analyses.scores import score
+from bids_brainfm.errors import BrainfmError
+from bids_brainfm.models import weights
+from bids_brainfm.models.masking import keep_lowest, masked_tokens
+from bids_brainfm.training.cohort import Targets
+from bids_brainfm.training.finetuning import (
+    Supervised,
+    connectome_ridge,
+    dummy,
+    loss_of,
+    outputs_by_participant,
+    scores_of,
+)
+from bids_brainfm.training.masking import REGIONS
+from bids_brainfm.training.pretraining import (
+    LatentPrediction,
+    MaskedAutoencoding,
+    effective_rank,
+)
+
+PARCELS, TIMES, PATCH = 9, 24, 4
+LAYERS = {
+    'num_brain_voxels': PARCELS,
+    'num_timepoints_per_voxel': TIMES,
+    'num_hidden_layers': 1,
+    'num_attention_heads': 2,
+    'intermediate_size': 16,
+    'decoder_num_hidden_layers': 1,
+    'decoder_num_attention_heads': 2,
+    'decoder_intermediate_size': 16,
+    'layer_norm_eps': 1e-12,
+    'hidden_size': 8,
+    'decoder_hidden_size': 8,
+}
+SMALL = {
+    'vit': LAYERS
+    | {'model_type': 'vit_mae', 'image_size': 32, 'patch_size': PATCH, 'num_channels': 3},
+    'legacy': LAYERS
+    | {'model_type': 'brainlm_mae', 'timepoint_patching_size': PATCH, 'conv_kernel_size': 3},
+    'jepa': {
+        'model_type': 'brain_jepa',
+        'crop_size': [PARCELS, TIMES],
+        'patch_size': PATCH,
+        'embed_dim': 24,
+        'depth': 2,
+        'num_heads': 3,
+        'predictor_embed_dim': 16,
+        'predictor_depth': 1,
+        'predictor_num_heads': 2,
+        'gradients': 5,
+    },
+}
+OFFICIAL = {'num_brain_voxels': 424, 'num_timepoints_per_voxel': 200}
+WHOLE = {
+    'legacy': SMALL['legacy'] | OFFICIAL | {'timepoint_patching_size': 20},
+    'vit16': SMALL['vit'] | OFFICIAL | {'image_size': 432, 'patch_size': 16},
+    'vit14': SMALL['vit'] | OFFICIAL | {'image_size': 434, 'patch_size': 14},
+}
+
+
+def network_of(family, seed=0):
+    network = weights.initialise(weights.build(SMALL[family]), seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in network.named_parameters():
+        if name not in network.position_tables():
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    if family == 'jepa':
+        network.set_gradients(torch.randn(PARCELS, 5, generator=generator))
+    return network
+
+
+def signal_of(n, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, PARCELS, TIMES, generator=generator)
+
+
+def autoencoding(family, ratio=0.5, **options):
+    if family == 'legacy':
+        options['xyz'] = 50 * torch.randn(
+            1, PARCELS, 3, generator=torch.Generator().manual_seed(1)
+        )
+    return MaskedAutoencoding(network_of(family), ratio, **options)
+
+
+def alone(tensor):
+    """Reduce over a single process."""
+    return tensor
+
+
+# --- masked autoencoding ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('family', ['vit', 'legacy'])
+@pytest.mark.parametrize('loss', ['mse', 'mae'])
+@pytest.mark.parametrize('normalise', [False, True])
+def test_a_batch_may_be_taken_in_parts(family, loss, normalise):
+    """Its windows have different numbers of masked points, and each point counts as much."""
+    objective = autoencoding(family, loss=loss, normalise=normalise)
+    signal, keep = signal_of(6), objective.draw(range(6))['keep']
+    with torch.no_grad():
+        total, count, facts = objective(signal, keep)
+        parts = [objective(signal[i : i + 2], keep[i : i + 2]) for i in (0, 2, 4)]
+        made = objective._reconstruct(signal, keep)
+    assert facts == {}
+    assert sum(int(part[1]) for part in parts) == int(count)
+    torch.testing.assert_close(sum(part[0] for part in parts), total)
+    points = objective.network.points(masked_tokens(keep, objective.network.tokens))
+    wanted = signal
+    if normalise:
+        wanted = (signal - signal.mean(2, keepdim=True)) / signal.std(2, keepdim=True)
+    error = (made - wanted)[points]
+    assert int(count) == len(error)
+    direct = error.square().sum() if loss == 'mse' else error.abs().sum()
+    torch.testing.assert_close(total, direct, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ('name', 'ratio', 'kept', 'tokens'),
+    [
+        ('legacy', 0.2, 3392, 4240),
+        ('legacy', 0.75, 1060, 4240),
+        ('legacy', 0.9, 424, 4240),
+        ('vit16', 0.75, 182, 729),
+        ('vit14', 0.75, 240, 961),
+        ('vit16', 0.2, 583, 729),
+        ('vit16', 0.9, 72, 729),
+    ],
+)
+def test_share_that_is_masked(name, ratio, kept, tokens):
+    network = weights.build(WHOLE[name])
+    assert network.tokens == tokens
+    keep = MaskedAutoencoding(network, ratio).draw([3, 4, 5])['keep']
+    assert abs(kept - tokens * (1 - ratio)) < 1.01  # what a float of the ratio makes of it
+    assert keep.shape == (3, kept)
+    assert all(len(row.unique()) == kept for row in keep)
+    assert keep.min() >= 0
+    assert keep.max() < tokens
+
+
+@pytest.mark.parametrize(
+    ('name', 'ratio', 'points'),
+    [
+        ('legacy', 0.2, 40),
+        ('legacy', 0.75, 160),
+        ('legacy', 0.9, 180),
+        ('vit16', 0.1, 28),
+        ('vit14', 0.1, 23),
+    ],
+)
+def test_the_future_is_masked(name, ratio, points):
+    """All of the last time points, for all parcels; whole tokens, so perhaps a few more."""
+    network = weights.build(WHOLE[name])
+    keep = MaskedAutoencoding(network, ratio, 'future').draw([1, 2])['keep']
+    hidden = network.points(masked_tokens(keep, network.tokens))
+    assert hidden.shape == (2, 424, 200)
+    expected = (torch.arange(200) >= 200 - points).expand(2, 424, -1)
+    assert torch.equal(hidden, expected)
+
+
+def test_masks_are_those_of_the_window():
+    """Whatever batch a window is in; tokens are masked at random, all as often."""
+    objective = autoencoding('legacy', 0.25)
+    keep = objective.draw([5, 6, 7])['keep']
+    for i, seed in enumerate([5, 6, 7]):
+        assert torch.equal(objective.draw([seed])['keep'][0], keep[i])
+    assert len({tuple(row.tolist()) for row in keep}) == 3
+    count = torch.bincount(objective.draw(range(2000))['keep'].flatten()) / 2000
+    torch.testing.assert_close(count, torch.full_like(count, 40 / 54), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize('ratio', [0.0, -0.1, 0.91, 1.0, 75, float('nan')])
+def test_ratios_that_cannot_be_masked(ratio):
+    with pytest.raises(BrainfmError, match=f'--mask-ratio {ratio:g} is not above 0 and up to 0.9'):
+        autoencoding('vit', ratio)
+
+
+@pytest.mark.parametrize('ratio', [0.01, 0.2, 0.75, 0.9])
+def test_ratios_that_can(ratio):
+    assert autoencoding('vit', ratio).ratio == ratio
+
+
+@pytest.mark.parametrize('family', ['vit', 'legacy'])
+def test_all_that_reconstructs_learns(family):
+    objective = autoencoding(family)
+    total, *_ = objective(signal_of(2), objective.draw([0, 1])['keep'])
+    total.backward()
+    # vanish by construction: a shift of all keys, and what the 13M files hold without use
+    idle = ('key.bias', 'decoder_pred.weight', 'decoder_pred.bias')
+    tables = objective.network.position_tables()
+    for name, parameter in objective.trained.named_parameters():
+        if name in tables or (family == 'legacy' and name.startswith('decoder.decoder_pred.')):
+            continue
+        if not name.endswith(idle[:1]):
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().max() > 0, name
+
+
+class Double(nn.Module):
+    """Stands for a network; what it reconstructs is given."""
+
+    window_shape = (PARCELS, TIMES)
+    tokens = PARCELS * TIMES // PATCH
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def points(self, tokens):
+        return tokens.repeat_interleave(PATCH, 1).view(-1, PARCELS, TIMES)
+
+    def reconstruct(self, signal, keep):
+        return self.answer(signal, self.points(masked_tokens(keep, self.tokens)))
+
+
+def windows_with_levels(n=6):
+    """Random walks about levels that differ much more than they vary."""
+    generator = torch.Generator().manual_seed(5)
+    levels = 100 * torch.randn(n, PARCELS, 1, generator=generator)
+    return signal_of(n).cumsum(2) + levels
+
+
+def level_of(signal, hidden):
+    """Mean of the hidden points of each parcel of each window."""
+    total = torch.where(hidden, signal, 0).sum(2, keepdim=True)
+    return total / hidden.sum(2, keepdim=True).clamp(min=1)
+
+
+ANSWERS = {
+    'perfect': lambda signal, hidden: signal,
+    'level': lambda signal, hidden: level_of(signal, hidden).expand_as(signal),
+    'half': lambda signal, hidden: (signal + level_of(signal, hidden)) / 2,
+    'turned': lambda signal, hidden: 2 * level_of(signal, hidden) - signal,
+    'shifted': lambda signal, hidden: signal + 3,
+    'zero': lambda signal, hidden: torch.zeros_like(signal),
+}
+
+
+def evaluated(answer, batches=None, reduce=alone):
+    objective = MaskedAutoencoding(Double(answer), 0.5)
+    signal = windows_with_levels()
+    batches = batches or [range(6)]
+    return objective.evaluate(((signal[list(b)], list(b)) for b in batches), reduce)
+
+
+@pytest.mark.parametrize(
+    ('name', 'r2', 'r'),
+    [('perfect', 1, 1), ('level', 0, None), ('half', 0.75, 1), ('turned', -3, -1)],
+)
+def test_scores_of_known_reconstructions(name, r2, r):
+    found = evaluated(ANSWERS[name])
+    assert found['r2'] == pytest.approx(r2, abs=1e-4)
+    if r is not None:
+        assert found['r'] == pytest.approx(r, abs=1e-4)
+    assert found['loss'] == pytest.approx(found['mse'], rel=1e-4, abs=1e-6)
+    if name == 'perfect':
+        assert found['mse'] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_wrong_level_costs():
+    """It is taken out of the target alone, and only the hidden points tell it."""
+    perfect, shifted, zero = (evaluated(ANSWERS[n]) for n in ('perfect', 'shifted', 'zero'))
+    assert perfect['r2_mean'] == shifted['r2_mean']
+    assert shifted['mse'] == pytest.approx(9, rel=1e-4)
+    assert shifted['r2'] < 0
+    assert shifted['r'] == pytest.approx(1, abs=1e-4)
+    assert zero['r2'] < -100  # levels are far from 0
+
+
+def test_baselines_are_those_of_the_analysis():
+    found = evaluated(ANSWERS['zero'])
+    signal = windows_with_levels()
+    objective = MaskedAutoencoding(Double(None), 0.5)
+    keep = objective.draw(range(6))['keep']
+    hidden = objective.network.points(masked_tokens(keep, objective.network.tokens))
+    level = level_of(signal, hidden).numpy()
+    windows, seen = signal.numpy(), ~hidden.numpy()
+    ways = {'r2': 0 * windows, 'r2_mean': seen_mean(windows, seen)}
+    ways['r2_interpolation'] = interpolate(windows, seen)
+    for name, made in ways.items():
+        wanted = score((made - level)[~seen], (windows - level)[~seen])
+        assert found[name] == pytest.approx(float(wanted.r2), rel=1e-3)
+    assert found['r2_interpolation'] > found['r2_mean'] + 0.1
+
+
+@pytest.mark.parametrize('batches', [[range(2), range(2, 6)], [[i] for i in (5, 0, 3, 1, 2, 4)]])
+def test_scores_do_not_depend_on_batches(batches):
+    answer = lambda signal, hidden: 0.7 * signal + 1
+    expected = evaluated(answer)
+    found = evaluated(answer, batches)
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert list(expected) == ['loss', 'mse', 'r2', 'r', 'r2_mean', 'r2_interpolation']
+
+
+def test_scores_of_two_processes():
+    answer = lambda signal, hidden: 0.7 * signal + 1
+    sums = []
+    evaluated(answer, [[0, 2, 4]], lambda tensor: sums.append(tensor.clone()) or tensor)
+    others = iter(sums)
+    found = evaluated(answer, [[1, 3], [5]], lambda tensor: tensor + next(others))
+    assert found == pytest.approx(evaluated(answer), rel=1e-4)
+
+
+def test_baselines_are_computed_once(monkeypatch):
+    """They are the same at every evaluation, and cost more than the network."""
+    objective = autoencoding('legacy')
+    batches = [(signal_of(3), [0, 1, 2])]
+    first = objective.evaluate(batches, alone)
+    monkeypatch.setattr('bids_brainfm.training.pretraining.interpolate', None)
+    assert objective.evaluate(batches, alone) == first
+
+
+@pytest.mark.parametrize('family', ['vit', 'legacy'])
+def test_evaluated_loss_is_that_of_training(family):
+    objective = autoencoding(family, loss='mae')
+    signal, seeds = signal_of(4), [3, 1, 4, 2]
+    found = objective.evaluate([(signal, seeds)], alone)
+    with torch.no_grad():
+        total, count, _ = objective(signal, objective.draw(seeds)['keep'])
+    assert found['loss'] == pytest.approx(float(total / count), rel=1e-5)
+    assert found['loss'] != pytest.approx(found['mse'], rel=1e-2)
+
+
+# --- latent prediction -----------------------------------------------------------------------
+
+
+def latent(seed=0):
+    objective = LatentPrediction(network_of('jepa', seed), 'fixed')
+    other = network_of('jepa', seed + 1)  # else the target encoder would be the encoder
+    objective.network.target_encoder.load_state_dict(other.target_encoder.state_dict())
+    return objective
+
+
+def blocks_of(objective, n, seed=0):
+    return objective.draw([seed] * n)
+
+
+def test_latents_may_be_taken_in_parts():
+    objective = latent()
+    signal, given = signal_of(6), blocks_of(objective, 6)
+    with torch.no_grad():
+        total, count, facts = objective(signal, **given)
+        halves = [
+            objective(signal[part], **{k: v[part] for k, v in given.items()})
+            for part in (slice(0, 2), slice(2, 6))
+        ]
+    assert int(count) == given['target'].numel()
+    assert sum(int(half[1]) for half in halves) == int(count)
+    torch.testing.assert_close(sum(half[0] for half in halves), total)
+    assert set(facts) == {*(f'loss_{name}' for name in REGIONS), 'target_sd'}
+    for number, name in enumerate(REGIONS):
+        pair = facts[f'loss_{name}']
+        assert int(pair[1]) == int((given['region'] == number).sum())
+        torch.testing.assert_close(sum(half[2][f'loss_{name}'] for half in halves), pair)
+    in_all = sum(facts[f'loss_{name}'] for name in REGIONS)
+    torch.testing.assert_close(in_all, torch.stack([total, count.float()]))
+
+
+def test_latent_error_is_smooth_l1_of_normalised_targets():
+    objective = latent()
+    network, signal, given = objective.network, signal_of(3), blocks_of(objective, 3)
+    with torch.no_grad():
+        total, count, facts = objective(signal, **given)
+        hidden = F.layer_norm(network.encode(signal)[0], (24,))
+        wanted = torch.stack([h[t] for h, t in zip(hidden, given['target'], strict=True)])
+        context = network.context(signal, given['context'])
+        found = network.predict(context, given['context'], given['target'])
+    torch.testing.assert_close(total / count, F.smooth_l1_loss(found, wanted))
+    error = F.smooth_l1_loss(found, wanted, reduction='none').mean(2)
+    for number, name in enumerate(REGIONS):
+        there = error[given['region'] == number].sum()
+        torch.testing.assert_close(facts[f'loss_{name}'][0], there)
+    torch.testing.assert_close(facts['target_sd'], torch.stack([hidden.std(0).mean(), total**0]))
+
+
+def test_target_sd_needs_two_windows_and_sees_collapse():
+    objective = latent()
+    signal, given = signal_of(1), blocks_of(objective, 1)
+    assert 'target_sd' not in objective(signal, **given)[2]
+    given = blocks_of(objective, 3)
+    _, _, facts = objective(signal.expand(3, -1, -1), **given)
+    assert facts['target_sd'][0] < 1e-5
+
+
+def test_no_gradient_reaches_the_target_encoder():
+    objective = latent()
+    network = objective.network
+    assert not any(p.requires_grad for p in network.target_encoder.parameters())
+    network.target_encoder.requires_grad_(True)  # not even if it asked for some
+    total, *_ = objective(signal_of(2), **blocks_of(objective, 2))
+    total.backward()
+    assert all(p.grad is None for p in network.target_encoder.parameters())
+    for part in (network.encoder, network.predictor):
+        for name, parameter in part.named_parameters():
+            if not name.endswith('emb_h'):
+                assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize('momentum', [0.996, 0.5, 1.0, 0.0])
+def test_target_encoder_is_a_moving_average(momentum):
+    objective = latent()
+    network = objective.network
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    objective.after_step(momentum)
+    after = network.state_dict()
+    for name, old in before.items():
+        if not name.startswith('target_encoder.'):
+            assert torch.equal(after[name], old)
+            continue
+        source = before[name.removeprefix('target_')]
+        torch.testing.assert_close(after[name], momentum * old + (1 - momentum) * source)
+    assert not any(p.requires_grad for p in network.target_encoder.parameters())
+
+
+def test_average_over_many_steps():
+    objective = latent()
+    network = objective.network
+    name = 'blocks.0.mlp.fc1.weight'
+    target = network.target_encoder.get_parameter(name)
+    source = network.encoder.get_parameter(name)
+    start = target.clone()
+    for _ in range(10):
+        objective.after_step(0.9)
+    torch.testing.assert_close(target.data, source + 0.9**10 * (start - source))
+
+
+def test_masks_of_latent_prediction():
+    objective = latent()
+    given = objective.draw([3, 4, 5])
+    assert {k: len(v) for k, v in given.items()} == {'context': 3, 'target': 3, 'region': 3}
+    again, other = objective.draw([3, 4, 5]), objective.draw([4, 5, 6])
+    assert all(torch.equal(given[k], again[k]) for k in given)
+    assert not torch.equal(given['context'], other['context'])
+    assert given['target'].max() < PARCELS * TIMES // PATCH
+    with pytest.raises(BrainfmError, match=f'this model has {TIMES // PATCH}'):
+        LatentPrediction(objective.network, 'official').draw([3])
+
+
+def test_latent_scores():
+    objective = latent()
+    network, signal = objective.network, 3 * signal_of(5)
+    batches = [(signal[:2], [7, 8]), (signal[2:], [9, 10, 11])]
+    found = objective.evaluate(batches, alone)
+    losses, guesses = [], []
+    with torch.no_grad():
+        hidden = network.encode(signal)[0]
+        normal = F.layer_norm(hidden, (24,))
+        still = network.encode(signal.mean(2, keepdim=True).expand_as(signal))[0]
+        for part, (some, seeds) in zip((slice(2), slice(2, 5)), batches, strict=True):
+            given = objective.draw(seeds)
+            total, _, _ = objective(some, **given)
+            losses.append(total / given['target'].shape[1])
+            for rows, c, t in zip(normal[part], given['context'], given['target'], strict=True):
+                guess = rows[c].mean(0).expand(len(t), -1)
+                guesses.append(F.smooth_l1_loss(guess, rows[t]))
+    assert list(found) == ['loss', 'baseline', 'target_sd', 'rank', 'static']
+    assert found['loss'] == pytest.approx(float(sum(losses)) / 5, rel=1e-4)
+    assert found['baseline'] == pytest.approx(float(sum(guesses)) / 5, rel=1e-4)
+    spread = normal.double().std(0, correction=0).mean()
+    assert found['target_sd'] == pytest.approx(float(spread), rel=1e-4)
+    static = F.smooth_l1_loss(F.layer_norm(still, (24,)), normal)
+    assert found['static'] == pytest.approx(float(static), rel=1e-4)
+    covariance = torch.cov(hidden.mean(1).double().T, correction=0)
+    assert found['rank'] == pytest.approx(effective_rank(covariance), rel=1e-3)
+    assert 1 < found['rank'] <= 4.01  # five windows
+
+
+def test_latent_scores_of_two_processes():
+    objective, signal, sums = latent(), signal_of(4), []
+    both = [(signal[:2], [0, 1]), (signal[2:], [2, 3])]
+    objective.evaluate(both[:1], lambda tensor: sums.append(tensor.clone()) or tensor)
+    others = iter(sums)
+    found = objective.evaluate(both[1:], lambda tensor: tensor + next(others))
+    assert found == pytest.approx(objective.evaluate(both, alone), rel=1e-4)
+
+
+def test_latent_scores_tell_collapse_and_levels():
+    objective = latent()
+    level = signal_of(3).mean(2, keepdim=True).expand(-1, -1, TIMES).contiguous()
+    found = objective.evaluate([(level, [0, 1, 2])], alone)
+    assert found['static'] == pytest.approx(0, abs=1e-6)
+    assert found['target_sd'] > 0.01
+    same = signal_of(1).expand(4, -1, -1)
+    found = objective.evaluate([(same, [0, 1, 2, 3])], alone)
+    assert found['target_sd'] < 1e-3
+    assert found['static'] > 1e-3
+
+
+def test_effective_rank():
+    one = torch.zeros(5, 5, dtype=torch.float64)
+    assert effective_rank(one) == pytest.approx(1)
+    one[2, 2] = 3
+    assert effective_rank(one) == pytest.approx(1)
+    assert effective_rank(1e-6 * torch.eye(7, dtype=torch.float64)) == pytest.approx(7)
+    shares = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)))[0]
+    turned = turn.double() @ torch.diag(10 * shares) @ turn.double().T
+    assert effective_rank(turned) == pytest.approx(2**1.5, rel=1e-5)
+
+
+# --- fine-tuning -----------------------------------------------------------------------------
+
+AGE = Targets('age', 'regression', {})
+SEX = Targets('sex', 'classification', {}, ('F', 'M'))
+SITE = Targets('site', 'classification', {}, ('a', 'b', 'c'))
+
+
+def test_scores_of_a_regression():
+    target = np.array([1.0, 2.0, 3.0, 4.0])
+    found = scores_of(np.array([[1.0], [2.0], [3.0], [6.0]]), target, AGE)
+    assert found == pytest.approx({'mse': 1, 'mae': 0.5, 'r2': 0.2, 'r': 0.9561829}, rel=1e-5)
+    constant = scores_of(np.full((4, 1), 2.5), target, AGE)
+    assert constant['r2'] == pytest.approx(0)
+    assert np.isnan(constant['r'])
+
+
+def test_scores_of_a_classification():
+    target = np.array([0.0, 0, 0, 1, 1])
+    sure = np.array([-3.0, -1, 2, 1, 3])
+    found = scores_of(np.stack([-sure, sure], 1), target, SEX)
+    assert found == pytest.approx(
+        {'accuracy': 0.8, 'balanced_accuracy': 5 / 6, 'f1': 0.8, 'auroc': 5 / 6}
+    )
+    logits = np.stack([sure, -sure], 1)
+    assert scores_of(logits, target, SEX)['auroc'] == pytest.approx(1 / 6)
+    assert 'auroc' not in scores_of(logits[:3], target[:3], SEX)
+
+
+def test_scores_of_three_classes():
+    prediction = np.eye(3)[[0, 1, 1, 2, 2, 2]]
+    found = scores_of(prediction, np.array([0.0, 0, 1, 1, 2, 2]), SITE)
+    f1 = np.mean([2 / 3, 1 / 2, 4 / 5])
+    assert found == pytest.approx({'accuracy': 4 / 6, 'balanced_accuracy': 4 / 6, 'f1': f1})
+
+
+def test_dummies():
+    assert dummy(np.array([1.0, 2, 6]), 2, AGE).tolist() == [[3], [3]]
+    assert dummy(np.array([1.0, 1, 0]), 2, SEX).tolist() == [[0, 1], [0, 1]]
+    assert dummy(np.array([0.0, 1, 1]), 1, SITE).tolist() == [[0, 1, 0]]
+    tied = dummy(np.array([0.0, 1]), 3, SEX)
+    assert tied.tolist() == [[0.5, 0.5]] * 3
+    found = scores_of(dummy(np.array([1.0, 1, 0]), 4, SEX), np.array([0.0, 1, 1, 1]), SEX)
+    assert found['balanced_accuracy'] == found['auroc'] == 0.5
+    assert found['accuracy'] == 0.75
+
+
+def connectomes(n, seed, features=60):
+    return 0.2 * np.random.default_rng(seed).standard_normal((n, features))
+
+
+def planted(x, noise=0.3):
+    way = np.random.default_rng(9).standard_normal(x.shape[1])
+    return x @ way + noise * np.random.default_rng(8).standard_normal(len(x))
+
+
+def test_connectome_ridge_finds_a_planted_trait():
+    x = connectomes(260, 0)
+    y = 50 + 10 * planted(x)
+    found = connectome_ridge(x[:160], y[:160], x[160:], AGE)
+    assert found.shape == (100, 1)
+    assert scores_of(found, y[160:], AGE)['r2'] > 0.75
+
+
+def test_connectome_ridge_makes_nothing_of_noise():
+    """The penalty is chosen so that hardly more than the mean is left."""
+    spreads, means = [], []
+    for seed in range(8):
+        x = connectomes(140, seed, features=400)
+        y = 50 + 10 * np.random.default_rng(100 + seed).standard_normal(140)
+        found = connectome_ridge(x[:100], y[:100], x[100:], AGE)[:, 0]
+        spreads.append(found.std() / y.std())
+        means.append(found.mean() - y[:100].mean())
+    assert np.median(spreads) < 0.2
+    assert np.abs(means).max() < 3
+
+
+@pytest.mark.parametrize('targets', [SEX, SITE])
+def test_connectome_ridge_of_classes(targets):
+    x = connectomes(400, 1, features=20)
+    y = planted(x, noise=0.05)
+    y = np.digitize(y, np.quantile(y, [1 / 2] if targets is SEX else [1 / 3, 2 / 3])).astype(float)
+    found = connectome_ridge(x[:300], y[:300], x[300:], targets)
+    assert found.shape == (100, len(targets.classes))
+    scores = scores_of(found, y[300:], targets)
+    assert scores['balanced_accuracy'] > (0.85 if targets is SEX else 0.55)
+    if targets is SEX:
+        assert scores['auroc'] > 0.95
+
+
+def supervised(frozen, task='regression', family='vit'):
+    head = {'kind': 'probe' if frozen else 'mlp', 'pooling': 'mean', 'target': 'age', 'task': task}
+    head |= {'mean': 1.0, 'sd': 2.0} if task == 'regression' else {'classes': ['a', 'b', 'c']}
+    network = weights.initialise(weights.build(SMALL[family] | {'head': head}), 0)
+    return Supervised(network, frozen)
+
+
+@pytest.mark.parametrize('task', ['regression', 'classification'])
+def test_supervised_loss_is_a_sum(task):
+    objective, signal = supervised(False, task), signal_of(6)
+    target = torch.tensor([0.0, 1, 2, 0, 1, 1])
+    total, count, facts = objective(signal, target)
+    halves = [objective(signal[part], target[part]) for part in (slice(2), slice(2, 6))]
+    assert (int(count), facts) == (6, {})
+    torch.testing.assert_close(sum(half[0] for half in halves), total)
+    outputs = objective.outputs(signal)
+    if task == 'regression':
+        direct = (outputs[:, 0] - target).square().sum()
+    else:
+        direct = -outputs.log_softmax(1)[torch.arange(6), target.long()].sum()
+    torch.testing.assert_close(total, direct)
+    torch.testing.assert_close(loss_of(outputs, target, task), total / 6)
+
+
+def test_a_probe_leaves_the_network():
+    objective = supervised(True)
+    objective.train()
+    network = objective.network
+    assert network.head.training
+    assert not network.vit.training
+    total, *_ = objective(signal_of(4), torch.zeros(4))
+    total.backward()
+    learning = {n for n, p in network.named_parameters() if p.grad is not None}
+    assert learning == {n for n, p in network.named_parameters() if n.startswith('head.')}
+
+
+def test_fine_tuning_moves_trunk_and_head():
+    objective = supervised(False)
+    objective.train()
+    network, tables = objective.network, objective.network.position_tables()
+    asked = {n for n, p in network.named_parameters() if p.requires_grad}
+    assert asked == {
+        n
+        for n, _ in network.named_parameters()
+        if n.startswith(('vit.', 'head.')) and n not in tables
+    }
+    assert network.vit.training
+    total, *_ = objective(signal_of(4), torch.arange(4.0))
+    total.backward()
+    assert network.vit.embeddings.patch_embeddings.projection.weight.grad.abs().max() > 0
+
+
+def test_outputs_are_averaged_over_windows_of_a_participant():
+    objective, signal = supervised(True), signal_of(5)
+    objective.eval()
+    batches = [(signal[:3], ['b', 'a', 'b']), (signal[3:], ['a', 'c'])]
+    found = outputs_by_participant(objective, batches, lambda rows: rows[::-1])
+    with torch.no_grad():
+        outputs = objective.outputs(signal)
+    assert list(found) == ['a', 'b', 'c']
+    for person, rows in {'a': [1, 3], 'b': [0, 2], 'c': [4]}.items():
+        torch.testing.assert_close(found[person], outputs[rows].mean(0))

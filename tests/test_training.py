@@ -1,0 +1,437 @@
+"""``bids_brainfm_models pretrain`` and ``finetune`` as commands, on one process and on two."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bids_brainfm.atlases.atlas import home, load_atlas
+from bids_brainfm.bids import writing
+from bids_brainfm.cli.models import main
+from bids_brainfm.signals.simulate import neural_series
+
+PACKAGE = Path(__file__).parents[1] / 'bids_brainfm'
+STEM = 'sub-{}_task-rest_space-MNI152NLin2009cAsym_atlas-Demo424'
+TR, VOLUMES = 0.735, 490
+
+
+def write_cohort(folder: Path, people: int, seed: int = 0, tr: float = TR) -> Path:
+    """Parcel series of so many participants, as the participant level writes them."""
+    atlas = load_atlas('Demo424', home())
+    rng = np.random.default_rng(seed)
+    traits = rng.standard_normal(people)
+    for i, trait in enumerate(traits):
+        label = f'{i + 1:02d}'
+        func, stem = folder / f'sub-{label}' / 'func', STEM.format(label)
+        coupling = float(np.clip(0.3 + 0.3 * trait, -0.9, 0.9))
+        series = 10_000 + 60 * neural_series(atlas.xyz, VOLUMES, TR, coupling, rng)
+        writing.write_matrix(func / f'{stem}_stat-mean_timeseries.tsv', series, list(atlas.names))
+        coverage = {'Node': list(atlas.names), 'coverage': np.ones(atlas.n_parcels)}
+        writing.write_table(func / f'{stem}_stat-coverage_bold.tsv', coverage)
+        sidecar = {'RepetitionTime': tr, 'StartTime': 0, 'FlaggedVolumes': [], 'BrainMean': 9e3}
+        writing.write_json(func / f'{stem}_stat-mean_timeseries.json', sidecar)
+    about = {'Name': 'test', 'BIDSVersion': '1.10.0', 'DatasetType': 'derivative'}
+    writing.write_json(folder / 'dataset_description.json', about)
+    table = {
+        'participant_id': [f'sub-{i + 1:02d}' for i in range(people)],
+        'trait': traits.round(4),
+        'sex': ['F', 'M'] * (people // 2) + ['F'] * (people % 2),
+        'same': [1] * people,
+        'holed': ['n/a', *map(str, range(1, people))],
+    }
+    pd.DataFrame(table).to_csv(folder / 'participants.tsv', sep='\t', index=False)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def cohort(tmp_path_factory):
+    """Derivatives of 12 participants; tests must not change them."""
+    return write_cohort(tmp_path_factory.mktemp('cohort') / 'out', 12)
+
+
+def shrink(tmp_path: Path, name: str, *changes: tuple[str, str]) -> Path:
+    """A card of a small network, in the form of an embedded one."""
+    text = (PACKAGE / 'data' / 'models' / f'{name}.yml').read_text()
+    for pattern, new in (*changes, (r'^weights:(.|\n)*', 'weights: []\n')):
+        text, n = re.subn(pattern, new, text, flags=re.MULTILINE)
+        assert n, pattern
+    path = tmp_path / 'tiny.yml'
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture
+def mae(tmp_path):
+    return shrink(
+        tmp_path, 'brainlm-demo',
+        (r'hidden_size: \d+', 'hidden_size: 16'),
+        (r'num_hidden_layers: \d+', 'num_hidden_layers: 1'),
+        (r'num_attention_heads: \d+', 'num_attention_heads: 2'),
+        (r'intermediate_size: \d+', 'intermediate_size: 16'),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def legacy(tmp_path):
+    card = shrink(
+        tmp_path, 'brainlm-13m',
+        (r'hidden_size: \d+', 'hidden_size: 8'),
+        (r'num_hidden_layers: \d+', 'num_hidden_layers: 1'),
+        (r'num_attention_heads: \d+', 'num_attention_heads: 1'),
+        (r'intermediate_size: \d+', 'intermediate_size: 8'), ('atlas: A424', 'atlas: Demo424'),
+    )  # fmt: skip
+    return card
+
+
+@pytest.fixture
+def jepa(tmp_path):
+    table = 'brain-jepa-demo_gradients.csv'
+    (tmp_path / table).write_bytes((PACKAGE / 'data' / 'models' / table).read_bytes())
+    return shrink(
+        tmp_path, 'brain-jepa-demo',
+        (r'embed_dim: \d+', 'embed_dim: 8'), (r'depth: \d+', 'depth: 1'),
+        (r'num_heads: \d+', 'num_heads: 1'), (r'patch_size: \d+', 'patch_size: 16'),
+    )  # fmt: skip
+
+
+def start(*arguments, processes: int = 1, **how) -> subprocess.Popen:
+    """Start the command in processes of its own."""
+    launcher = [sys.executable, '-m']
+    if processes > 1:
+        launcher += ['torch.distributed.run', '--nproc-per-node', str(processes), '-m']
+    return subprocess.Popen(
+        [*launcher, 'bids_brainfm.cli.models', *map(str, arguments), '--device', 'cpu',
+         '--nthreads', '1'],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **how,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen) -> str:
+    text = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, text
+    return text
+
+
+def losses(out: Path) -> np.ndarray:
+    return pd.read_csv(out / 'train.csv')['loss'].to_numpy()
+
+
+def kill_at(process: subprocess.Popen, out: Path, steps: int, how: int = signal.SIGKILL) -> None:
+    """Send a signal once so many steps are in the log."""
+    log = out / 'train.csv'
+    deadline = time.monotonic() + 120
+    while not log.is_file() or len(log.read_text().splitlines()) <= steps:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(how)
+    process.wait()
+
+
+SPLIT = ('--validation-share', 0.2)
+SHORT = ('--batch-size', 4, '--epochs', 6, '--checkpoint-steps', 3, *SPLIT)
+
+
+@pytest.mark.parametrize('family', ['mae', 'legacy', 'jepa'])
+def test_killed_and_continued_is_as_if_never_stopped(family, request, cohort, tmp_path):
+    """Kill -9 twice: weights, log and scores equal those of an uninterrupted run, bit for bit."""
+    card = request.getfixturevalue(family)
+    arguments = ('pretrain', card, '{}', '--data', cohort, *SHORT, '--name', 'm')
+    whole, broken = tmp_path / 'whole', tmp_path / 'broken'
+    finish(start(*(str(a).format(whole) for a in arguments)))
+    for steps in (5, 11):
+        kill_at(start(*(str(a).format(broken) for a in arguments)), broken, steps)
+        assert not (broken / 'model.safetensors').exists()
+    finish(start(*(str(a).format(broken) for a in arguments)))
+    expected, found = (load_file(out / 'model.safetensors') for out in (whole, broken))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    drop = {'columns': 'windows_per_second'}
+    tables = [pd.read_csv(out / 'train.csv').drop(**drop) for out in (whole, broken)]
+    assert len(tables[0]) == 6 * 10 // 4
+    pd.testing.assert_frame_equal(*tables)
+    assert (whole / 'validation.csv').read_text() == (broken / 'validation.csv').read_text()
+    cards = [(out / 'card.yml').read_text() for out in (whole, broken)]
+    assert cards[0] == cards[1]
+    assert not list(broken.glob('.*'))
+
+
+@pytest.mark.parametrize('family', ['mae', 'jepa'])
+def test_two_processes_do_what_one_does(family, request, cohort, tmp_path):
+    """Loss curves of one process and of two with half the batch each agree over 20 steps."""
+    card = request.getfixturevalue(family)
+    arguments = ('--data', cohort, *SPLIT, '--batch-size', 4, '--epochs', 8, '--lr', 0.003)
+    one, two = tmp_path / 'one', tmp_path / 'two'
+    finish(start('pretrain', card, one, *arguments))
+    finish(start('pretrain', card, two, *arguments, processes=2))
+    assert len(losses(one)) >= 20
+    assert losses(one)[0] != losses(one)[10]
+    np.testing.assert_allclose(losses(one)[:20], losses(two)[:20], rtol=1e-4, atol=0)
+    scores = [pd.read_csv(out / 'validation.csv') for out in (one, two)]
+    pd.testing.assert_frame_equal(*scores, rtol=2e-3)
+
+
+def test_accumulated_gradients_are_those_of_the_batch(mae, cohort, tmp_path):
+    """A batch in micro batches gives the losses of the batch at once."""
+    arguments = ('--data', cohort, *SPLIT, '--batch-size', 4, '--epochs', 4, '--device', 'cpu')
+    one, parts = tmp_path / 'one', tmp_path / 'parts'
+    run('pretrain', mae, one, *arguments)
+    run('pretrain', mae, parts, *arguments, '--micro-batch-size', 1)
+    np.testing.assert_allclose(losses(one), losses(parts), rtol=1e-5)
+
+
+def test_told_to_end_it_writes_a_checkpoint(mae, cohort, tmp_path):
+    """SIGTERM, as Slurm sends before it preempts, loses no step; and the rest follows."""
+    out = tmp_path / 'out'
+    arguments = ('pretrain', mae, out, '--data', cohort, *SPLIT, '--batch-size', 4, '--epochs', 40)
+    process = start(*arguments, '--checkpoint-steps', 1000)
+    kill_at(process, out, 8, signal.SIGTERM)
+    assert process.returncode == 143
+    assert 'goes on from there' in process.communicate()[0]
+    (checkpoint,) = (out / 'checkpoints').glob('step-*')
+    assert int(checkpoint.name[-8:]) == len(losses(out)) < 80
+    finish(start(*arguments))
+    assert len(losses(out)) == 40 * 10 // 4
+
+
+def test_an_earlier_checkpoint_can_be_gone_on_from(mae, cohort, tmp_path):
+    """--resume takes any checkpoint; what followed it is done again, to the same end."""
+    out = tmp_path / 'out'
+    arguments = ('pretrain', mae, out, '--data', cohort, *SHORT, '--device', 'cpu')
+    run(*arguments)
+    before = (out / 'model.safetensors').read_bytes()
+    first, _ = sorted((out / 'checkpoints').glob('step-*'))
+    run(*arguments, '--resume', first)
+    assert (out / 'model.safetensors').read_bytes() == before
+
+
+def run(*arguments) -> None:
+    assert main([str(argument) for argument in arguments]) == 0
+
+
+def test_what_pretraining_writes(mae, cohort, tmp_path, capsys):
+    """Checkpoint, card, split and logs; the card is a model, whose loss is the one it says."""
+    from bids_brainfm.models.spec import resolve_model
+
+    out = tmp_path / 'my net'
+    run('pretrain', mae, out, '--data', cohort, *SHORT, '--mask-ratio', 0.5, '--device', 'cpu')
+    assert f'The trained model is {out / "card.yml"}' in capsys.readouterr().out
+    spec = resolve_model(str(out / 'card.yml'), tmp_path)
+    assert spec.trained
+    assert (spec.card.name, spec.label) == ('my-net', 'mynet')
+    assert (
+        spec.card.training['held_out']['loss'] < spec.card.training['held_out_untrained']['loss']
+    )
+    assert spec.card.config['mask_ratio'] == 0.5
+    people = pd.read_csv(out / 'participants.tsv', sep='\t')
+    assert dict(people['part'].value_counts()) == {'train': 10, 'validation': 2}
+    assert list((out / 'tensorboard' / 'train').glob('events*'))
+    log = pd.read_csv(out / 'train.csv')
+    assert {'loss', 'lr', 'gradient_norm', 'epoch'} < set(log)
+    assert log['lr'].iloc[-1] == 0
+
+
+def test_a_model_of_ones_own_goes_through_the_app(mae, cohort, simulated, app, tmp_path):
+    """--model OUT/card.yml: what was trained encodes."""
+    out = tmp_path / 'net'
+    run('pretrain', mae, out, '--data', cohort, *SHORT, '--device', 'cpu')
+    assert app(simulated, 'derivatives', '--model', out / 'card.yml') == 0
+    sidecar = json.loads(next(Path('derivatives').rglob('*desc-net_embedding.json')).read_text())
+    assert sidecar['Model']['Trained'] is True
+    assert sidecar['Model']['Training']['held_out']['loss'] > 0
+
+
+@pytest.mark.parametrize(('mode', 'target'), [('full', 'trait'), ('probe', 'sex')])
+def test_finetuning_from_cohort_to_predictions(
+    mode, target, mae, cohort, simulated, app, tmp_path
+):
+    """A head is fitted, tested on people it never saw, and predicts in the participant level."""
+    out = tmp_path / 'tuned'
+    run('finetune', mae, out, '--data', cohort, '--target', target, '--mode', mode,
+        '--epochs', 3, '--batch-size', 4, '--device', 'cpu')  # fmt: skip
+    table = pd.read_csv(out / 'predictions.tsv', sep='\t')
+    parts = pd.read_csv(out / 'participants.tsv', sep='\t').set_index('participant_id')['part']
+    assert len(table) == 12
+    assert (table.set_index('participant_id')['part'] == parts.loc[table['participant_id']]).all()
+    real = pd.read_csv(cohort / 'participants.tsv', sep='\t').set_index('participant_id')[target]
+    assert (table['real'] == real.loc[table['participant_id']].to_numpy()).all()
+    scores = json.loads((out / 'scores.json').read_text())
+    assert set(scores['test_baselines']) == {'constant', 'connectome ridge'}
+    test = table[table['part'] == 'test']
+    if target == 'trait':
+        error = ((test['predicted_trait'] - test['real']) ** 2).mean()
+        assert scores['test']['mse'] == pytest.approx(error, rel=1e-4)
+    else:
+        chosen = np.where(test['predicted_sex_F'] > test['predicted_sex_M'], 'F', 'M')
+        assert scores['test']['accuracy'] == pytest.approx((chosen == test['real']).mean())
+    assert app(simulated, 'derivatives', '--model', out / 'card.yml') == 0
+    (first, *_) = sorted(Path('derivatives').rglob('*desc-tuned_prediction.tsv'))
+    predicted = pd.read_csv(first, sep='\t')
+    assert {'trait', 'sex_F'} & set(predicted)
+
+
+def test_a_probe_leaves_the_network_as_it_is(mae, cohort, tmp_path):
+    """Only the head changes; in a full fine-tuning the network does, but not its decoder."""
+    of = {}
+    for mode in ('probe', 'full'):
+        run('finetune', mae, tmp_path / mode, '--data', cohort, '--target', 'trait',
+            '--mode', mode, '--epochs', 1, '--batch-size', 4, '--device', 'cpu', '--seed', 5)  # fmt: skip
+        of[mode] = load_file(tmp_path / mode / 'model.safetensors')
+    changed = {
+        n
+        for n in of['probe']
+        if n in of['full'] and not torch.equal(of['probe'][n], of['full'][n])
+    }
+    shared = {name for name in changed if not name.startswith('head.')}
+    assert shared
+    assert all(name.startswith('vit.') for name in shared)
+    assert 'vit.embeddings.position_embeddings' not in shared
+
+
+def test_finetuning_continues_with_its_best(mae, cohort, tmp_path):
+    """Killed and continued, early stopping picks the same epoch and the same weights."""
+    arguments = ('finetune', mae, '{}', '--data', cohort, '--target', 'trait', '--lr', 0.01,
+                 '--epochs', 12, '--batch-size', 4, '--patience', 3, '--checkpoint-steps', 2,
+                 '--name', 'm')  # fmt: skip
+    whole, broken = tmp_path / 'whole', tmp_path / 'broken'
+    finish(start(*(str(a).format(whole) for a in arguments)))
+    kill_at(start(*(str(a).format(broken) for a in arguments)), broken, 5)
+    finish(start(*(str(a).format(broken) for a in arguments)))
+    for name in ('model.safetensors', 'predictions.tsv', 'validation.csv', 'card.yml'):
+        assert (whole / name).read_bytes() == (broken / name).read_bytes()
+    evaluated = pd.read_csv(whole / 'validation.csv')
+    best = evaluated['loss'][1:].min()
+    scores = json.loads((whole / 'scores.json').read_text())
+    assert scores['validation']['loss'] == pytest.approx(best, rel=1e-4)
+
+
+def refused(capsys, *arguments) -> str:
+    assert main([str(argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count('\n') == 1
+    assert error.startswith('bids_brainfm_models: ')
+    return error
+
+
+@pytest.mark.parametrize(
+    ('options', 'said'),
+    [
+        (('--target', 'missing'), 'no participants.tsv has a column missing'),
+        (('--target', 'same'), 'all participants have the same value'),
+        (('--target', 'holed'), '1 of 12 participants have no value (sub-01)'),
+        (('--target', 'sex', '--problem', 'regression'), 'cannot be regressed'),
+        (('--target', 'trait', '--test-share', '0.05'), 'too few to split'),
+        (('--target', 'trait', '--recipe', 'none'), 'There is no recipe none'),
+        (('--target', 'trait', '--batch-size', '6', '--micro-batch-size', '4'), 'does not divide'),
+    ],
+)
+def test_bad_fine_tuning_is_refused(options, said, mae, cohort, tmp_path, capsys):
+    """One sentence, and nothing written."""
+    out = tmp_path / 'out'
+    assert said in refused(capsys, 'finetune', mae, out, '--data', cohort, *options)
+    assert not out.exists()
+
+
+def test_bad_cohorts_are_refused(mae, jepa, cohort, tmp_path, capsys):
+    """Too few people, mixed repetition times, another atlas, no outputs of ours."""
+    out = tmp_path / 'out'
+    few = write_cohort(tmp_path / 'few', 2)
+    assert 'too few to split' in refused(capsys, 'pretrain', mae, out, '--data', few)
+    slow = write_cohort(tmp_path / 'slow', 2, tr=2.0)
+    assert 'different repetition times, from 0.735 s' in refused(
+        capsys, 'pretrain', mae, out, '--data', cohort, slow
+    )
+    for path in (slow / 'sub-01' / 'func').iterdir():
+        path.rename(path.with_name(path.name.replace('Demo424', 'A424')))
+    assert 'atlases cannot be mixed' in refused(capsys, 'pretrain', mae, out, '--data', slow)
+    assert 'holds no parcel series' in refused(
+        capsys, 'pretrain', mae, out, '--data', tmp_path / 'x'
+    )
+    assert not out.exists()
+
+
+def test_short_runs_are_left_out_and_named(mae, cohort, tmp_path, capsys):
+    """A run shorter than a window is no reason to stop; all of them are."""
+    mixed = write_cohort(tmp_path / 'mixed', 6)
+    path = mixed / 'sub-02' / 'func' / f'{STEM.format("02")}_stat-mean_timeseries.tsv'
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(''.join(lines[:100]))
+    out = tmp_path / 'out'
+    options = ('--epochs', 1, '--batch-size', 2, '--validation-share', 0.4, '--device', 'cpu')
+    run('pretrain', mae, out, '--data', mixed, *options)
+    assert '1 of 6 runs are left out' in capsys.readouterr().out
+    left = pd.read_csv(out / 'left_out.tsv', sep='\t')
+    assert '99 samples of 0.735 s, and a window takes 200' in left['reason'][0]
+    for other in mixed.rglob('*timeseries.tsv'):
+        other.write_text(''.join(other.read_text().splitlines(keepends=True)[:100]))
+    nowhere = tmp_path / 'nowhere'
+    said = refused(capsys, 'pretrain', mae, nowhere, '--data', mixed, *options)
+    assert 'part can be trained on' in said
+    assert not nowhere.exists()
+
+
+def test_another_training_is_not_mixed_in(mae, cohort, tmp_path, capsys):
+    """A folder that holds a training takes that training only."""
+    out = tmp_path / 'out'
+    run('pretrain', mae, out, '--data', cohort, *SHORT, '--device', 'cpu')
+    before = (out / 'model.safetensors').read_bytes()
+    said = refused(capsys, 'pretrain', mae, out, '--data', cohort, *SHORT, '--seed', 1)
+    assert 'holds a training with seed 0, now it is 1' in said
+    assert (out / 'model.safetensors').read_bytes() == before
+    other = tmp_path / 'other'
+    other.mkdir()
+    (other / 'thesis.txt').write_text('mine')
+    assert 'holds no training' in refused(capsys, 'pretrain', mae, other, '--data', cohort)
+
+
+def test_collapse_is_seen(jepa, cohort, tmp_path, capsys, monkeypatch):
+    """Latents that become the same for all windows stop the training, in one sentence."""
+    from bids_brainfm.training.pretraining import LatentPrediction
+
+    def collapse(self, momentum):
+        with torch.no_grad():
+            for parameter in self.network.target_encoder.patch_embed.parameters():
+                parameter.zero_()
+
+    monkeypatch.setattr(LatentPrediction, 'after_step', collapse)
+    said = refused(
+        capsys, 'pretrain', jepa, tmp_path / 'out', '--data', cohort, *SPLIT, '--batch-size', 2,
+        '--epochs', 4, '--device', 'cpu',
+    )  # fmt: skip
+    assert 'The latents have collapsed at step 11' in said
+
+
+def test_a_loss_that_is_no_number_is_said(mae, cohort, tmp_path, capsys):
+    """Wrong values or too high a learning rate do not pass for a trained network."""
+    out = tmp_path / 'out'
+    said = refused(
+        capsys, 'pretrain', mae, out, '--data', cohort, *SPLIT, '--batch-size', 2, '--epochs', 20,
+        '--lr', 1e30, '--device', 'cpu',
+    )  # fmt: skip
+    assert 'lower --lr' in said
+    assert not (out / 'model.safetensors').exists()
+
+
+def test_rank_is_told_by_slurm():
+    """srun alone starts the processes; torchrun needs nothing of it."""
+    from bids_brainfm.cli.training import join_slurm
+
+    step = {
+        'SLURM_STEP_NUM_TASKS': '8', 'SLURM_PROCID': '5', 'SLURM_LOCALID': '1', 'SLURM_JOB_ID': '7',
+        'SLURM_STEP_TASKS_PER_NODE': '4(x2)', 'SLURM_STEP_NODELIST': 'gpu[1-2]',
+    }  # fmt: skip
+    assert join_slurm(step) == {
+        'RANK': '5', 'WORLD_SIZE': '8', 'LOCAL_RANK': '1', 'LOCAL_WORLD_SIZE': '4',
+        'MASTER_ADDR': 'gpu1', 'MASTER_PORT': '20007',
+    }  # fmt: skip
+    assert join_slurm(step | {'RANK': '0'}) == {}
+    assert join_slurm(dict(os.environ)) == {}

@@ -1,0 +1,327 @@
+"""Masks of Brain-JEPA's pretraining: the official ones as measured, and the ones that are meant.
+
+Numbers are those of section 4 of the specification, measured with the released code.
+"""
+
+from functools import cache
+
+import pytest
+import torch
+
+from bids_brainfm.errors import BrainfmError
+from bids_brainfm.training.masking import REGIONS, draw_blocks
+
+PARCELS, PATCHES = 450, 10
+BATCHES = {1: 1200, 16: 150}
+CROSS_ROI, CROSS_TIME, DOUBLE_CROSS = range(3)
+SIZES = [(p, t) for p in (4, 5, 6, 7, 9, 12) for t in (3, 4, 5, 6, 9, 10, 11)]
+SIZES += [(4, 40), (100, 3), (424, 10), (450, 10), (400, 18), (30, 20)]
+
+
+def draw(windows, recipe, seed=0, parcels=PARCELS, patches=PATCHES):
+    return draw_blocks(windows, parcels, patches, recipe, torch.Generator().manual_seed(seed))
+
+
+@cache
+def drawn(recipe, windows):
+    """Many batches of full size."""
+    generator = torch.Generator().manual_seed(windows)
+    return [
+        draw_blocks(windows, PARCELS, PATCHES, recipe, generator) for _ in range(BATCHES[windows])
+    ]
+
+
+@cache
+def frequency(recipe, windows, kind='context'):
+    """How often each token is in the context, or a target: (parcels, patches)."""
+    tokens = torch.cat([getattr(blocks, kind).flatten() for blocks in drawn(recipe, windows)])
+    count = torch.bincount(tokens, minlength=PARCELS * PATCHES).view(PARCELS, PATCHES)
+    return count / (windows * BATCHES[windows])
+
+
+def first_to_last(share):
+    """How often the first 50 parcels are taken for one time that the last 50 are."""
+    return float(share[:50].mean() / share[-50:].mean())
+
+
+def is_block(tokens, patches=PATCHES):
+    """Whether tokens are some parcels at some times, each with each."""
+    return len(tokens) == len((tokens // patches).unique()) * len((tokens % patches).unique())
+
+
+def pieces(blocks):
+    """Context and the three groups of targets of an official batch of one window."""
+    context, target, region = blocks.context[0], blocks.target[0], blocks.region[0]
+    beside = target[region != CROSS_ROI]
+    late = beside % PATCHES >= 7
+    return context, target[region == CROSS_ROI], beside[late], beside[~late]
+
+
+# --- official: what the released code does ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('windows', 'kind', 'least', 'median', 'most', 'share'),
+    [
+        (16, 'context', 600, 808, 1236, 0.184),
+        (16, 'target', 404, 849, 1505, 0.192),
+        (1, 'context', 620, 1218, 2133, 0.275),
+        (1, 'target', 408, 1130, 2073, 0.251),
+    ],
+)
+def test_official_numbers_of_tokens(windows, kind, least, median, most, share):
+    found = torch.tensor([getattr(b, kind).shape[1] for b in drawn('official', windows)]).float()
+    assert float(found.mean()) / (PARCELS * PATCHES) == pytest.approx(share, abs=0.012)
+    assert float(found.median()) == pytest.approx(median, rel=0.12)
+    assert float(found.min()) == pytest.approx(least, rel=0.15)
+    assert float(found.max()) == pytest.approx(most, rel=0.15)
+
+
+@pytest.mark.parametrize('windows', [16, 1])
+def test_official_context_by_patch(windows):
+    share = frequency('official', windows).sum(0)
+    measured = torch.tensor([58, 73, 71, 166, 166, 166, 166, 74, 61, 0]) / 1000
+    torch.testing.assert_close(share / share.sum(), measured, atol=0.011, rtol=0)
+    assert share[9] == 0
+    assert (share[:9] > 0).all()
+
+
+def test_official_context_by_parcel():
+    """In a batch the first tokens are kept, so that late parcels are rarely seen."""
+    assert first_to_last(frequency('official', 16)) == pytest.approx(11.1, rel=0.2)
+    assert first_to_last(frequency('official', 1)) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize(('windows', 'share'), [(16, 0.003), (1, 0.027)])
+def test_official_targets_that_are_there_twice(windows, share):
+    rows = [row for blocks in drawn('official', windows) for row in blocks.target]
+    twice = sum(len(row) - len(row.unique()) for row in rows) / sum(map(len, rows))
+    assert twice == pytest.approx(share, rel=0.25)
+
+
+@pytest.mark.parametrize('recipe', ['official', 'fixed'])
+@pytest.mark.parametrize('windows', [1, 16])
+def test_context_and_targets_are_apart(recipe, windows):
+    for blocks in drawn(recipe, windows):
+        assert blocks.context.dtype == blocks.target.dtype == blocks.region.dtype == torch.int64
+        assert blocks.target.shape == blocks.region.shape
+        assert len(blocks.context) == len(blocks.target) == windows
+        for context, target in zip(blocks.context, blocks.target, strict=True):
+            assert not torch.isin(target, context).any()
+            assert (context.diff() > 0).all()
+        everything = torch.cat([blocks.context.flatten(), blocks.target.flatten()])
+        assert everything.min() >= 0
+        assert everything.max() < PARCELS * PATCHES
+        assert set(blocks.region.unique().tolist()) <= set(range(len(REGIONS)))
+
+
+def test_official_sizes_and_starts():
+    """All that are possible occur, and no others: the last placement is never taken."""
+    places, parcels, left, right, observed = set(), set(), [], [], []
+    first, last = [], []
+    for blocks in drawn('official', 1):
+        context, other, late, early = pieces(blocks)
+        assert is_block(context)
+        assert is_block(other)
+        patches = (other % PATCHES).unique()
+        assert (patches.diff() == 1).all()
+        places.add((len(patches), int(patches[0])))
+        n = len(other) // len(patches)
+        parcels.add(n)
+        observed.append(len((context // PATCHES).unique()) / (PARCELS - n))
+        seen = (context % PATCHES).unique()
+        for tokens, counts, kept in ((late, right, last), (early, left, first)):
+            assert is_block(tokens)
+            counts.append(len((tokens % PATCHES).unique()))
+            if len(tokens) == 0:
+                kept.append(int(seen[0 if kept is first else -1]))
+            else:
+                assert 65 <= len((tokens // PATCHES).unique()) <= 135
+            assert not torch.isin(tokens % PATCHES, seen).any()
+        assert (late % PATCHES >= 7).all()
+        assert (early % PATCHES <= 2).all()
+    assert places == {(long, start) for long in (2, 3, 4, 5) for start in range(9 - long)}
+    assert min(parcels) in range(202, 206)
+    assert max(parcels) in range(266, 270)
+    for counts in (left, right):  # 0 to 3 patches, each as often
+        shares = torch.bincount(torch.tensor(counts), minlength=4) / len(counts)
+        torch.testing.assert_close(shares, torch.full((4,), 0.25), atol=0.04, rtol=0)
+    # eight patches from the first or second on (3 of 8), or nine from the first on
+    assert set(first) == {0, 1}
+    assert set(last) == {7, 8}
+    assert sum(first) / len(first) == pytest.approx(0.1875, abs=0.06)
+    assert last.count(7) / len(last) == pytest.approx(0.1875, abs=0.06)
+    # 378 to 449 parcels are observed, and those to be predicted are taken from them
+    assert torch.tensor(observed).mean() == pytest.approx(0.919, abs=0.005)
+    assert min(observed) > 0.75
+    assert max(observed) <= 1
+
+
+def test_official_regions_are_what_they_are_in_effect():
+    names = []
+    for blocks in drawn('official', 1):
+        context, target, region = blocks.context[0], blocks.target[0], blocks.region[0]
+        n = int((region == CROSS_ROI).sum())
+        assert (region[:n] == CROSS_ROI).all()  # first of all
+        assert (target[:n].diff() > 0).all()
+        assert not torch.isin(target[:n] // PATCHES, context // PATCHES).any()
+        seen = torch.isin(target[n:] // PATCHES, context // PATCHES)
+        assert torch.equal(region[n:], torch.where(seen, CROSS_TIME, DOUBLE_CROSS))
+        names += region[n:].tolist()
+        late = target[n:] % PATCHES >= 7
+        assert not late.diff().any() or (late.long().diff() <= 0).all()  # right before left
+    share = names.count(CROSS_TIME) / len(names)
+    assert share == pytest.approx(0.919 * (1 - 0.525), abs=0.02)  # no more than their part
+
+
+def test_official_batches_keep_the_first_tokens():
+    """The first window of a batch is drawn as if it were alone, and then cut."""
+    for seed in range(20):
+        alone, batch = draw(1, 'official', seed), draw(16, 'official', seed)
+        for name in ('context', 'target', 'region'):
+            whole, cut = getattr(alone, name)[0], getattr(batch, name)[0]
+            assert torch.equal(cut, whole[: len(cut)])
+        n = (batch.region == CROSS_ROI).sum(1)
+        assert (n == n[0]).all()  # sizes are common, and these targets come first
+        assert n[0] == (alone.region == CROSS_ROI).sum()
+
+
+def test_official_targets_lose_the_left_side_first():
+    early, late = 0, 0
+    for blocks in drawn('official', 16):
+        beside = blocks.target[blocks.region != CROSS_ROI] % PATCHES
+        early, late = early + int((beside <= 2).sum()), late + int((beside >= 7).sum())
+    assert 0 < early < 0.6 * late
+
+
+# --- fixed: what the paper means -------------------------------------------------------------
+
+
+@pytest.mark.parametrize('windows', [16, 1])
+@pytest.mark.parametrize('kind', ['context', 'target'])
+def test_fixed_reaches_all_parcels_alike(windows, kind):
+    share = frequency('fixed', windows, kind)
+    assert first_to_last(share) == pytest.approx(1, abs=0.05)
+    of_parcel = share.mean(1) / share.mean()
+    assert of_parcel.min() > 0.75
+    assert of_parcel.max() < 1.25
+
+
+@pytest.mark.parametrize('windows', [16, 1])
+def test_fixed_reaches_all_patches(windows):
+    """From both ends alike: a window has no end that is never seen."""
+    for kind in ('context', 'target'):
+        share = frequency('fixed', windows, kind).mean(0)
+        assert (share > 0.05).all()
+        torch.testing.assert_close(share, share.flip(0), atol=0.05, rtol=0)
+
+
+def test_fixed_takes_all_placements():
+    """Of what is predicted at the times of the context, also the last."""
+    starts, longest, last = set(), 0, False
+    for blocks in drawn('fixed', 1):
+        context, target, region = blocks.context[0], blocks.target[0], blocks.region[0]
+        assert is_block(context)
+        patches = (target[region == CROSS_ROI] % PATCHES).unique()
+        if len(patches):
+            starts.add(int(patches[0]))
+            last |= 9 in patches
+        longest = max(longest, len((context % PATCHES).unique()))
+    assert starts >= set(range(PATCHES - 1))
+    assert last
+    assert longest == PATCHES
+
+
+def test_fixed_numbers_of_tokens():
+    """About as many as of the official masks of one window, and hardly fewer in a batch."""
+    for windows in (1, 16):
+        for kind, share in (('context', 0.28), ('target', 0.26)):
+            assert float(frequency('fixed', windows, kind).mean()) == pytest.approx(
+                share, abs=0.03
+            )
+
+
+@pytest.mark.parametrize('windows', [16, 1])
+def test_fixed_regions_follow_from_geometry(windows):
+    shares, unseen = torch.zeros(len(REGIONS)), 0
+    for blocks in drawn('fixed', windows):
+        for context, target, region in zip(
+            blocks.context, blocks.target, blocks.region, strict=True
+        ):
+            parcel = torch.isin(target // PATCHES, context // PATCHES)
+            patch = torch.isin(target % PATCHES, context % PATCHES)
+            assert not (parcel & patch).any()
+            assert torch.equal(region == CROSS_ROI, patch)
+            assert (region[parcel] == CROSS_TIME).all()
+            # where a batch is brought to one length, a parcel may lose all its tokens
+            unseen += int(((region == CROSS_TIME) & ~parcel).sum())
+            shares += torch.bincount(region, minlength=3) / len(region)
+    shares /= windows * BATCHES[windows]
+    assert (shares > 0.08).all()
+    assert unseen <= (0 if windows == 1 else 100)
+    assert shares[CROSS_ROI] > 0.4
+
+
+def test_fixed_batches_are_cut_at_random():
+    for seed in range(10):
+        alone, batch = draw(1, 'fixed', seed), draw(16, 'fixed', seed)
+        for name in ('context', 'target'):
+            whole, cut = getattr(alone, name)[0], getattr(batch, name)[0]
+            assert torch.isin(cut, whole).all()
+            if len(cut) < 0.9 * len(whole):
+                assert not torch.equal(cut, whole[: len(cut)])
+                assert cut.double().mean() == pytest.approx(float(whole.double().mean()), rel=0.15)
+
+
+@pytest.mark.parametrize(('parcels', 'patches'), SIZES)
+def test_fixed_masks_of_any_size(parcels, patches):
+    side = max(1, 3 * patches // 10)
+    for seed in range(12):
+        windows = (1, 1, 3)[seed % 3]
+        blocks = draw(windows, 'fixed', seed, parcels, patches)
+        assert blocks.context.shape[1] > 0
+        assert blocks.target.shape[1] > 0
+        assert (blocks.context.diff() > 0).all()
+        assert (blocks.target.diff() > 0).all()
+        for context, target, region in zip(
+            blocks.context, blocks.target, blocks.region, strict=True
+        ):
+            everything = torch.cat([context, target])
+            assert len(everything.unique()) == len(everything)
+            assert everything.min() >= 0
+            assert everything.max() < parcels * patches
+            late = target[region == CROSS_TIME] % patches
+            assert ((late < side) | (late >= patches - side)).all()
+            if windows == 1:
+                assert is_block(context, patches)
+                rows = torch.isin(target // patches, context // patches)
+                times = torch.isin(target % patches, context % patches)
+                assert torch.equal(region == CROSS_TIME, rows)
+                assert torch.equal(region == CROSS_ROI, times)
+
+
+# --- both ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('recipe', ['official', 'fixed'])
+def test_masks_follow_from_the_seed(recipe):
+    torch.manual_seed(1)
+    one = draw(4, recipe, 7)
+    torch.manual_seed(2)
+    same, other = draw(4, recipe, 7), draw(4, recipe, 8)
+    for name in ('context', 'target', 'region'):
+        assert torch.equal(getattr(one, name), getattr(same, name))
+        assert not torch.equal(getattr(one, name), getattr(other, name))
+    assert not torch.equal(one.context[0], one.context[1])  # windows have masks of their own
+    assert not torch.equal(one.target[0], one.target[1])
+
+
+def test_what_cannot_be_masked_is_refused():
+    with pytest.raises(BrainfmError, match="'paper' are not known; choose fixed, official"):
+        draw(1, 'paper')
+    for patches in (9, 11, 18):
+        with pytest.raises(BrainfmError, match=f'this model has {patches}: take the recipe fixed'):
+            draw(1, 'official', patches=patches)
+    for parcels, patches in ((3, 10), (450, 2)):
+        with pytest.raises(BrainfmError, match=f'{parcels} parcels × {patches} .* too small'):
+            draw(1, 'fixed', parcels=parcels, patches=patches)
