@@ -554,6 +554,11 @@ def encoder_of(block='cross-time', precision='float32', order=None):
     return Encoder(network_of(), order, None, 'cpu', precision, 'a JEPA', block)
 
 
+def given(encoding):
+    """What an encoding holds, by name."""
+    return {name: values for name, values in vars(encoding).items() if values is not None}
+
+
 def test_encoding():
     network = network_of()
     encoding = encoder_of().encode(windows_of(3), tokens=True)
@@ -572,14 +577,14 @@ def test_encoding():
     ):
         assert np.allclose(found, error.view(3, PARCELS, PATCHES), atol=1e-5, equal_nan=True)
         assert (np.isfinite(found) == (np.arange(PATCHES) >= PATCHES - 1)).all()
-    for values in vars(encoding).values():
+    assert encoding.prediction is None
+    for values in given(encoding).values():
         assert values.dtype == np.float32
 
 
 def test_encoding_holds_what_was_asked_for():
     plain = encoder_of(block=None).encode(windows_of(1))
-    given = {name for name, values in vars(plain).items() if values is not None}
-    assert given == {'summary', 'parcels'}
+    assert set(given(plain)) == {'summary', 'parcels'}
     with pytest.raises(BrainfmError, match=r'BrainLM predicts no latents, .* cross-roi'):
         Encoder(weights.initialise(weights.build(BRAINLM), 0), name='BrainLM', block='cross-roi')
     with pytest.raises(BrainfmError, match="'all' is not known"):
@@ -591,7 +596,7 @@ def test_same_to_the_last_bit():
     together = encoder_of('cross-roi').encode(windows, tokens=True)
     again = encoder_of('cross-roi').encode(windows, tokens=True)
     alone = encoder_of('cross-roi').encode(windows[1:2], tokens=True)
-    for name, values in vars(together).items():
+    for name, values in given(together).items():
         assert np.array_equal(values, getattr(again, name), equal_nan=True)
         assert np.array_equal(values[1:2], getattr(alone, name), equal_nan=True)
 
@@ -624,7 +629,7 @@ def test_bfloat16_is_near():
     coarse = encoder_of(precision='bfloat16').encode(windows, tokens=True)
     bounds = {'summary': 0.01, 'parcels': 0.01, 'tokens': 0.02, 'attention_profile': 0.01}
     bounds |= {'latent_error': 0.01, 'latent_baseline': 0.02}
-    assert bounds.keys() == vars(exact).keys()
+    assert bounds.keys() == given(exact).keys()
     for name, bound in bounds.items():
         a, b = (np.nan_to_num(getattr(one, name)) for one in (exact, coarse))
         assert b.dtype == np.float32

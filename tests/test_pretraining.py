@@ -10,7 +10,7 @@ from bids_brainfm.analyses.reconstruct import interpolate, seen_mean
 from bids_brainfm.analyses.scores import score
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models import weights
-from bids_brainfm.models.masking import keep_lowest, masked_tokens
+from bids_brainfm.models.masking import masked_tokens
 from bids_brainfm.training.cohort import Targets
 from bids_brainfm.training.finetuning import (
     Supervised,
@@ -39,11 +39,12 @@ LAYERS = {
     'decoder_intermediate_size': 16,
     'layer_norm_eps': 1e-12,
     'hidden_size': 8,
+    'patch_size': PATCH,
+    'num_channels': 3,
     'decoder_hidden_size': 8,
 }
 SMALL = {
-    'vit': LAYERS
-    | {'model_type': 'vit_mae', 'image_size': 32, 'patch_size': PATCH, 'num_channels': 3},
+    'vit': LAYERS | {'model_type': 'vit_mae', 'image_size': 32},
     'legacy': LAYERS
     | {'model_type': 'brainlm_mae', 'timepoint_patching_size': PATCH, 'conv_kernel_size': 3},
     'jepa': {
@@ -128,7 +129,7 @@ def test_a_batch_may_be_taken_in_parts(family, loss, normalise):
     [
         ('legacy', 0.2, 3392, 4240),
         ('legacy', 0.75, 1060, 4240),
-        ('legacy', 0.9, 424, 4240),
+        ('legacy', 0.9, 423, 4240),  # 1 - 0.9 is a little less than 0.1, officially too
         ('vit16', 0.75, 182, 729),
         ('vit14', 0.75, 240, 961),
         ('vit16', 0.2, 583, 729),
@@ -139,7 +140,6 @@ def test_share_that_is_masked(name, ratio, kept, tokens):
     network = weights.build(WHOLE[name])
     assert network.tokens == tokens
     keep = MaskedAutoencoding(network, ratio).draw([3, 4, 5])['keep']
-    assert abs(kept - tokens * (1 - ratio)) < 1.01  # what a float of the ratio makes of it
     assert keep.shape == (3, kept)
     assert all(len(row.unique()) == kept for row in keep)
     assert keep.min() >= 0
@@ -193,14 +193,10 @@ def test_all_that_reconstructs_learns(family):
     objective = autoencoding(family)
     total, *_ = objective(signal_of(2), objective.draw([0, 1])['keep'])
     total.backward()
-    # vanish by construction: a shift of all keys, and what the 13M files hold without use
-    idle = ('key.bias', 'decoder_pred.weight', 'decoder_pred.bias')
     tables = objective.network.position_tables()
     for name, parameter in objective.trained.named_parameters():
-        if name in tables or (family == 'legacy' and name.startswith('decoder.decoder_pred.')):
-            continue
-        if not name.endswith(idle[:1]):
-            assert parameter.grad is not None, name
+        unused = family == 'legacy' and name.startswith('decoder.decoder_pred.')
+        if name not in tables and not unused and not name.endswith('key.bias'):
             assert parameter.grad.abs().max() > 0, name
 
 
@@ -445,25 +441,27 @@ def test_masks_of_latent_prediction():
 
 
 def test_latent_scores():
+    """Each window under one of eight masks, which its number picks."""
     objective = latent()
     network, signal = objective.network, 3 * signal_of(5)
-    batches = [(signal[:2], [7, 8]), (signal[2:], [9, 10, 11])]
-    found = objective.evaluate(batches, alone)
+    numbers = [7, 8, 1, 25, 3]
+    found = objective.evaluate([(signal[:2], numbers[:2]), (signal[2:], numbers[2:])], alone)
     losses, guesses = [], []
+    masks = objective.draw(range(8))
     with torch.no_grad():
         hidden = network.encode(signal)[0]
         normal = F.layer_norm(hidden, (24,))
         still = network.encode(signal.mean(2, keepdim=True).expand_as(signal))[0]
-        for part, (some, seeds) in zip((slice(2), slice(2, 5)), batches, strict=True):
-            given = objective.draw(seeds)
-            total, _, _ = objective(some, **given)
-            losses.append(total / given['target'].shape[1])
-            for rows, c, t in zip(normal[part], given['context'], given['target'], strict=True):
-                guess = rows[c].mean(0).expand(len(t), -1)
-                guesses.append(F.smooth_l1_loss(guess, rows[t]))
+        for i, number in enumerate(numbers):
+            given = {k: v[[number % 8]] for k, v in masks.items()}
+            total, count, _ = objective(signal[[i]], **given)
+            losses.append(float(total / count))
+            context, target = given['context'][0], given['target'][0]
+            guess = normal[i, context].mean(0).expand(len(target), -1)
+            guesses.append(float(F.smooth_l1_loss(guess, normal[i, target])))
     assert list(found) == ['loss', 'baseline', 'target_sd', 'rank', 'static']
-    assert found['loss'] == pytest.approx(float(sum(losses)) / 5, rel=1e-4)
-    assert found['baseline'] == pytest.approx(float(sum(guesses)) / 5, rel=1e-4)
+    assert found['loss'] == pytest.approx(np.mean(losses), rel=1e-4)
+    assert found['baseline'] == pytest.approx(np.mean(guesses), rel=1e-4)
     spread = normal.double().std(0, correction=0).mean()
     assert found['target_sd'] == pytest.approx(float(spread), rel=1e-4)
     static = F.smooth_l1_loss(F.layer_norm(still, (24,)), normal)
@@ -471,6 +469,13 @@ def test_latent_scores():
     covariance = torch.cov(hidden.mean(1).double().T, correction=0)
     assert found['rank'] == pytest.approx(effective_rank(covariance), rel=1e-3)
     assert 1 < found['rank'] <= 4.01  # five windows
+
+
+def test_latent_scores_do_not_depend_on_batches():
+    objective, signal = latent(), signal_of(5)
+    expected = objective.evaluate([(signal, range(5))], alone)
+    parts = [(signal[[4, 0]], [4, 0]), (signal[[1]], [1]), (signal[2:4], [2, 3])]
+    assert objective.evaluate(parts, alone) == pytest.approx(expected, rel=1e-4)
 
 
 def test_latent_scores_of_two_processes():
@@ -522,6 +527,7 @@ def test_scores_of_a_regression():
     assert np.isnan(constant['r'])
 
 
+@pytest.mark.filterwarnings('ignore:A single label')
 def test_scores_of_a_classification():
     target = np.array([0.0, 0, 0, 1, 1])
     sure = np.array([-3.0, -1, 2, 1, 3])
@@ -529,9 +535,9 @@ def test_scores_of_a_classification():
     assert found == pytest.approx(
         {'accuracy': 0.8, 'balanced_accuracy': 5 / 6, 'f1': 0.8, 'auroc': 5 / 6}
     )
-    logits = np.stack([sure, -sure], 1)
-    assert scores_of(logits, target, SEX)['auroc'] == pytest.approx(1 / 6)
-    assert 'auroc' not in scores_of(logits[:3], target[:3], SEX)
+    logits = np.stack([-sure, sure], 1)
+    assert scores_of(-logits, target, SEX)['auroc'] == pytest.approx(1 / 6)
+    assert 'auroc' not in scores_of(logits[:2], target[:2], SEX)
 
 
 def test_scores_of_three_classes():

@@ -84,11 +84,14 @@ def test_repetition_times_are_mixed_only_when_asked_to(tmp_path):
     write_run(one, 'sub-01_task-rest', tr=0.72)
     write_run(one, 'sub-02_task-rest', tr=2.0)
     write_run(two, 'sub-03_task-rest', tr=0.735)
+    write_run(tmp_path / 'near', 'sub-04_task-rest', tr=0.72)
     said = r'from 0.72 s \(sub-01.*\) to 2 s \(sub-02.*--mix-trs'
     with pytest.raises(BrainfmError, match=said):
         find_cohort([one, two], 'A424')
     assert len(find_cohort([one, two], 'A424', mix_trs=True)) == 3
     assert len(find_cohort([two], 'A424')) == 1
+    with pytest.raises(BrainfmError, match=r'from 0\.72 s .* to 0\.735 s'):
+        find_cohort([tmp_path / 'near', two], 'A424')
 
 
 @pytest.mark.parametrize(
@@ -279,7 +282,7 @@ def test_split_of_too_few():
 # --- store -----------------------------------------------------------------------------------
 
 PARCELS = 3
-LENGTHS = (11, 5, 40, 7, 23, 12)
+LENGTHS = (11, 5, 41, 7, 23, 13)
 
 
 def series_of(lengths=LENGTHS):
@@ -294,7 +297,7 @@ def store_of(folder, lengths=LENGTHS, **options):
     return Store(folder)
 
 
-@pytest.mark.parametrize(('shard_bytes', 'shards'), [(2**30, 1), (20 * 4 * PARCELS, 3), (1, 6)])
+@pytest.mark.parametrize(('shard_bytes', 'shards'), [(2**30, 1), (16 * 4 * PARCELS, 4), (1, 6)])
 def test_store_round_trip(shard_bytes, shards, tmp_path):
     store = store_of(tmp_path / 'a' / 'store', shard_bytes=shard_bytes)
     assert len(list(store.folder.glob('shard-*.f32'))) == shards
@@ -403,6 +406,9 @@ def test_stream_depends_on_seed_and_position_alone(tmp_path):
         window, number = again[position]
         np.testing.assert_array_equal(window, ahead[position][0])
         assert number == ahead[position][1]
+    other = WindowStream(store, store.runs[2:3], 5, seed=4)  # of one run there is one order
+    same = WindowStream(store, store.runs[2:3], 5, seed=3)
+    assert sum(np.array_equal(other[p][0], same[p][0]) for p in range(60)) < 15
     other = WindowStream(store, store.runs, 5, seed=4)
     assert sum(np.array_equal(other[p][0], ahead[p][0]) for p in range(60)) < 15
 
@@ -415,7 +421,7 @@ def test_every_run_has_one_window_in_an_epoch(tmp_path):
     assert len(set(orders)) > 20
 
 
-@pytest.mark.parametrize('strides', [(1,), (1, 2, 3), (4,)])
+@pytest.mark.parametrize('strides', [(1,), (1, 2, 3), (4,), (1, 10)])
 def test_windows_lie_in_their_run(strides, tmp_path):
     store = store_of(tmp_path, shard_bytes=100)
     stream = WindowStream(store, store.runs, 5, seed=0, strides=strides)

@@ -174,6 +174,21 @@ def test_official_regions_are_what_they_are_in_effect():
     assert share == pytest.approx(0.919 * (1 - 0.525), abs=0.02)  # no more than their part
 
 
+def test_official_parcels_beside_are_drawn_from_two_pools():
+    """Those taken out of the observation, and all others: the share of those kept varies."""
+    away = []
+    for blocks in drawn('official', 1):
+        context, _, late, early = pieces(blocks)
+        kept = (context // PATCHES).unique()
+        for tokens in (late, early):
+            parcels = (tokens // PATCHES).unique()
+            if len(parcels):
+                found = int(torch.isin(parcels, kept).sum())
+                away.append(found - len(parcels) * len(kept) / PARCELS)
+    assert torch.tensor(away).mean() == pytest.approx(0, abs=0.3)
+    assert 1.8 < torch.tensor(away).std() < 3.2  # 0.6 from pools of kept and others, 4.4 from one
+
+
 def test_official_batches_keep_the_first_tokens():
     """The first window of a batch is drawn as if it were alone, and then cut."""
     for seed in range(20):

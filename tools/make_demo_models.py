@@ -10,20 +10,34 @@ probes their embeddings for the simulated trait, beside those of untrained netwo
 than 20 minutes on 2 cores.
 """
 
+import json
+import shutil
+import sys
 import tempfile
+import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import yaml
 
 from bids_brainfm.atlases.atlas import home, load_atlas
+from bids_brainfm.atlases.fetch import sha256_of
 from bids_brainfm.bids import writing
+from bids_brainfm.cli.models import main as models
 from bids_brainfm.signals.denoise import denoise, load_preset, read_confounds
 from bids_brainfm.signals.simulate import express, simulate_run
 
 ATLAS, TASK, TR, VOLUMES = 'Demo424', 'rest', 0.735, 490
+MODELS = Path(__file__).resolve().parents[1] / 'bids_brainfm' / 'data' / 'models'
+SEED, TRAINED_ON, PROBED = 20261125, 400, 300
+PRETRAINING = {
+    'brainlm-demo': ['--epochs', '30', '--batch-size', '4', '--lr', '1e-3', '--evaluate-epochs', '3'],
+    'brain-jepa-demo': ['--recipe', str(Path(__file__).with_name('demo_jepa_recipe.yml'))],
+}
+PROBE = ['--epochs', '20', '--batch-size', '16']
 
 
 def write_participant(folder: Path, label: str, trait: float, seed: int) -> None:
@@ -72,3 +86,77 @@ def write_derivatives(folder: Path, participants: int, seed: int) -> None:
     )
     people = {'participant_id': [f'sub-{label}' for label in labels], 'trait': traits}
     pd.DataFrame(people).to_csv(folder / 'participants.tsv', sep='\t', index=False)
+
+
+def pretrain(name: str, data: Path, folder: Path, options: list[str]) -> None:
+    """Pretrain a model from random weights, and put what came of it beside its card."""
+    out = folder / name
+    run('pretrain', name, out, '--data', data, '--seed', SEED, '--device', 'cpu', *options)
+    trained = yaml.safe_load((out / 'card.yml').read_text())
+    weights = MODELS / f'{name}.safetensors'
+    shutil.copyfile(out / 'model.safetensors', weights)
+    write_card(name, trained['training'], sha256_of(weights))
+
+
+def write_card(name: str, training: dict, sha256: str) -> None:
+    """Say in a card of this package what its weights are; the rest of it stays as it is."""
+    path = MODELS / f'{name}.yml'
+    head = path.read_text().partition('\nweights:')[0]
+    facts = {
+        'weights': [{'name': f'{name}.safetensors', 'sha256': sha256}],
+        'training': training,
+    }
+    path.write_text(f'{head}\n{yaml.safe_dump(facts, sort_keys=False)}')
+
+
+def probe(name: str, data: Path, folder: Path) -> None:
+    """Probe the embeddings for the trait, beside an untrained network, and say so in the card."""
+    scores = {}
+    for kind, options in (('trained', []), ('untrained', ['--random-weights'])):
+        out = folder / f'{name}-probe-{kind}'
+        run(
+            'finetune', name, out, '--data', data, '--target', 'trait', '--mode', 'probe',
+            '--pooling', 'mean', '--seed', SEED, '--device', 'cpu', *PROBE, *options,
+        )  # fmt: skip
+        found = json.loads((out / 'scores.json').read_text())
+        scores[kind] = found['test']
+    scores |= found['test_baselines']
+    card = yaml.safe_load((MODELS / f'{name}.yml').read_text())
+    training = card['training'] | {
+        'probe': {
+            'target': 'simulated trait',
+            'participants': found['participants'],
+            'test_r': {kind: round(values['r'], 3) for kind, values in scores.items()},
+        }
+    }
+    write_card(name, training, card['weights'][0]['sha256'])
+    print(name, training['probe'])
+
+
+def run(*arguments) -> None:
+    """Run a command of ``bids_brainfm_models``."""
+    words = [str(argument) for argument in arguments]
+    print('bids_brainfm_models', *words, flush=True)
+    if models(words):
+        sys.exit(f'{words[0]} failed')
+
+
+def main(folder: Path) -> None:
+    """Make everything, in a folder that may hold what an interrupted attempt made."""
+    started = time.monotonic()
+    write_derivatives(folder / 'train', TRAINED_ON, SEED)
+    write_derivatives(folder / 'probe', PROBED, SEED + 1)
+    for name, options in PRETRAINING.items():
+        pretrain(name, folder / 'train', folder, options)
+        print(f'{name}: {(time.monotonic() - started) / 60:.1f} min since the start')
+    for name in PRETRAINING:
+        probe(name, folder / 'probe', folder)
+    print(f'{(time.monotonic() - started) / 60:.1f} min in all')
+
+
+if __name__ == '__main__':
+    if len(sys.argv) > 1:
+        main(Path(sys.argv[1]))
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            main(Path(scratch))

@@ -160,12 +160,27 @@ def _prediction_text(found: dict) -> dict[str, str]:
         made = f'{next(iter(values)):.4g}'
     facts = {f'Predicted {target}': f'{made} (mean of {n} window{"s" * (n > 1)})'}
     if 'TestScores' in found:
-        scored = {'model': found['TestScores']} | found.get('TestBaselines', {})
+        baselines = found.get('TestBaselines') or {}
+        scored = {'model': found['TestScores']}
+        scored |= baselines if isinstance(baselines, dict) else {'baselines': baselines}
         facts['Held-out participants'] = '; '.join(
-            f'{name}: ' + ', '.join(f'{key} {_number(value)}' for key, value in scores.items())
-            for name, scores in scored.items()
+            f'{name}: {_words(scores)}' for name, scores in scored.items()
         )
     return facts
+
+
+def _words(content) -> str:
+    """What a card tells in a form of its own; scores may be in units of any size.
+
+    >>> _words({'mse': 0.001234, 'n': 40, 'by': {'site A': None}})
+    'mse 0.00123, n 40, by (site A n/a)'
+    """
+    if isinstance(content, dict):
+        form = lambda value: f'({_words(value)})' if isinstance(value, dict) else _words(value)
+        return ', '.join(f'{key} {form(value)}' for key, value in content.items())
+    if content is None or content != content:
+        return 'n/a'
+    return f'{content:.3g}' if isinstance(content, float) else str(content)
 
 
 # Sidecars of what is made beside an embedding, {} for its label, and what the report says of them

@@ -1,6 +1,7 @@
 """Model cards: YAML files that say what a model is and what shape of input it expects."""
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -144,6 +145,8 @@ def model_names() -> list[str]:
 def load_card(name: str | Path) -> ModelCard:
     """Load a card by its name, or a user's own by its path.
 
+    Weights and gradients that lie beside the card are taken from there.
+
     Raises
     ------
     BrainfmError
@@ -186,6 +189,9 @@ def load_card(name: str | Path) -> ModelCard:
         for key in ('atlas', 'denoising'):
             if str(content[key]).endswith(('.yml', '.yaml')):
                 content[key] = str(path.absolute().parent / content[key])
+    if 'training' in content:  # goes into sidecars, and JSON has no NaN
+        text = json.dumps(content['training'], default=str)
+        content['training'] = json.loads(text, parse_constant=lambda name: None)
     card = ModelCard(**content)
     folder = Path(source).absolute().parent
     gradients = _beside(folder, [card.gradients] if card.gradients else [])

@@ -4,6 +4,9 @@ The forms are those of the authors: BrainLM's perceptron, Brain-JEPA's linear la
 normalisation, and the linear probe of the latter.
 """
 
+import math
+from numbers import Real
+
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +15,10 @@ from bids_brainfm.models.layers import draw_normal
 
 KINDS = ('mlp', 'linear', 'probe')
 POOLINGS = ('class-token', 'mean')
-TASKS = ('regression', 'classification')
+# What only heads of a task have: statistics of the target in the training data, or the classes
+TASKS = {'regression': ('mean', 'sd'), 'classification': ('classes',)}
+# Columns of the tables in which predictions stand; a value that is predicted has its own name
+TAKEN = ('window', 'onset', 'duration', 'real', 'flagged')
 EPS = 1e-6
 LINEAR_SD, PROBE_SD = 2e-5, 0.01  # of initial weights
 
@@ -26,8 +32,8 @@ class Head(nn.Module):
         ``kind``: ``mlp`` (H -> H/2 -> H/2 -> C with ReLU), ``linear`` (LayerNorm, one layer) or
         ``probe`` (BatchNorm without weights, one layer); ``pooling``: ``class-token`` or
         ``mean`` (over all tokens, class token and padding too, as in the official code);
-        ``dropout``; ``target``: what is predicted; ``task``: ``regression`` with ``mean`` and
-        ``sd`` of the target, or ``classification`` with ``classes``.
+        ``dropout`` (default 0); ``target``: what is predicted; ``task``: ``regression`` with
+        ``mean`` and ``sd`` of the target, or ``classification`` with ``classes``.
     width : int
         Of the tokens, H.
     class_token : bool
@@ -36,7 +42,7 @@ class Head(nn.Module):
     Raises
     ------
     BrainfmError
-        Settings are missing or make no sense.
+        Settings are missing, not known, or make no sense.
     """
 
     def __init__(self, settings: dict, width: int, class_token: bool):
@@ -53,7 +59,7 @@ class Head(nn.Module):
         elif settings['kind'] == 'linear':
             layers = [nn.LayerNorm(width, EPS), dropout, nn.Linear(width, n)]
         else:
-            layers = [nn.BatchNorm1d(width, EPS, affine=False), nn.Linear(width, n)]
+            layers = [nn.BatchNorm1d(width, EPS, affine=False), dropout, nn.Linear(width, n)]
         self.layers = nn.Sequential(*layers)
 
     @property
@@ -95,18 +101,54 @@ class Head(nn.Module):
 
 
 def _check(settings: dict, class_token: bool) -> None:
-    allowed = {'kind': KINDS, 'pooling': POOLINGS, 'task': TASKS}
-    for key, values in allowed.items():
+    if not isinstance(settings, dict):
+        raise BrainfmError(
+            f'The head of the configuration is {settings!r}; give a mapping with kind, pooling, '
+            f'target and task.'
+        )
+    for key, values in {'kind': KINDS, 'pooling': POOLINGS, 'task': tuple(TASKS)}.items():
         if settings.get(key) not in values:
             raise BrainfmError(
                 f'The head has {key} {settings.get(key)!r}; choose one of {", ".join(values)}.'
             )
     if settings['pooling'] == 'class-token' and not class_token:
         raise BrainfmError('This model has no class token, so its head must have pooling mean.')
-    needed = ['target'] + (['mean', 'sd'] if settings['task'] == 'regression' else ['classes'])
-    missing = [key for key in needed if key not in settings]
-    if missing or len(settings.get('classes', 'ab')) < 2:
+    task = settings['task']
+    needed = ('kind', 'pooling', 'task', 'target', *TASKS[task])
+    faults = {
+        'lacks': [key for key in needed if key not in settings],
+        'does not know': [str(key) for key in settings if key not in (*needed, 'dropout')],
+    }
+    said = [f'{fault} {", ".join(keys)}' for fault, keys in faults.items() if keys]
+    if said:
         raise BrainfmError(
-            f'The head of a {settings["task"]} needs {", ".join(needed)}'
-            + (f' and lacks {", ".join(missing)}.' if missing else ', two classes at the least.')
+            f'The head of a {task} {" and ".join(said)}; it has {", ".join(needed)} and dropout.'
         )
+    taken = TAKEN if task == 'regression' else ()
+    wanted = {
+        'target': (
+            lambda value: _is_text(value) and value not in taken,
+            f'the name of a column{" other than " * bool(taken)}{", ".join(taken)}',
+        ),
+        'dropout': (lambda value: _is_number(value) and 0 <= value < 1, 'a share below 1'),
+        'mean': (_is_number, 'a number'),
+        'sd': (lambda value: _is_number(value) and value > 0, 'a number above 0'),
+        'classes': (_are_classes, 'two classes or more, as a list of different texts'),
+    }
+    for key, (fits, what) in wanted.items():
+        if key in settings and not fits(settings[key]):
+            raise BrainfmError(f'The head has {key} {settings[key]!r}; give {what}.')
+
+
+def _is_text(value) -> bool:
+    """Whether it can stand in the heading of a table."""
+    return isinstance(value, str) and value.isprintable() and value.strip() != ''
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_classes(value) -> bool:
+    texts = isinstance(value, list) and all(map(_is_text, value))
+    return texts and len(value) == len(set(value)) > 1

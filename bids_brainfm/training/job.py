@@ -512,6 +512,7 @@ def finetune(settings: TrainingSettings) -> Path | None:
     facts = {
         'target': targets.column,
         'participants': count_parts(cohort.parts),
+        'validation': tested['validation'][2],
         'test': scores,
         'test_baselines': baselines(cohort, session, people),
     }

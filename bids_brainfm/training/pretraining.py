@@ -19,6 +19,7 @@ from bids_brainfm.training.masking import REGIONS, draw_blocks
 
 GREATEST_RATIO = 0.9
 MASKINGS = ('random', 'future')
+EVALUATION_MASKS = 8  # that held-out latents are predicted under, in turn
 
 
 class MaskedAutoencoding(nn.Module):
@@ -247,7 +248,7 @@ class LatentPrediction(nn.Module):
         Parameters
         ----------
         batches : iterable of (signal (B, P, T), list of B int)
-            This process's windows, and a seed for the masks of each.
+            This process's windows, and a number that picks the mask of each.
         reduce : callable
             Sums a tensor over processes.
 
@@ -268,9 +269,12 @@ class LatentPrediction(nn.Module):
         mean, outer = (
             torch.zeros(*shape, dtype=torch.float64) for shape in [(width,), (width,) * 2]
         )
+        # drawn together, since they must be of one size however windows come in batches
+        masks = self.draw(range(EVALUATION_MASKS))
         for signal, seeds in batches:
             hidden = self.network.encode(signal)[0].float()
-            blocks = {k: v.to(signal.device) for k, v in self.draw(seeds).items()}
+            rows = [seed % EVALUATION_MASKS for seed in seeds]
+            blocks = {k: v[rows].to(signal.device) for k, v in masks.items()}
             error, guess = self.network.latent_error(
                 signal, hidden, blocks['context'], blocks['target']
             )
