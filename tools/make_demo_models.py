@@ -34,8 +34,22 @@ ATLAS, TASK, TR, VOLUMES = 'Demo424', 'rest', 0.735, 490
 MODELS = Path(__file__).resolve().parents[1] / 'bids_brainfm' / 'data' / 'models'
 SEED, TRAINED_ON, PROBED = 20261125, 400, 300
 PRETRAINING = {
-    'brainlm-demo': ['--epochs', '30', '--batch-size', '4', '--lr', '1e-3', '--evaluate-epochs', '3'],
-    'brain-jepa-demo': ['--recipe', str(Path(__file__).with_name('demo_jepa_recipe.yml'))],
+    'brainlm-demo': [
+        '--epochs',
+        '30',
+        '--batch-size',
+        '4',
+        '--lr',
+        '1e-3',
+        '--evaluate-epochs',
+        '3',
+    ],
+    'brain-jepa-demo': [
+        '--recipe',
+        str(Path(__file__).with_name('demo_jepa_recipe.yml')),
+        '--evaluate-epochs',
+        '3',
+    ],
 }
 PROBE = ['--epochs', '20', '--batch-size', '16']
 

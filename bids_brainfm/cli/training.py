@@ -225,8 +225,9 @@ def run(options: argparse.Namespace) -> int:
     from bids_brainfm.training.engine import Interrupted
 
     here = int(os.environ.get('LOCAL_WORLD_SIZE', '1'))
-    torch.set_num_threads(options.nthreads or max(1, available_cpus() // here))
-    asked = {k: v for k, v in vars(options).items() if k not in ('command', 'nthreads')}
+    nthreads = options.nthreads or max(1, available_cpus() // here)
+    torch.set_num_threads(nthreads)
+    asked = {k: v for k, v in vars(options).items() if k != 'command'} | {'nthreads': nthreads}
     asked |= {'data': tuple(options.data), 'strides': tuple(options.strides), 'home': home()}
     settings = job.TrainingSettings(**asked)
     try:

@@ -38,6 +38,8 @@ EVALUATED = 256
 # Participants up to whom the connectome baseline is fitted: it holds all connectomes in memory
 MOST_CONNECTOMES = 5000
 SETTINGS = 'settings.json'
+# From which on starting processes is worth while to read them
+MANY_RUNS = 100
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class TrainingSettings:
     device: str = 'cpu'
     precision: str = 'float32'
     workers: int = 0
+    nthreads: int = 1
     # pretraining
     mask_ratio: float | None = None
     masking: str = 'random'
@@ -89,7 +92,8 @@ class TrainingSettings:
 
     # What may change between the start of a training and its continuation.
     FREE = (
-        'home', 'resume', 'device', 'workers', 'checkpoint_steps', 'micro_batch_size', 'output',
+        'home', 'resume', 'device', 'workers', 'nthreads', 'checkpoint_steps', 'micro_batch_size',
+        'output',
     )  # fmt: skip
 
     def recorded(self) -> dict:
@@ -201,9 +205,11 @@ def prepare(settings: TrainingSettings, spec: ModelSpec, atlas: Atlas, cohort: '
     structures = atlas.structures and tuple(atlas.structures)
     preparation = Preparation(contract_of(card, settings), atlas.xyz, atlas.name, structures)
     runs = [run for run in cohort.runs if run.participant in cohort.parts]
-    bar = tqdm(runs, desc='Preparing', unit='run', disable=None)
     try:
-        write_store(output / 'series', atlas.n_parcels, collect(bar, preparation, cohort.parts))
+        processes = settings.nthreads if len(runs) >= MANY_RUNS else 1
+        found = collect(runs, preparation, cohort.parts, processes)
+        bar = tqdm(found, total=len(runs), desc='Preparing', unit='run', disable=None)
+        write_store(output / 'series', atlas.n_parcels, bar)
     except BrainfmError:
         shutil.rmtree(output / 'series', ignore_errors=True)
         if not stood:
@@ -299,7 +305,10 @@ class Session:
 
 
 def start(
-    settings: TrainingSettings, default_recipe: str | None, head: Callable | None = None
+    settings: TrainingSettings,
+    default_recipe: str | None,
+    head: Callable | None = None,
+    check: Callable | None = None,
 ) -> tuple[Session, Cohort]:
     """Check everything, prepare the data, and build the network.
 
@@ -309,7 +318,9 @@ def start(
     default_recipe : str or None
         None: that of the model's family.
     head : callable, optional
-        Gives the settings of a head for a card and the targets.
+        Gives the settings of a head for a network and a cohort.
+    check : callable
+        Is given the recipe and a network without weights, and raises what does not fit.
     """
     import torch
     from accelerate.utils import broadcast_object_list
@@ -332,6 +343,8 @@ def start(
     device = resolve_device(settings.device)
     accelerator = make_accelerator(device.type, resolve_precision(settings.precision, device))
     micro_batch = micro_batch_of(recipe, accelerator.num_processes)
+    if check is not None:
+        check(recipe, build(spec.card.config))
     # The first process prepares; what it finds wrong, all say.
     found: list = [None]
     if accelerator.is_main_process:
@@ -345,19 +358,16 @@ def start(
     (cohort,) = found
     if isinstance(cohort, BrainfmError):
         raise cohort
-    config = dict(spec.card.config)
-    config.pop('head', None)
-    network = build(config)
-    if spec.checkpoint is not None:
-        load_checkpoint(network, spec.checkpoint)
+    source = build(spec.card.config)
+    config = {key: value for key, value in spec.card.config.items() if key != 'head'}
     if head is not None:
-        config['head'] = head(spec.card, network, cohort)
-        whole = initialise(build(config), settings.seed)
-        if spec.checkpoint is not None:
-            whole.load_state_dict(network.state_dict(), strict=False)
-        network = whole
-    elif spec.checkpoint is None:
-        initialise(network, settings.seed)
+        config['head'] = head(source, cohort)
+    network = initialise(build(config), settings.seed)
+    if spec.checkpoint is not None:
+        # all but a head, which is made anew
+        load_checkpoint(source, spec.checkpoint)
+        loaded = {k: v for k, v in source.state_dict().items() if not k.startswith('head.')}
+        network.load_state_dict(network.state_dict() | loaded)
     if spec.gradients is not None:
         network.set_gradients(read_gradients(spec.gradients.path))
     order = ascending_y(atlas.xyz) if spec.card.parcel_order == 'ascending-y' else None
@@ -417,22 +427,11 @@ def pretrain(settings: TrainingSettings) -> Path | None:
     BrainfmError
         Something is wrong with the settings or the data.
     """
-    from bids_brainfm.training.pretraining import LatentPrediction, MaskedAutoencoding
     from bids_brainfm.training.store import sample_seed
 
-    session, _ = start(settings, None)
-    network, config = session.network, session.spec.card.config
-    if session.spec.reconstructs:
-        objective = MaskedAutoencoding(
-            network,
-            config['mask_ratio'] if settings.mask_ratio is None else settings.mask_ratio,
-            settings.masking,
-            settings.loss or config.get('loss_fn', 'mse'),
-            config.get('norm_pix_loss', False),
-            session.xyz,
-        )
-    else:
-        objective = LatentPrediction(network, session.recipe.masks)
+    check = lambda recipe, network: objective_for(settings, recipe, network).draw([0])
+    session, _ = start(settings, None, check=check)
+    objective = objective_for(settings, session.recipe, session.network, session.xyz)
     held = session.windows('validation', EVALUATED)
 
     def evaluate():
@@ -453,6 +452,35 @@ def pretrain(settings: TrainingSettings) -> Path | None:
         'held_out': _plain(last),
     }
     return publish(session, facts, 'Pretrained')
+
+
+def objective_for(settings: TrainingSettings, recipe: Recipe, network, xyz=None):
+    """The objective that a network of a family is pretrained with.
+
+    Raises
+    ------
+    BrainfmError
+        Masks cannot be had for this network, or the recipe is for another family.
+    """
+    from bids_brainfm.training.pretraining import LatentPrediction, MaskedAutoencoding
+
+    config, latent = network.config, hasattr(network, 'latent_error')
+    if latent != (recipe.masks is not None and recipe.momentum is not None):
+        raise BrainfmError(
+            f'--recipe {settings.recipe}: a model of the family {config["model_type"]} takes a '
+            f'recipe {"with" if latent else "without"} masks and momentum, such as '
+            f'{OF_FAMILY[config["model_type"]]}.'
+        )
+    if latent:
+        return LatentPrediction(network, recipe.masks)
+    return MaskedAutoencoding(
+        network,
+        config['mask_ratio'] if settings.mask_ratio is None else settings.mask_ratio,
+        settings.masking,
+        settings.loss or config.get('loss_fn', 'mse'),
+        config.get('norm_pix_loss', False),
+        xyz,
+    )
 
 
 def finetune(settings: TrainingSettings) -> Path | None:
@@ -521,7 +549,7 @@ def finetune(settings: TrainingSettings) -> Path | None:
     return publish(session, _plain(facts), 'Probed' if probe else 'Fine-tuned')
 
 
-def head_settings(settings: TrainingSettings, card: ModelCard, network, cohort: Cohort) -> dict:
+def head_settings(settings: TrainingSettings, network, cohort: Cohort) -> dict:
     """Settings of a head for a network and targets; statistics are those of the training part."""
     targets = cohort.targets
     classes = network.has_class_token

@@ -32,7 +32,10 @@ class Blocks:
     target : (B, M) int64
         Tokens to predict.
     region : (B, M) int64
-        Where each target lies: number in :data:`REGIONS`.
+        Where each target lies: number in :data:`REGIONS`. Of the official masks: Cross-ROI for
+        all of the block α; for the two at the sides, whose names in the released code are not
+        what they do, Cross-Time where the parcel is left in the context (before the cut to equal
+        numbers) and Double-Cross elsewhere.
     """
 
     context: Tensor
@@ -54,7 +57,7 @@ def draw_blocks(
         the last time patch is never seen, the last placement of a block never taken, and the
         windows of a batch are brought to equal numbers of tokens by keeping the first ones, so
         that late parcels are rarely seen. ``fixed`` is what the paper means: all placements, and
-        a random choice instead.
+        a random choice instead; a token is a target once.
     generator : torch.Generator
         Of all draws.
 
@@ -62,6 +65,23 @@ def draw_blocks(
     ------
     BrainfmError
         There is no such recipe, or it cannot be had for windows of this size.
+
+    Examples
+    --------
+    >>> blocks = draw_blocks(1, 6, 4, 'fixed', torch.Generator().manual_seed(0))
+    >>> bool(torch.isin(blocks.target, blocks.context).any())
+    False
+    >>> blocks.region.shape == blocks.target.shape
+    True
+    >>> patches_seen = lambda recipe: {
+    ...     token % 10
+    ...     for seed in range(20)
+    ...     for token in draw_blocks(1, 450, 10, recipe, torch.Generator().manual_seed(seed))
+    ...     .context[0]
+    ...     .tolist()
+    ... }
+    >>> 9 in patches_seen('fixed'), 9 in patches_seen('official')
+    (True, False)
     """
     if recipe not in RECIPES:
         raise BrainfmError(f'The masks {recipe!r} are not known; choose {", ".join(RECIPES)}.')
@@ -73,7 +93,7 @@ def draw_blocks(
     if parcels < 4 or patches < 3:
         raise BrainfmError(
             f'A window of {parcels} parcels × {patches} time patches is too small to be masked: '
-            f'it takes at least 4 × 3.'
+            'it takes at least 4 × 3.'
         )
     draw = _official if recipe == 'official' else _fixed
     return draw(windows, parcels, patches, generator)

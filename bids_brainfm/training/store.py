@@ -1,8 +1,12 @@
 """Series of a whole cohort as a model takes them: on disk, mapped, never all in memory."""
 
+import contextlib
 import json
-from collections.abc import Callable, Iterable
+import multiprocessing
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -190,12 +194,27 @@ class WindowStream:
 
 
 def collect(
-    runs: Iterable, prepare: Callable, parts: dict[str, str]
+    runs: Sequence, prepare: Callable, parts: dict[str, str], processes: int = 1
 ) -> Iterable[tuple[str, str, str, np.ndarray | str]]:
-    """Prepare runs one by one for :func:`write_store`; what cannot be taken says why."""
-    for run in runs:
-        try:
-            data = prepare(run)
-        except BrainfmError as error:
-            data = str(error)
-        yield run.name, run.participant, parts[run.participant], data
+    """Prepare runs for :func:`write_store`, in their order; what cannot be taken says why.
+
+    With several processes, `prepare` and runs must be such as can be pickled.
+    """
+    attempt = partial(_attempt, prepare)
+    with contextlib.ExitStack() as stack:
+        if processes > 1:
+            # not forked: a process with a GPU or threads must not be
+            spawn = multiprocessing.get_context('spawn')
+            pool = stack.enter_context(ProcessPoolExecutor(processes, mp_context=spawn))
+            found = pool.map(attempt, runs, chunksize=4)
+        else:
+            found = map(attempt, runs)
+        for run, data in zip(runs, found, strict=True):
+            yield run.name, run.participant, parts[run.participant], data
+
+
+def _attempt(prepare: Callable, run) -> np.ndarray | str:
+    try:
+        return prepare(run)
+    except BrainfmError as error:
+        return str(error)
