@@ -15,6 +15,8 @@ import pytest
 from bids_brainfm.config import Settings
 
 STEM = 'sub-01_task-rest_space-MNI152NLin2009cAsym_atlas-Demo424'
+MODELS = Path(__file__).parents[1] / 'bids_brainfm' / 'data' / 'models'
+DEMO_WEIGHTS = MODELS / 'brainlm-demo.safetensors'
 
 
 @pytest.fixture(scope='module')
@@ -70,33 +72,45 @@ def test_progress_is_told(done):
     assert 'sub-01.html' in stderr
 
 
-def test_untrained_is_in_plain_sight(done):
-    """Card, sidecar and report of the demonstration model say that it is untrained."""
+def test_what_the_demo_was_trained_on_is_said(done):
+    """The sidecar tells that the demonstration model knows simulated data only."""
     sidecar = json.loads(
         (done[0] / f'sub-01/func/{STEM}_desc-brainlmdemo_embedding.json').read_text()
     )
+    assert sidecar['Model']['Trained'] is True
+    assert 'trained on simulated data, for demonstration' in sidecar['Model']['Description']
+    assert sidecar['Model']['Training']['held_out']['r2'] > 0.1
+    assert 'Untrained' not in (done[0] / 'sub-01.html').read_text()
+
+
+def test_untrained_is_in_plain_sight(simulated, tmp_path, app):
+    """Name, sidecar and report of the control say that it is untrained."""
+    out = tmp_path / 'out'
+    assert app(simulated, out, '--participant-label', '01', '--random-weights') == 0
+    (path,) = out.glob('sub-01/func/*_desc-brainlmdemorandom_embedding.json')
+    sidecar = json.loads(path.read_text())
     assert sidecar['Model']['Trained'] is False
     assert 'untrained' in sidecar['Model']['Weights']
     assert any('untrained' in warning for warning in sidecar['Warnings'])
-    assert 'Untrained' in (done[0] / 'sub-01.html').read_text()
+    assert 'Untrained' in (out / 'sub-01.html').read_text()
 
 
 def test_embedding_is_what_python_gives(done):
     """The table holds the numbers of the same steps from Python."""
     from bids_brainfm.atlases.atlas import home, load_atlas
-    from bids_brainfm.signals.series import read_series
     from bids_brainfm.models.cards import load_card
     from bids_brainfm.models.encoder import Encoder, ascending_y
-    from bids_brainfm.models.spec import SEED
-    from bids_brainfm.models.weights import build, initialise
+    from bids_brainfm.models.weights import build, load_checkpoint
     from bids_brainfm.signals.contract import Contract, prepare
+    from bids_brainfm.signals.series import read_series
 
     func = done[0] / 'sub-01' / 'func'
     card, atlas = load_card('brainlm-demo'), load_atlas('Demo424', home())
     series = read_series(func / f'{STEM}_stat-mean_timeseries.tsv')
     contract = Contract(card.tr, card.window, card.scaling, card.divide_by)
     windows, _ = prepare(series, contract, atlas.xyz, atlas.name)
-    network = initialise(build(card.config), SEED)
+    network = build(card.config)
+    load_checkpoint(network, card.weights[0]['name'])
     encoding = Encoder(network, order=ascending_y(atlas.xyz)).encode(windows.data)
     table = pd.read_csv(func / f'{STEM}_desc-brainlmdemo_embedding.tsv', sep='\t')
     assert list(table.columns[:5]) == ['window', 'onset', 'duration', 'real', 'flagged']
@@ -125,7 +139,7 @@ def test_tokens(done):
     import h5py
 
     with h5py.File(done[0] / f'sub-01/func/{STEM}_desc-brainlmdemo_embedding.h5') as file:
-        assert file['tokens'].shape == (1, 27 * 27, 64)
+        assert file['tokens'].shape == (1, 27 * 27, 128)
         assert len(file['parcel_names']) == 424
 
 
@@ -193,6 +207,7 @@ def test_control_stands_beside(simulated, done, tmp_path, app):
     card.write_text(
         text.replace('name: brainlm-demo', 'name: mine').replace('brainlmdemo', 'mine')
     )
+    shutil.copy(DEMO_WEIGHTS, tmp_path / 'mine.safetensors')
     before = tree(out)
     assert app(simulated, out, '--model', card, '--participant-label', 'sub-02') == 0
     assert next(out.glob('sub-02/func/*desc-mine_embedding.tsv')).is_file()
@@ -278,6 +293,7 @@ def test_cards_of_ones_own(simulated, tmp_path, app):
     model = model.replace('brainlmdemo', 'mymodel').replace('name: brainlm-demo', 'name: my-model')
     card = tmp_path / 'my-model.yml'
     card.write_text(model.replace('atlas: Demo424', 'atlas: my-atlas.yml'))
+    shutil.copy(DEMO_WEIGHTS, tmp_path / 'my-model.safetensors')
     out = tmp_path / 'out'
     assert app(simulated, out, '--model', card, '--participant-label', '01') == 0
     path = next(out.glob('sub-01/func/*_atlas-MyAtlas_desc-mymodel_embedding.json'))

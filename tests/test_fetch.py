@@ -269,6 +269,7 @@ def test_command_lists_what_is_present(checkpoint, tmp_path, monkeypatch, capsys
     assert ' yes ' in rows['brainlm-111m']
     assert ' no ' in rows['brainlm-13m']
     assert 'yes (embedded)' in rows['Demo424']
+    assert ' MB ' in rows['brain-jepa-demo']  # what lies beside a card counts too
     assert rows['Schaefer2018Tian2020'].split()[2] == 'no'
 
 

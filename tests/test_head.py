@@ -233,9 +233,8 @@ def cards(tmp_path_factory):
             'config': config_of(name, head),
             'weights': [{'name': weights.name, 'sha256': sha256_of(weights)}],
             'label': label_of(name),
+            'training': TRAINING if name == 'brainlm-demo' else None,
         }
-        if name == 'brainlm-demo':
-            card['training'] = TRAINING
         (folder / f'{name}.yml').write_text(yaml.safe_dump(card, sort_keys=False))
     table = 'brain-jepa-demo_gradients.csv'
     (folder / table).write_bytes((CARDS / table).read_bytes())

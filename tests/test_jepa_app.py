@@ -117,14 +117,14 @@ def test_outputs_of_brain_jepa(both):
         parcels, tokens = file['parcels'][:], file['tokens'][:]
         attention = file['attention'][:]
         assert len(file['parcel_names']) == 424
-    assert parcels.shape == (1, 424, 48)
-    assert tokens.shape == (1, 4240, 48)
+    assert parcels.shape == (1, 424, 64)
+    assert tokens.shape == (1, 2120, 64)
     summary = table.filter(like='dim').to_numpy()
     np.testing.assert_allclose(summary, tokens.mean(1), atol=1e-5)
-    np.testing.assert_allclose(parcels, tokens.reshape(1, 424, 10, 48).mean(2), atol=1e-5)
+    np.testing.assert_allclose(parcels, tokens.reshape(1, 424, 5, 64).mean(2), atol=1e-5)
     np.testing.assert_allclose(attention.sum(), 1, atol=1e-4)
     assert about['Pooling'] == 'mean over tokens'
-    assert about['Scaling'] == 'global-z'
+    assert about['Scaling'] == 'parcel-z'
     assert about['Resampled'] is True
     assert about['WindowLength'] == pytest.approx(160 * 2.2142)
     assert len(about['Model']['GradientTable']['SHA256']) == 64
@@ -138,10 +138,10 @@ def test_latent_prediction_is_a_map(both):
     table = pd.read_csv(path, sep='\t')
     about = json.loads(path.with_suffix('.json').read_text())
     patches = table.filter(like='patch').to_numpy()
-    assert patches.shape == (424, 10)
-    assert np.isnan(patches[:, :7]).all()
-    assert np.isfinite(patches[:, 7:]).all()
-    np.testing.assert_allclose(table['error'], patches[:, 7:].mean(1), rtol=1e-5)
+    assert patches.shape == (424, 5)
+    assert np.isnan(patches[:, :4]).all()
+    assert np.isfinite(patches[:, 4:]).all()
+    np.testing.assert_allclose(table['error'], patches[:, 4:].mean(1), rtol=1e-5)
     assert about['Block'] == 'cross-time'
     assert about['MeanError'] == pytest.approx(table['error'].mean(), rel=1e-5)
     assert about['MeanBaseline'] == pytest.approx(table['baseline'].mean(), rel=1e-5)

@@ -261,6 +261,16 @@ def test_scores_of_known_reconstructions(name, r2, r):
         assert found['mse'] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.filterwarnings('error')
+def test_a_constant_is_correlated_with_nothing():
+    signal = torch.tensor([1.0, -1]).repeat(TIMES // 2).expand(2, PARCELS, -1)  # level 0
+    objective = MaskedAutoencoding(Double(ANSWERS['zero']), 0.5)
+    found = objective.evaluate([(signal, [0, 1])], alone)
+    assert np.isnan(found['r'])
+    assert found['r2'] == 0
+    assert found['mse'] == 1
+
+
 def test_a_wrong_level_costs():
     """It is taken out of the target alone, and only the hidden points tell it."""
     perfect, shifted, zero = (evaluated(ANSWERS[n]) for n in ('perfect', 'shifted', 'zero'))

@@ -450,7 +450,8 @@ def test_rank_is_told_by_slurm():
 
     step = {
         'SLURM_STEP_NUM_TASKS': '8', 'SLURM_PROCID': '5', 'SLURM_LOCALID': '1',
-        'SLURM_JOB_ID': '7', 'SLURM_STEP_TASKS_PER_NODE': '4(x2)', 'SLURM_STEP_NODELIST': 'gpu[1-2]',
+        'SLURM_JOB_ID': '7', 'SLURM_STEP_TASKS_PER_NODE': '4(x2)',
+        'SLURM_STEP_NODELIST': 'gpu[1-2]',
     }  # fmt: skip
     assert join_slurm(step) == {
         'RANK': '5', 'WORLD_SIZE': '8', 'LOCAL_RANK': '1', 'LOCAL_WORLD_SIZE': '4',

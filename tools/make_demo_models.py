@@ -51,7 +51,7 @@ PRETRAINING = {
         '3',
     ],
 }
-PROBE = ['--epochs', '20', '--batch-size', '16']
+PROBE = ['--epochs', '15', '--batch-size', '16']
 
 
 def write_participant(folder: Path, label: str, trait: float, seed: int) -> None:

@@ -112,6 +112,9 @@ def list_all(home: Path) -> str:
         card = load_card(name)
         needed = [*weights_resources(card, home), *gradient_resources(card, home)]
         files = [resource.target for resource in needed]
+        listed = [*card.weights, *filter(None, [card.gradients])]
+        # those beside the card have their whole path for a name
+        files += [checkpoint_dir(card, home) / file['name'] for file in listed]
         rows.append((name, 'model', model_present(card, home), megabytes(files), card.licence))
     for name in atlas_names():
         card = load_atlas_card(name)

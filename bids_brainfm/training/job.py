@@ -638,7 +638,7 @@ def publish(session: Session, facts: dict, how: str) -> Path:
         'seed': settings.seed,
         'recipe': _plain(dataclasses.asdict(session.recipe)),
         'steps': session.recipe.steps(len(session.store.part('train'))),
-        'precision': settings.precision,
+        'precision': {'bf16': 'bfloat16'}.get(session.accelerator.mixed_precision, 'float32'),
         'processes': session.accelerator.num_processes,
         'torch': f'{torch.__version__}, Python {platform.python_version()}',
     } | facts
