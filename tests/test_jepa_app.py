@@ -122,13 +122,13 @@ def test_outputs_of_brain_jepa(both):
     summary = table.filter(like='dim').to_numpy()
     np.testing.assert_allclose(summary, tokens.mean(1), atol=1e-5)
     np.testing.assert_allclose(parcels, tokens.reshape(1, 424, 5, 64).mean(2), atol=1e-5)
-    np.testing.assert_allclose(attention.sum(), 1, atol=1e-4)
+    np.testing.assert_allclose(attention.sum(), 1, atol=1e-3)
     assert about['Pooling'] == 'mean over tokens'
     assert about['Scaling'] == 'parcel-z'
     assert about['Resampled'] is True
     assert about['WindowLength'] == pytest.approx(160 * 2.2142)
     assert len(about['Model']['GradientTable']['SHA256']) == 64
-    assert about['StaticVariance'] > 0.9  # levels differ by thousands, dynamics by a percent
+    assert about['StaticVariance'] < 0.01  # each parcel's mean is taken out
 
 
 def test_latent_prediction_is_a_map(both):
@@ -273,7 +273,7 @@ def test_official_sampling(long_runs, tmp_path, app):
     assert 'ResamplingMethod' not in sidecar(out, '_desc-brainlmdemo_embedding.json')
     text = (out / 'logs' / 'CITATION.md').read_text()
     assert 'spread evenly over 480 volumes' in text
-    assert 'whole run, and windows of 160 samples were taken' in text  # scaled first
+    assert 'divided by 0.2, and windows of 160 samples were taken' in text  # scaled first
     page = (out / 'sub-01.html').read_text()
     assert 'one in 2.2142 s (frames picked as by the official code)' in page
 

@@ -142,6 +142,7 @@ SPLIT = ('--validation-share', 0.2)
 SHORT = ('--batch-size', 4, '--epochs', 6, '--checkpoint-steps', 3, *SPLIT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('family', ['mae', 'legacy', 'jepa'])
 def test_killed_and_continued_is_as_if_never_stopped(family, request, cohort, tmp_path):
     """Kill -9 twice: weights, log and scores equal those of an uninterrupted run, bit for bit."""
@@ -165,6 +166,7 @@ def test_killed_and_continued_is_as_if_never_stopped(family, request, cohort, tm
     assert not list(broken.glob('.*'))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('family', ['mae', 'jepa'])
 def test_two_processes_do_what_one_does(family, request, cohort, tmp_path):
     """Loss curves of one process and of two with half the batch each agree over 20 steps."""
@@ -307,6 +309,7 @@ def test_a_probe_leaves_the_network_as_it_is(mae, cohort, tmp_path):
     assert 'vit.embeddings.position_embeddings' not in shared
 
 
+@pytest.mark.slow
 def test_finetuning_continues_with_its_best(mae, cohort, tmp_path):
     """Killed and continued, early stopping picks the same epoch and the same weights."""
     arguments = ('finetune', mae, '{}', '--data', cohort, '--target', 'trait', '--lr', 0.01,

@@ -279,6 +279,20 @@ def test_fixed_takes_all_placements():
     assert longest == PATCHES
 
 
+def test_fixed_predicts_other_times_of_all_parcels():
+    """Of those in the context and of the others the same share, 0.15 to 0.3."""
+    for blocks in drawn('fixed', 1)[:400]:
+        context, target, region = blocks.context[0], blocks.target[0], blocks.region[0]
+        kept = len((context // PATCHES).unique())
+        for patch in (target[region == CROSS_TIME] % PATCHES).unique():
+            there = region[target % PATCHES == patch]
+            seen, unseen = (int((there == kind).sum()) for kind in (CROSS_TIME, DOUBLE_CROSS))
+            share = seen / kept
+            assert 0.14 < share <= 0.3
+            assert unseen >= share * (PARCELS - kept) - 2  # more where it is a time of the others
+            assert (there != CROSS_ROI).all()
+
+
 def test_fixed_numbers_of_tokens():
     """About as many as of the official masks of one window, and hardly fewer in a batch."""
     for windows in (1, 16):

@@ -134,7 +134,6 @@ class BrainLMLegacy(nn.Module):
             decoder_pred1=nn.Linear(narrow, narrow // 2),
             decoder_pred2=nn.Linear(narrow // 2, self.patch),
         )
-        self.decoder.decoder_pred.requires_grad_(False)
         self.decoder.mask_token = nn.Parameter(torch.empty(1, 1, narrow))
 
     @property

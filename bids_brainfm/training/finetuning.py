@@ -93,7 +93,7 @@ def outputs_by_participant(
     batches: Iterable[tuple[Tensor, Sequence[str]]],
     gather: Callable[[list], list],
 ) -> dict[str, Tensor]:
-    """Mean output (C,) over all windows of each participant.
+    """Mean output (C,) over all windows of each participant; of classes, log of mean probability.
 
     Parameters
     ----------
@@ -110,7 +110,12 @@ def outputs_by_participant(
     by_person: dict[str, list] = {}
     for person, outputs in sorted(gather(found)):
         by_person.setdefault(person, []).append(outputs)
-    return {person: torch.tensor(rows).mean(0) for person, rows in by_person.items()}
+    regressed = objective.network.head.task == 'regression'
+    joined = {person: torch.tensor(rows) for person, rows in by_person.items()}
+    return {
+        person: rows.mean(0) if regressed else rows.softmax(1).mean(0).log()
+        for person, rows in joined.items()
+    }
 
 
 def scores_of(prediction: np.ndarray, target: np.ndarray, targets: Targets) -> dict[str, float]:
