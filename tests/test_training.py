@@ -65,7 +65,7 @@ def shrink(tmp_path: Path, name: str, *changes: tuple[str, str]) -> Path:
     for pattern, new in (*changes, (r'^weights:(.|\n)*', 'weights: []\n')):
         text, n = re.subn(pattern, new, text, flags=re.MULTILINE)
         assert n, pattern
-    path = tmp_path / 'tiny.yml'
+    path = tmp_path / f'tiny-{name}.yml'
     path.write_text(text)
     return path
 
@@ -193,10 +193,10 @@ def test_accumulated_gradients_are_those_of_the_batch(mae, cohort, tmp_path):
 
 def test_bfloat16_is_near_float32(mae, cohort, tmp_path):
     """Half the precision in products changes the loss by a part of a percent."""
-    arguments = ('--data', cohort, *SPLIT, '--batch-size', 4, '--epochs', 4, '--device', 'cpu')
+    arguments = ('--data', cohort, *SPLIT, '--batch-size', 4, '--epochs', 4)
     full, half = tmp_path / 'full', tmp_path / 'half'
-    run('pretrain', mae, full, *arguments)
-    run('pretrain', mae, half, *arguments, '--precision', 'bfloat16')
+    finish(start('pretrain', mae, full, *arguments))
+    finish(start('pretrain', mae, half, *arguments, '--precision', 'bfloat16'))
     np.testing.assert_allclose(losses(half), losses(full), rtol=0.01)
     assert (losses(half) != losses(full)).all()
 

@@ -6,8 +6,7 @@
 Simulates participants (seeds that the demo does not use) as the demo does, writes their denoised
 parcel series as `bids_brainfm DATA OUT participant` does, and pretrains both models on them. The
 weights are put beside the cards in bids_brainfm/data/models. Then, on other participants, it
-probes their embeddings for the simulated trait, beside those of untrained networks. Takes less
-than 20 minutes on 2 cores.
+probes Brain-JEPA's embeddings for the simulated trait, beside those of an untrained network.
 """
 
 import json
@@ -163,8 +162,7 @@ def main(folder: Path) -> None:
     for name, options in PRETRAINING.items():
         pretrain(name, folder / 'train', folder, options)
         print(f'{name}: {(time.monotonic() - started) / 60:.1f} min since the start')
-    for name in PRETRAINING:
-        probe(name, folder / 'probe', folder)
+    probe('brain-jepa-demo', folder / 'probe', folder)
     print(f'{(time.monotonic() - started) / 60:.1f} min in all')
 
 

@@ -86,6 +86,7 @@ class BrainLMLegacy(nn.Module):
     pooling = 'class token'
     needs_xyz = True
     trunk = 'vit'  # the module that encode uses
+    unused = ('decoder.decoder_pred',)  # it is in the official checkpoints only
 
     def __init__(self, config: dict):
         super().__init__()

@@ -138,7 +138,7 @@ def take(x: Tensor, keep: Tensor) -> Tensor:
 def put_back(x: Tensor, keep: Tensor, mask_token: Tensor, n_tokens: int) -> Tensor:
     """Put tokens (B, K, H) back in their places among mask tokens: (B, N, H)."""
     places = keep[..., None].expand(-1, -1, x.shape[-1])
-    return mask_token.expand(len(x), n_tokens, -1).scatter(1, places, x)
+    return mask_token.to(x.dtype).expand(len(x), n_tokens, -1).scatter(1, places, x)
 
 
 def spatiotemporal_block(name: str, parcels: int, patches: int) -> tuple[Tensor, Tensor]:

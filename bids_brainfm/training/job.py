@@ -432,6 +432,8 @@ def pretrain(settings: TrainingSettings) -> Path | None:
     check = lambda recipe, network: objective_for(settings, recipe, network).draw([0])
     session, _ = start(settings, None, check=check)
     objective = objective_for(settings, session.recipe, session.network, session.xyz)
+    asked = {'mask_ratio': settings.mask_ratio, 'loss_fn': settings.loss}
+    session.network.config |= {key: value for key, value in asked.items() if value is not None}
     held = session.windows('validation', EVALUATED)
 
     def evaluate():

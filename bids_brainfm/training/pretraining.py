@@ -57,9 +57,9 @@ class MaskedAutoencoding(nn.Module):
             raise BrainfmError(
                 f'--mask-ratio {ratio:g} is not above 0 and up to {GREATEST_RATIO}.'
             )
-        if hasattr(network.decoder, 'decoder_pred1'):
-            # 13M never uses this one, and processes that train together would wait for it
-            network.decoder.decoder_pred.requires_grad_(False)
+        for name in getattr(network, 'unused', ()):
+            # processes that train together would wait for its gradients
+            network.get_submodule(name).requires_grad_(False)
         self.network, self.ratio, self.masking = network, ratio, masking
         self.loss, self.normalise = loss, normalise
         self.register_buffer('xyz', xyz, persistent=False)
