@@ -363,6 +363,11 @@ def test_fixed_masks_of_any_size(parcels, patches):
 # --- both ------------------------------------------------------------------------------------
 
 
+def test_all_regions_occur_in_the_shortest_window():
+    found = {int(r) for seed in range(60) for r in draw(1, 'fixed', seed, 40, 3).region.unique()}
+    assert found == set(range(len(REGIONS)))
+
+
 @pytest.mark.parametrize('recipe', ['official', 'fixed'])
 def test_masks_follow_from_the_seed(recipe):
     torch.manual_seed(1)

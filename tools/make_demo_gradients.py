@@ -6,6 +6,9 @@
 From the mean connectivity of 20 simulated participants (seed 424) who are not those of the demo:
 series as denoising would leave them, 490 volumes at 0.735 s each, with a trait drawn as the demo
 draws it. Needs `pip install 'bids_brainfm[gradients]'`.
+
+The table in the package is of an earlier simulator, whose networks were a little weaker at their
+borders; brain-jepa-demo was trained with it, so make both anew or neither.
 """
 
 import sys
