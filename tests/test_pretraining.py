@@ -555,6 +555,7 @@ def test_scores_of_three_classes():
     found = scores_of(prediction, np.array([0.0, 0, 1, 1, 2, 2]), SITE)
     f1 = np.mean([2 / 3, 1 / 2, 4 / 5])
     assert found == pytest.approx({'accuracy': 4 / 6, 'balanced_accuracy': 4 / 6, 'f1': f1})
+    assert 'auroc' not in scores_of(np.eye(3)[:2], np.array([0.0, 1]), SITE)
 
 
 def test_dummies():
@@ -673,3 +674,14 @@ def test_outputs_are_averaged_over_windows_of_a_participant():
     assert list(found) == ['a', 'b', 'c']
     for person, rows in {'a': [1, 3], 'b': [0, 2], 'c': [4]}.items():
         torch.testing.assert_close(found[person], outputs[rows].mean(0))
+
+
+def test_probabilities_are_averaged_over_windows_of_a_participant():
+    objective = supervised(True, 'classification')
+    logits = torch.tensor([[4.0, 0, 0], [1, 2, 3], [0, 1, 9]])
+    objective.outputs = lambda signal: logits
+    found = outputs_by_participant(objective, [(signal_of(3), ['a', 'b', 'a'])], list)
+    predicted = {person: objective.network.head.predict(row) for person, row in found.items()}
+    probability = logits.softmax(1)
+    torch.testing.assert_close(predicted['a'], probability[[0, 2]].mean(0))
+    torch.testing.assert_close(predicted['b'], probability[1])

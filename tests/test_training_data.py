@@ -130,7 +130,7 @@ def test_what_is_no_output_of_ours(tmp_path):
 def test_a_run_without_its_sidecar(content, tmp_path):
     sidecar = write_run(tmp_path, 'sub-01_task-rest').with_suffix('.json')
     sidecar.unlink() if content is None else sidecar.write_text(content)
-    with pytest.raises(BrainfmError, match=r'timeseries.tsv has no readable sidecar'):
+    with pytest.raises(BrainfmError, match=r'timeseries.tsv has no sidecar'):
         find_cohort([tmp_path], 'A424')
 
 
@@ -614,3 +614,38 @@ def test_recipes_that_lack_something(tmp_path):
         load_recipe('fast')
     with pytest.raises(BrainfmError, match='epochs -3'):
         load_recipe('fixed', epochs=-3)
+
+
+@pytest.mark.parametrize(
+    'line',
+    ['epochs: 1e2', 'epochs: .inf', 'batch_size: "4"', 'batch_size: 1.5', 'lr: [0, .nan, 0]',
+     'micro_batch_size: 0', 'lr_batch: -256', 'masks: fixed', 'warmup: null'],
+)  # fmt: skip
+def test_recipes_of_wrong_values_are_refused_in_a_sentence(line, tmp_path):
+    """What YAML reads otherwise than it was meant is no traceback, and no silent training."""
+    path = tmp_path / 'mine.yml'
+    content = 'epochs: 1\nbatch_size: 4\nlr: [0, 1.0e-3, 0]\nwarmup: 0\nweight_decay: [0, 0]\n'
+    key = line.split(':')[0]
+    kept = [x for x in content.split('\n') if not x.startswith(f'{key}:')]
+    path.write_text('\n'.join([*kept, line]))
+    with pytest.raises(BrainfmError, match=line.split(':')[0]):
+        load_recipe(path)
+
+
+def test_equal_numbers_are_one_value(tmp_path):
+    """1 and 1.0 are the same class, and what one dataset lacks another may tell."""
+    one, two = (tmp_path / name for name in ('one', 'two'))
+    for folder, values in ((one, '1 2 n/a'), (two, '1.0 2.0 2')):
+        folder.mkdir()
+        (folder / 'dataset_description.json').write_text('{}')
+        rows = [f'sub-0{i + 1}\t{value}' for i, value in enumerate(values.split())]
+        (folder / 'participants.tsv').write_text('\n'.join(['participant_id\tsex', *rows]))
+    runs = [
+        CohortRun(folder / f'{label}_x', folder, label, 2.0)
+        for folder in (one, two)
+        for label in ('01', '02', '03')
+    ]
+    targets = read_targets(runs, 'sex')
+    assert targets.problem == 'classification'
+    assert targets.classes == ('1', '2')
+    assert targets.values == {'01': 0, '02': 1, '03': 1}

@@ -219,7 +219,12 @@ def masked_loss(
     () tensor
     """
     if normalise:
-        variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
-        target = (target - mean) / (variance + 1e-6).sqrt()
+        target = standardised(target)
     error = {'mse': F.mse_loss, 'mae': F.l1_loss}[kind]
     return error(prediction[points], target[points])
+
+
+def standardised(signal: Tensor) -> Tensor:
+    """Bring each parcel of windows (B, P, T) to mean 0 and variance 1 over its time points."""
+    variance, mean = torch.var_mean(signal, dim=-1, keepdim=True)
+    return (signal - mean) / (variance + 1e-6).sqrt()

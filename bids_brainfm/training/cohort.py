@@ -62,7 +62,7 @@ def find_cohort(datasets: Sequence[Path], atlas: str, mix_trs: bool = False) -> 
         spaces, or repetition times differ.
     """
     runs = []
-    for dataset in datasets:
+    for dataset in dict.fromkeys(Path(path).resolve() for path in datasets):
         recordings: dict[str, dict[str, list[Path]]] = {}
         for path in sorted(Path(dataset).glob(f'sub-*/**/*{SERIES}')):
             entities = parse_name(path.name)[0]
@@ -88,9 +88,10 @@ def find_cohort(datasets: Sequence[Path], atlas: str, mix_trs: bool = False) -> 
                 )
             (path,) = found[atlas]
             sidecar = writing.read_sidecar(path.with_suffix('.json'))
-            if sidecar is None:
+            if sidecar is None or 'RepetitionTime' not in sidecar:
                 raise BrainfmError(
-                    f'{path} has no readable sidecar (.json): run "bids_brainfm" on it again.'
+                    f'{path} has no sidecar (.json) with a RepetitionTime: run "bids_brainfm" on '
+                    f'it again.'
                 )
             label = parse_name(path.name)[0]['sub']
             runs.append(CohortRun(path, Path(dataset), label, float(sidecar['RepetitionTime'])))
@@ -155,13 +156,15 @@ def read_targets(
         found = read_column(dataset, column)
         people = {run.participant for run in runs if run.dataset == dataset}
         for label in sorted(people):
-            text = found.get(label, '').strip()
-            if texts.setdefault(label, text) != text:
+            text = _plain(found.get(label, ''))
+            if not texts.get(label):
+                texts[label] = text
+            if text and texts[label] != text:
                 raise BrainfmError(
                     f'--target {column}: sub-{label} has {texts[label]!r} in one dataset and '
                     f'{text!r} in {dataset}; people must not share a label.'
                 )
-    missing = [label for label, text in texts.items() if text.lower() in MISSING]
+    missing = [label for label, text in texts.items() if not text]
     if missing and not drop_missing:
         raise BrainfmError(
             f'--target {column}: {len(missing)} of {len(texts)} participants have no value '
@@ -190,6 +193,18 @@ def read_targets(
     return Targets(
         column, problem, {k: float(classes.index(v)) for k, v in texts.items()}, classes
     )
+
+
+def _plain(text: str) -> str:
+    """Write equal numbers alike, and nothing where a value is missing.
+
+    >>> _plain('2.0'), _plain(' F '), _plain('n/a')
+    ('2', 'F', '')
+    """
+    text = text.strip()
+    if text.lower() in MISSING:
+        return ''
+    return f'{_number(text):.10g}' if np.isfinite(_number(text)) else text
 
 
 def _number(text: str) -> float:

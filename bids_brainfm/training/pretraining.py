@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from bids_brainfm.analyses.reconstruct import interpolate, seen_mean, target_level
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.brain_jepa import token_error
-from bids_brainfm.models.masking import keep_lowest, keep_visible, masked_loss, masked_tokens
+from bids_brainfm.models.masking import (
+    keep_lowest,
+    keep_visible,
+    masked_loss,
+    masked_tokens,
+    standardised,
+)
 from bids_brainfm.training.masking import REGIONS, draw_blocks
 
 GREATEST_RATIO = 0.9
@@ -126,7 +132,7 @@ class MaskedAutoencoding(nn.Module):
             keep = self.draw(seeds)['keep'].to(signal.device)
             total, count, _ = self(signal, keep)
             loss += torch.tensor([total.item(), count.item()], dtype=torch.float64)
-            windows = signal.cpu().numpy()
+            windows = (standardised(signal) if self.normalise else signal).cpu().numpy()
             seen = ~self.network.points(masked_tokens(keep, self.network.tokens)).cpu().numpy()
             made = {'model': self._reconstruct(signal, keep).float().cpu().numpy()}
             if not self.baselines:
@@ -158,8 +164,8 @@ def _scores(sums: Tensor) -> dict[str, float]:
     made = xx - x * x / n
     return {
         'mse': error / n,
-        'r2': 1 - error / spread,
-        'r': (xy - x * y / n) / np.sqrt(made * spread) if made > 0 else np.nan,
+        'r2': 1 - error / spread if spread > 0 else np.nan,
+        'r': (xy - x * y / n) / (made * spread) ** 0.5 if made > 0 and spread > 0 else np.nan,
     }
 
 

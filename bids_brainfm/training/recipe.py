@@ -176,14 +176,29 @@ def _check(recipe: Recipe, name: str | Path) -> None:
                 f'The recipe {name}: {key} must be a list of {length} numbers from 0 upwards, '
                 f'not {value!r}.'
             )
+    whole = ('batch_size', 'micro_batch_size', 'lr_batch', 'patience')
+    for field in dataclasses.fields(recipe):
+        value = getattr(recipe, field.name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        kinds = (int,) if field.name in whole else (int, float)
+        if field.name == 'masks' or (value is None and field.default is None):
+            continue
+        if not all(type(n) in kinds and math.isfinite(n) for n in numbers):
+            raise BrainfmError(
+                f'The recipe {name}: {field.name} {value!r} is not made of '
+                f'{"whole " * (field.name in whole)}numbers (YAML reads 1e-3 as text: write '
+                f'1.0e-3).'
+            )
     sizes = {
         'epochs': recipe.epochs > 0,
         'batch_size': recipe.batch_size >= 1,
-        'micro_batch_size': (recipe.micro_batch_size or 1) >= 1,
+        'micro_batch_size': recipe.micro_batch_size is None or recipe.micro_batch_size >= 1,
+        'lr_batch': recipe.lr_batch is None or recipe.lr_batch >= 1,
         'warmup': 0 <= recipe.warmup < 1,
         'layer_decay': 0 < recipe.layer_decay <= 1,
         'momentum': max(recipe.momentum or (0,)) <= 1,
         'patience': recipe.patience is None or recipe.patience >= 1,
+        'masks': (recipe.masks is None) == (recipe.momentum is None),
     }
     for key, fits in sizes.items():
         if not fits:

@@ -63,7 +63,7 @@ def write_store(
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / INDEX).unlink(missing_ok=True)
-    runs, left_out, parts = [], {}, set()
+    runs, left_out, reasons, parts = [], {}, {}, set()
     shard = row = 0
     file = None
     try:
@@ -71,6 +71,7 @@ def write_store(
             parts.add(part)
             if isinstance(data, str):
                 left_out[name] = data
+                reasons.setdefault(part, f'{name}: {data}')
                 continue
             if file is None or row * parcels * 4 >= shard_bytes:
                 if file is not None:
@@ -84,8 +85,7 @@ def write_store(
         if file is not None:
             file.close()
     for part in sorted(parts - {run.part for run in runs}):
-        name, reason = next(iter(left_out.items()))
-        raise BrainfmError(f'No run of the {part} part can be trained on ({name}: {reason})')
+        raise BrainfmError(f'No run of the {part} part can be trained on ({reasons[part]})')
     index = {'parcels': parcels, 'runs': [asdict(run) for run in runs], 'left_out': left_out}
     temporary = folder / f'.{INDEX}'
     temporary.write_text(json.dumps(index))
