@@ -10,7 +10,7 @@ from bids_brainfm.analyses.reconstruct import interpolate, seen_mean
 from bids_brainfm.analyses.scores import score
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models import weights
-from bids_brainfm.models.masking import masked_tokens
+from bids_brainfm.models.masking import masked_tokens, standardised
 from bids_brainfm.training.cohort import Targets
 from bids_brainfm.training.finetuning import (
     Supervised,
@@ -685,3 +685,13 @@ def test_probabilities_are_averaged_over_windows_of_a_participant():
     probability = logits.softmax(1)
     torch.testing.assert_close(predicted['a'], probability[[0, 2]].mean(0))
     torch.testing.assert_close(predicted['b'], probability[1])
+
+
+def test_standardised_targets_are_scored_as_such():
+    """With norm_pix_loss the network answers in standardised values, and is scored in them."""
+    signal = 3 * windows_with_levels()
+    objective = MaskedAutoencoding(Double(lambda x, hidden: standardised(x)), 0.5, normalise=True)
+    found = objective.evaluate([(signal, list(range(6)))], alone)
+    assert found['r2'] == pytest.approx(1, abs=1e-4)
+    assert found['loss'] == pytest.approx(0, abs=1e-6)
+    assert found['r2_mean'] < 0.2
