@@ -47,6 +47,7 @@ def write_cohort(folder: Path, people: int, seed: int = 0, tr: float = TR) -> Pa
         'trait': traits.round(4),
         'sex': ['F', 'M'] * (people // 2) + ['F'] * (people % 2),
         'same': [1] * people,
+        'duration': traits,
         'holed': ['n/a', *map(str, range(1, people))],
     }
     pd.DataFrame(table).to_csv(folder / 'participants.tsv', sep='\t', index=False)
@@ -340,6 +341,7 @@ def refused(capsys, *arguments) -> str:
     [
         (('--target', 'missing'), 'no participants.tsv has a column missing'),
         (('--target', 'same'), 'all participants have the same value'),
+        (('--target', 'duration'), 'duration'),
         (('--target', 'holed'), '1 of 12 participants have no value (sub-01)'),
         (('--target', 'sex', '--problem', 'regression'), 'cannot be regressed'),
         (('--target', 'trait', '--test-share', '0.05'), 'too few to split'),

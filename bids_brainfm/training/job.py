@@ -345,11 +345,15 @@ def start(
     micro_batch = micro_batch_of(recipe, accelerator.num_processes)
     if check is not None:
         check(recipe, build(spec.card.config))
+    source = build(spec.card.config)
+    bare = {key: value for key, value in spec.card.config.items() if key != 'head'}
     # The first process prepares; what it finds wrong, all say.
     found: list = [None]
     if accelerator.is_main_process:
         try:
             cohort = gather_cohort(settings, atlas.name)
+            if head is not None:  # what no head can predict is said before anything is written
+                build(bare | {'head': head(source, cohort)})
             prepare(settings, spec, atlas, cohort)
             found = [cohort]
         except BrainfmError as error:
@@ -358,10 +362,7 @@ def start(
     (cohort,) = found
     if isinstance(cohort, BrainfmError):
         raise cohort
-    source = build(spec.card.config)
-    config = {key: value for key, value in spec.card.config.items() if key != 'head'}
-    if head is not None:
-        config['head'] = head(source, cohort)
+    config = bare if head is None else bare | {'head': head(source, cohort)}
     network = initialise(build(config), settings.seed)
     if spec.checkpoint is not None:
         # all but a head, which is made anew
