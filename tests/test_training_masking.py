@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.training import masking
 from bids_brainfm.training.masking import REGIONS, draw_blocks
 
 PARCELS, PATCHES = 450, 10
@@ -150,7 +151,7 @@ def test_context_and_targets_are_apart(recipe, windows):
 def test_official_sizes_and_starts():
     """All that are possible occur, and no others: the last placement is never taken."""
     places, parcels, left, right, observed = set(), set(), [], [], []
-    first, last = [], []
+    first, last, middle = [], [], []
     for blocks in drawn('official', 1):
         context, other, late, early = pieces(blocks)
         assert is_block(context)
@@ -158,6 +159,7 @@ def test_official_sizes_and_starts():
         patches = (other % PATCHES).unique()
         assert (patches.diff() == 1).all()
         places.add((len(patches), int(patches[0])))
+        middle.append(float(patches[0]) + len(patches) / 2)
         n = len(other) // len(patches)
         parcels.add(n)
         observed.append(len((context // PATCHES).unique()) / (PARCELS - n))
@@ -183,6 +185,8 @@ def test_official_sizes_and_starts():
     assert set(last) == {7, 8}
     assert sum(first) / len(first) == pytest.approx(0.1875, abs=0.06)
     assert last.count(7) / len(last) == pytest.approx(0.1875, abs=0.06)
+    # placed in the observation, not in the window: else 3.81
+    assert sum(middle) / len(middle) == pytest.approx(4, abs=0.1)
     # 378 to 449 parcels are observed, and those to be predicted are taken from them
     assert torch.tensor(observed).mean() == pytest.approx(0.919, abs=0.005)
     assert min(observed) > 0.75
@@ -279,8 +283,23 @@ def test_fixed_takes_all_placements():
     assert longest == PATCHES
 
 
+def test_fixed_predicts_other_parcels_observed_or_not():
+    """0.45 to 0.6 of all parcels, at up to six times of the context."""
+    parcels, patches = set(), set()
+    for blocks in drawn('fixed', 1):
+        tokens = blocks.target[blocks.region == CROSS_ROI]
+        assert is_block(tokens)
+        if len(tokens):
+            parcels.add(len((tokens // PATCHES).unique()))
+            patches.add(len((tokens % PATCHES).unique()))
+    assert min(parcels) in range(202, 206)
+    assert max(parcels) in range(266, 271)
+    assert patches == {1, 2, 3, 4, 5, 6}
+
+
 def test_fixed_predicts_other_times_of_all_parcels():
     """Of those in the context and of the others the same share, 0.15 to 0.3."""
+    shares = []
     for blocks in drawn('fixed', 1)[:400]:
         context, target, region = blocks.context[0], blocks.target[0], blocks.region[0]
         kept = len((context // PATCHES).unique())
@@ -289,8 +308,11 @@ def test_fixed_predicts_other_times_of_all_parcels():
             seen, unseen = (int((there == kind).sum()) for kind in (CROSS_TIME, DOUBLE_CROSS))
             share = seen / kept
             assert 0.14 < share <= 0.3
+            shares.append(share)
             assert unseen >= share * (PARCELS - kept) - 2  # more where it is a time of the others
             assert (there != CROSS_ROI).all()
+    assert min(shares) < 0.16
+    assert max(shares) > 0.29
 
 
 def test_fixed_numbers_of_tokens():
@@ -358,6 +380,16 @@ def test_fixed_masks_of_any_size(parcels, patches):
                 times = torch.isin(target % patches, context % patches)
                 assert torch.equal(region == CROSS_TIME, rows)
                 assert torch.equal(region == CROSS_ROI, times)
+
+
+def test_something_is_left_at_the_extremes(monkeypatch):
+    """The least observation, and the most that can be taken from it."""
+    monkeypatch.setattr(masking, '_uniform', lambda limits, _: limits[limits[0] < 0.8])
+    for parcels in range(4, 20):
+        for patches in (*range(3, 13), 20, 40):
+            blocks = draw(1, 'fixed', parcels, parcels, patches)
+            assert blocks.context.numel() > 0
+            assert blocks.target.numel() > 0
 
 
 # --- both ------------------------------------------------------------------------------------

@@ -107,11 +107,12 @@ def _fixed(windows: int, parcels: int, patches: int, generator: torch.Generator)
     its place says.
     """
     uniform = lambda limits: _uniform(limits, generator)
-    # Sizes are common to the batch, so that its windows have about the same number of tokens
-    observed = min(parcels - 1, max(3, round(parcels * uniform(OBSERVED_PARCELS))))
-    long = max(2, round(patches * uniform(OBSERVED_PATCHES)))
-    across = min(observed - 1, max(1, round(parcels * uniform(ACROSS_PARCELS))))
-    brief = min(long, max(1, round(patches * uniform(ACROSS_PATCHES))))
+    # Sizes are common to the batch, so that its windows have about the same number of tokens.
+    # From 4 parcels and 3 patches on, none is zero and some of the observation is always left.
+    observed = min(parcels - 1, round(parcels * uniform(OBSERVED_PARCELS)))
+    long = round(patches * uniform(OBSERVED_PATCHES))
+    across = round(parcels * uniform(ACROSS_PARCELS))
+    brief = round(patches * uniform(ACROSS_PATCHES))
     beyond = [(uniform(BEYOND_PARCELS), uniform(BEYOND_PATCHES)) for _ in range(2)]
     side = max(1, 3 * patches // 10)
     contexts, targets, regions = [], [], []
@@ -125,8 +126,7 @@ def _fixed(windows: int, parcels: int, patches: int, generator: torch.Generator)
         target = other[:, None] & same
         beside = torch.zeros(patches, dtype=torch.bool)
         for first, (share, stretch) in zip((patches - side, 0), beyond, strict=True):
-            n = min(int(patches * stretch), side, int((times & ~beside).sum()) - 1)
-            at = _some(_span(patches, first, side), n, generator)
+            at = _some(_span(patches, first, side), int(patches * stretch), generator)
             beside |= at
             for pool in (kept, ~kept):
                 some = _some(pool, int(share * pool.sum()), generator)
