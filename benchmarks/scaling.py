@@ -41,7 +41,7 @@ def write_noise(folder: Path, atlas_name: str) -> None:
 
 def start(data: Path, out: Path, model: str, processes: int, steps: int, batch: int):
     """Start a training."""
-    launch = ['torch.distributed.run', '--nproc-per-node', str(processes), '--master-port=0', '-m']
+    launch = ['torch.distributed.run', '--standalone', '--nproc-per-node', str(processes), '-m']
     return subprocess.Popen(
         [sys.executable, '-m', *(launch if processes > 1 else []), 'bids_brainfm.cli.models',
          'pretrain', model, out, '--data', data, '--batch-size', str(batch), '--nthreads', '1',

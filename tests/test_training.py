@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -405,6 +406,28 @@ def test_short_runs_are_left_out_and_named(mae, cohort, tmp_path, capsys):
     said = refused(capsys, 'pretrain', mae, nowhere, '--data', mixed, *options)
     assert 'part can be trained on' in said
     assert not nowhere.exists()
+    shutil.rmtree(out / 'series')  # as the documentation allows, once a training is done
+    refused(capsys, 'pretrain', mae, out, '--data', mixed, *options)
+    assert (out / 'model.safetensors').is_file()
+
+
+def test_killed_while_data_are_prepared(mae, cohort, tmp_path, monkeypatch):
+    """What was prepared by halves is prepared again by the same command."""
+    from bids_brainfm.training import job
+
+    def write_half(folder, parcels, series):
+        folder.mkdir(parents=True)
+        (folder / 'shard-0000.f32').write_bytes(b'half')
+        raise KeyboardInterrupt
+
+    out = tmp_path / 'out'
+    arguments = ('pretrain', mae, out, '--data', cohort, *SHORT, '--device', 'cpu')
+    with monkeypatch.context() as patch:
+        patch.setattr(job, 'write_store', write_half)
+        with pytest.raises(KeyboardInterrupt):
+            run(*arguments)
+    run(*arguments)
+    assert (out / 'model.safetensors').is_file()
 
 
 def test_another_training_is_not_mixed_in(mae, cohort, tmp_path, capsys):

@@ -192,44 +192,45 @@ class Preparation:
 
 
 def prepare(settings: TrainingSettings, spec: ModelSpec, atlas: Atlas, cohort: 'Cohort') -> None:
-    """Write the store, the split and the settings of a training, unless they stand.
+    """Write settings, split and series of a training, unless they stand.
 
-    Nothing is left where this fails.
+    Settings come first, so that the same command goes on where this was killed; the series' index
+    comes last. Nothing is left where data are refused.
     """
     from tqdm import tqdm
 
-    output, stood = settings.output, settings.output.exists()
-    if (output / SETTINGS).is_file() and (output / 'series' / INDEX).is_file():
-        return
-    card = spec.card
-    structures = atlas.structures and tuple(atlas.structures)
-    preparation = Preparation(contract_of(card, settings), atlas.xyz, atlas.name, structures)
-    runs = [run for run in cohort.runs if run.participant in cohort.parts]
-    try:
+    output, series = settings.output, settings.output / 'series'
+    new = not (output / SETTINGS).is_file()
+    if not (series / INDEX).is_file():
+        writing.write_json(
+            output / SETTINGS,
+            {'settings': settings.recorded(), 'software': version('bids_brainfm')},
+        )
+        columns = {
+            'participant_id': [f'sub-{label}' for label in cohort.parts],
+            'part': list(cohort.parts.values()),
+        }
+        writing.write_table(output / 'participants.tsv', columns)
+        structures = atlas.structures and tuple(atlas.structures)
+        contract = contract_of(spec.card, settings)
+        preparation = Preparation(contract, atlas.xyz, atlas.name, structures)
+        runs = [run for run in cohort.runs if run.participant in cohort.parts]
         processes = settings.nthreads if len(runs) >= MANY_RUNS else 1
         found = collect(runs, preparation, cohort.parts, processes)
         bar = tqdm(found, total=len(runs), desc='Preparing', unit='run', disable=None)
-        write_store(output / 'series', atlas.n_parcels, bar)
-    except BrainfmError:
-        shutil.rmtree(output / 'series', ignore_errors=True)
-        if not stood:
-            shutil.rmtree(output)
-        raise
-    left_out = Store(output / 'series').left_out
-    columns = {
-        'participant_id': [f'sub-{label}' for label in cohort.parts],
-        'part': list(cohort.parts.values()),
-    }
-    writing.write_table(output / 'participants.tsv', columns)
-    if left_out:
-        writing.write_table(
-            output / 'left_out.tsv', {'run': list(left_out), 'reason': list(left_out.values())}
-        )
-        print(f'{len(left_out)} of {len(runs)} runs are left out: {output / "left_out.tsv"}')
-    writing.write_json(
-        output / SETTINGS,
-        {'settings': settings.recorded(), 'software': version('bids_brainfm')},
-    )
+        try:
+            write_store(series, atlas.n_parcels, bar)
+        except BrainfmError:
+            # an earlier training, whose series were deleted, keeps what it made
+            shutil.rmtree(output if new else series)
+            raise
+    store = Store(series)
+    if store.left_out:
+        path = output / 'left_out.tsv'
+        columns = {'run': list(store.left_out), 'reason': list(store.left_out.values())}
+        writing.write_table(path, columns)
+        total = len(store.runs) + len(store.left_out)
+        print(f'{len(store.left_out)} of {total} runs are left out: {path}')
 
 
 @dataclass(frozen=True)
@@ -271,11 +272,6 @@ class Session:
     xyz: object
     micro_batch: int
 
-    @property
-    def batch(self) -> int:
-        """Windows of an evaluation at once."""
-        return self.micro_batch
-
     def windows(self, part: str, most: int | None = None) -> list[tuple[StoredRun, int]]:
         """Windows of a part of the split, the first one of each run before the second."""
         length = self.spec.card.window
@@ -293,8 +289,8 @@ class Session:
 
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         mine = range(rank, len(windows), processes)
-        for i in range(0, len(mine), self.batch):
-            numbers = list(mine[i : i + self.batch])
+        for i in range(0, len(mine), self.micro_batch):
+            numbers = list(mine[i : i + self.micro_batch])
             data = [self.store.window(*windows[n], self.spec.card.window) for n in numbers]
             data = np.stack(data if self.order is None else [x[self.order] for x in data])
             yield torch.from_numpy(data).to(self.accelerator.device), numbers

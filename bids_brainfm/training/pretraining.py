@@ -24,7 +24,6 @@ from bids_brainfm.models.masking import (
 from bids_brainfm.training.masking import REGIONS, draw_blocks
 
 GREATEST_RATIO = 0.9
-MASKINGS = ('random', 'future')
 EVALUATION_MASKS = 8  # that held-out latents are predicted under, in turn
 
 
@@ -46,7 +45,6 @@ class MaskedAutoencoding(nn.Module):
         Parcel centres in mm, for the family that needs them.
     """
 
-    needs = 'decode'
     selects = 'loss'  # of what is evaluated, the lower the better
 
     def __init__(
@@ -180,7 +178,6 @@ class LatentPrediction(nn.Module):
         See :func:`bids_brainfm.training.masking.draw_blocks`.
     """
 
-    needs = 'latent_error'
     selects = 'loss'
 
     def __init__(self, network: nn.Module, masks: str):
