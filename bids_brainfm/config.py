@@ -35,7 +35,7 @@ class Settings:
     Every field but the first two has a default, and the name of its command line option.
     Labels are without their prefix (``01``, not ``sub-01``). ``mem`` is in GB, ``stride`` in
     samples at the model's TR, ``forecast_points`` too. None stands for what the model or the
-    analysis has as its default.
+    analysis has as its default; ``scale_stats`` is empty where statistics are to be fitted.
     """
 
     bids_dir: Path
@@ -55,7 +55,7 @@ class Settings:
     denoise: str = 'card'
     min_coverage: float = 0.5
     scale: str = 'card'
-    scale_stats: tuple[Path, ...] = ()
+    scale_stats: tuple[Path, ...] | None = None
     temporal: str = 'resample'
     stride: int | None = None
     short_runs: str = 'refuse'
@@ -75,6 +75,7 @@ class Settings:
     perturb_sd: float | None = None
     random_seed: int = 0
     contrast: tuple[str, ...] = ()
+    stop_after: str | None = None
 
     device: str = 'auto'
     precision: str | None = None

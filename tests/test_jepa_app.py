@@ -314,22 +314,26 @@ def test_cohort_statistics_of_temporal_means(long_runs, both, tmp_path, app, cap
 
 
 def test_statistics_of_several_atlases(tmp_path):
-    """Each model takes the file of its atlas; doubles and gaps are told."""
+    """Each model takes the file of its atlas and way of scaling; doubles and gaps are told."""
     from bids_brainfm.errors import BrainfmError
     from bids_brainfm.workflows.plan import _stats_of
 
+    means = {'Statistic': 'temporal mean', 'Median': [0.0], 'IQR': [1.0]}
+    series = {'Median': [0.0], 'IQR': [1.0], 'Lower': [-1.0], 'Upper': [1.0]}
     files = []
-    for name in ('A424', 'Demo424', 'A424'):
+    for name, stats in (
+        ('A424', means), ('Demo424', means), ('Demo424', series), ('A424', means),
+    ):  # fmt: skip
         files.append(tmp_path / f'{len(files)}.json')
-        stats = {'Atlas': name, 'Statistic': 'temporal mean', 'Median': [0.0], 'IQR': [1.0]}
-        files[-1].write_text(json.dumps(stats))
-    assert _stats_of(tuple(files[:2]), 'Demo424') == files[1]
-    assert _stats_of(tuple(files[:1]), 'Demo424') == files[0]  # refused where it is read
-    assert _stats_of((), 'Demo424') is None
-    with pytest.raises(BrainfmError, match='both of the atlas A424'):
-        _stats_of(tuple(files), 'A424')
-    with pytest.raises(BrainfmError, match='of the atlas Other: they are of A424, Demo424'):
-        _stats_of(tuple(files[:2]), 'Other')
+        files[-1].write_text(json.dumps({'Atlas': name} | stats))
+    assert _stats_of(tuple(files[:3]), 'Demo424', 'cohort-means') == files[1]
+    assert _stats_of(tuple(files[:3]), 'Demo424', 'cohort') == files[2]
+    assert _stats_of(tuple(files[:1]), 'Demo424', 'cohort') == files[0]  # refused where it is read
+    assert _stats_of((), 'Demo424', 'cohort') is None
+    with pytest.raises(BrainfmError, match='both of the temporal mean of the atlas A424'):
+        _stats_of(tuple(files), 'A424', 'cohort-means')
+    with pytest.raises(BrainfmError, match='of the atlas A424: they are of temporal mean of A424'):
+        _stats_of(tuple(files[:3]), 'A424', 'cohort')
 
 
 def test_own_table_is_used_told_and_held_to(long_runs, tmp_path, app, capsys):

@@ -130,7 +130,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument('output_dir', type=Path, help='folder of the BIDS derivatives to write')
     parser.add_argument(
         'analysis_level', choices=['participant', 'group'],
-        help='level of the analysis; group subtracts attention maps (--contrast)',
+        help='level of the analysis; group fits statistics of the cohort (--scale-stats) or '
+        'subtracts attention maps (--contrast)',
     )  # fmt: skip
     parser.add_argument('--version', action=_ShowVersion, nargs=0, help='print the version')
 
@@ -191,8 +192,9 @@ def get_parser() -> argparse.ArgumentParser:
         'are (default: what the model card says)',
     )  # fmt: skip
     model.add_argument(
-        '--scale-stats', '--scale_stats', nargs='+', type=Path, metavar='FILE',
-        help='fitted statistics for --scale cohort, one file for each atlas',
+        '--scale-stats', '--scale_stats', nargs='*', type=Path, metavar='FILE',
+        help='fitted statistics for --scale cohort, one file for each atlas and way of scaling; '
+        'at the group level, without a file: fit them over all runs in the output folder',
     )  # fmt: skip
     model.add_argument(
         '--temporal', choices=['resample', 'official'],
@@ -338,6 +340,11 @@ def get_parser() -> argparse.ArgumentParser:
         help='stop at the first run that fails',
     )  # fmt: skip
     other.add_argument(
+        '--stop-after', '--stop_after', choices=['timeseries'],
+        help='stop when the parcel series are written: that needs neither weights nor a GPU, and '
+        'the same command without it goes on from there',
+    )  # fmt: skip
+    other.add_argument(
         '--reports-only', '--reports_only', action='store_true', default=None,
         help='only write the reports again, from the output folder',
     )  # fmt: skip
@@ -347,7 +354,8 @@ def get_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     other.add_argument(
         '--offline', action='store_true', default=None,
-        help='use no network; no run does anyway, since all it needs is looked for beforehand',
+        help='forbid the libraries the network; no run needs it, since everything is looked for '
+        'on this machine before anything starts',
     )  # fmt: skip
     other.add_argument('-v', '--verbose', action='count', default=None, help='say more')
     return parser
@@ -401,12 +409,12 @@ def _as_typed(found: dict, path: Path) -> dict:
         try:
             if action.nargs == 0 and action.dest != 'verbose':
                 good = isinstance(value, bool)
-            elif action.nargs in ('+', 3):
+            elif action.nargs in ('+', '*', 3):
                 values = value if isinstance(value, list) else [value]
                 checked[action.dest] = [action.type(str(v)) if action.type else v for v in values]
                 good = all(isinstance(v, str) for v in values)
                 good &= not action.choices or set(values) <= set(action.choices)
-                good &= action.nargs == '+' or len(values) in (0, action.nargs)
+                good &= action.nargs != 3 or len(values) in (0, 3)
             else:
                 # memory is written in GB, as a number
                 takes_text = action.type and not (
@@ -433,13 +441,24 @@ def _as_typed(found: dict, path: Path) -> dict:
 
 
 def _check(settings: Settings) -> None:
-    if (settings.analysis_level == 'group') != bool(settings.contrast):
+    fits = settings.scale_stats == ()
+    if settings.analysis_level == 'group':
+        if bool(settings.contrast) == fits:
+            raise BrainfmError(
+                'The group level does one of two things: bids_brainfm OUT OUT group '
+                '--scale-stats fits statistics (name no file), and bids_brainfm OUT OUT group '
+                '--contrast WHAT A B subtracts maps.'
+            )
+    elif settings.contrast or fits:
         raise BrainfmError(
-            'The group level subtracts maps: bids_brainfm OUT OUT group --contrast WHAT A B, and '
-            'the participant level has no --contrast.'
+            'At the participant level --scale-stats takes a FILE (fit one by bids_brainfm OUT OUT '
+            'group --scale-stats), and there is no --contrast.'
         )
-    if settings.scale == 'cohort' and not settings.scale_stats:
-        raise BrainfmError('--scale cohort needs the fitted statistics: add --scale-stats FILE.')
+    elif settings.scale == 'cohort' and not settings.scale_stats:
+        raise BrainfmError(
+            '--scale cohort needs the fitted statistics: add --scale-stats FILE (made by '
+            'bids_brainfm OUT OUT group --scale-stats).'
+        )
     if settings.scale_stats and settings.scale != 'cohort':
         raise BrainfmError('--scale-stats is used by --scale cohort only: add --scale cohort.')
     for name, outputs in USED_BY.items():
@@ -451,7 +470,7 @@ def _check(settings: Settings) -> None:
             )
     for option, path in (
         *(('--reference-networks', path) for path in settings.reference_networks),
-        *(('--scale-stats', path) for path in settings.scale_stats),
+        *(('--scale-stats', path) for path in settings.scale_stats or ()),
         ('--bids-filter-file', settings.bids_filter_file),
         ('--use-plugin', settings.use_plugin),
     ):

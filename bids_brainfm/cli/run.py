@@ -15,6 +15,11 @@ from bids_brainfm.config import Settings
 from bids_brainfm.errors import BrainfmError
 
 LOGGER = logging.getLogger('bids_brainfm')
+# By which libraries are told not to look for anything on the network; workers inherit it
+OFFLINE = {
+    'HF_HUB_OFFLINE': '1',
+    'TEMPLATEFLOW_AUTOUPDATE': 'off',
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,6 +47,8 @@ def run(settings: Settings) -> int:
     """Do what the settings say; returns the exit code."""
     from bids_brainfm.bids.reading import check_participants, find_datasets
 
+    if settings.offline:
+        os.environ |= OFFLINE
     # one folder a process, for logs and for work: others may be running beside it
     name = f'{datetime.now():%Y%m%d-%H%M%S}_{uuid.uuid4().hex[:8]}'
     if settings.analysis_level == 'group':
@@ -104,7 +111,7 @@ def check_places(settings: Settings, datasets: dict[str, Path]) -> None:
         files = (
             settings.bids_database_dir,
             settings.use_plugin,
-            *settings.scale_stats,
+            *(settings.scale_stats or ()),
             settings.bids_filter_file,
             *settings.reference_networks,
             *map(Path, (settings.denoise, *settings.model)),
@@ -140,9 +147,10 @@ def write_reports(settings: Settings, name: str) -> int:
 
 
 def run_group(settings: Settings, name: str) -> int:
-    """Subtract the maps of two conditions or groups."""
+    """Fit statistics of the cohort, or subtract the maps of two conditions or groups."""
     from importlib.metadata import version
 
+    from bids_brainfm.interfaces.cohort_stats import find_series, write_scale_stats
     from bids_brainfm.interfaces.group import read_maps, write_contrasts
 
     if settings.bids_dir.resolve() != settings.output_dir.resolve():
@@ -157,6 +165,13 @@ def run_group(settings: Settings, name: str) -> int:
         'run': settings.run_id,
         'space': (settings.space,) if settings.space else (),
     }
+    if not settings.contrast:
+        series = find_series(settings.bids_dir, filters)
+        start_log(settings, name)
+        for method, path in write_scale_stats(series, settings.bids_dir, version('bids-brainfm')):
+            LOGGER.info('Statistics for models scaled by %s: %s', method, path)
+        LOGGER.info('Use them with --scale cohort --scale-stats FILE ..., those of your models.')
+        return 0
     maps = read_maps(settings.bids_dir, filters)
     start_log(settings, name)
     tables = write_contrasts(maps, settings.bids_dir, settings.contrast, version('bids-brainfm'))

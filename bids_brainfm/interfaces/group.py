@@ -64,30 +64,61 @@ def read_maps(dataset: Path, filters: dict[str, tuple[str, ...]]) -> list[GroupM
     """
     import pandas as pd
 
+    found: dict[tuple, list] = {}
+    for entities, path in finished(dataset, f'*_{SUFFIX}_*_boldmap.tsv', filters):
+        values = pd.read_csv(path, sep='\t', na_values='n/a')['attention'].to_numpy(float)
+        key = tuple(entities[name] for name in ('space', 'atlas', 'desc'))
+        found.setdefault(key, []).append((entities, values, path))
+    if not found:
+        raise BrainfmError(
+            f'{dataset} has no attention maps{asked_of(filters)}: run the participant level with '
+            f'--outputs networks first.'
+        )
+    return [_group_map(dataset, *key, maps) for key, maps in found.items()]
+
+
+def finished(dataset: Path, pattern: str, filters: dict[str, tuple[str, ...]]) -> list:
+    """Whole tables that the participant level wrote.
+
+    Parameters
+    ----------
+    dataset : Path
+    pattern : str
+        Glob of their names.
+    filters : dict of str to tuple of str
+        Labels of an entity to take; all where empty.
+
+    Returns
+    -------
+    list of (dict, Path)
+        Entities and path of each, participant by participant.
+
+    Raises
+    ------
+    BrainfmError
+        The dataset is not ours, or lacks a participant that was asked for.
+    """
     makers = [program.get('Name') for program in generators(read_description(dataset))]
     if 'bids_brainfm' not in makers:
         raise BrainfmError(
             f'{dataset} was not written by bids_brainfm: the group level takes what the '
             f'participant level wrote, bids_brainfm OUT OUT group.'
         )
-    found: dict[tuple, list] = {}
     check_participants({'outputs': dataset}, filters.get('sub', ()))
-    for path in sorted(dataset.glob(f'sub-*/**/*_{SUFFIX}_*_boldmap.tsv')):
+    found = []
+    for path in sorted(dataset.glob(f'sub-*/**/{pattern}')):
         entities = parse_name(path.name)[0]
         if any(labels and entities.get(name) not in labels for name, labels in filters.items()):
             continue
-        if writing.read_sidecar(path.with_suffix('.json')) is None:  # not whole
-            continue
-        values = pd.read_csv(path, sep='\t', na_values='n/a')['attention'].to_numpy(float)
-        key = tuple(entities[name] for name in ('space', 'atlas', 'desc'))
-        found.setdefault(key, []).append((entities, values, path))
-    if not found:
-        asked = ', '.join(' '.join(labels) for labels in filters.values() if labels)
-        raise BrainfmError(
-            f'{dataset} has no attention maps{f" of {asked}" if asked else ""}: run the '
-            f'participant level with --outputs networks first.'
-        )
-    return [_group_map(dataset, *key, maps) for key, maps in found.items()]
+        if writing.read_sidecar(path.with_suffix('.json')) is not None:  # else not whole
+            found.append((entities, path))
+    return found
+
+
+def asked_of(filters: dict[str, tuple[str, ...]]) -> str:
+    """Words that say what was asked for, empty where everything was."""
+    asked = ', '.join(' '.join(labels) for labels in filters.values() if labels)
+    return f' of {asked}' if asked else ''
 
 
 def _group_map(dataset: Path, space: str, atlas: str, label: str, maps: list) -> GroupMap:

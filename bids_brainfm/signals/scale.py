@@ -15,8 +15,10 @@ STATISTICS = {'cohort': 'series', 'cohort-means': 'temporal mean'}
 # BrainLM's recipe: the grand mean of a recording at 10 000 (UK Biobank's convention), parcels in
 # units of their interquartile range, clipped at about these multiples of their SD.
 GRAND_MEAN = 10_000
-_CLIP_SD = (-3.6, 3.7)
+CLIP_SD = (-3.6, 3.7)
 _SD_PER_IQR = 0.79
+# Of the files of statistics; one of a later format is refused.
+FORMAT_VERSION = 1
 # Spread below this share of the values is rounding of single precision, not signal.
 _NO_SPREAD = 1e-6
 # Half of a cohort lies within one range of its median; a run this far off is in other units.
@@ -101,15 +103,34 @@ def load_scale_stats(path, atlas, n_parcels) -> ScaleStats:
     return stats
 
 
-def atlas_of(path) -> str:
-    """Atlas that the cohort statistics of a file were fitted on.
+def stats_content(stats: ScaleStats) -> dict:
+    """What a JSON file holds from which :func:`load_scale_stats` reads these statistics."""
+    columns = {
+        'Median': stats.median,
+        'IQR': stats.iqr,
+        'Lower': stats.lower,
+        'Upper': stats.upper,
+    }
+    plain = lambda values: [float(f'{v:.9g}') if np.isfinite(v) else None for v in values]
+    return {
+        'FormatVersion': FORMAT_VERSION,
+        'Atlas': stats.atlas,
+        'Statistic': stats.statistic,
+        **stats.provenance,
+        **{key: plain(values) for key, values in columns.items() if values is not None},
+    }
+
+
+def kind_of(path) -> tuple[str, str]:
+    """Atlas and statistic that the cohort statistics of a file are of.
 
     Raises
     ------
     BrainfmError
         The file cannot be read or lacks a key.
     """
-    return _read(path).atlas
+    stats = _read(path)
+    return stats.atlas, stats.statistic
 
 
 def _read(path):
@@ -129,6 +150,12 @@ def _read(path):
         ) from None
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise BrainfmError(f'The scale statistics {path} cannot be read ({error}).') from error
+    version = content.pop('FormatVersion', FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        raise BrainfmError(
+            f'The scale statistics {path} are of format {version}, and this bids_brainfm reads '
+            f'{FORMAT_VERSION}: update it, or fit them again.'
+        )
     if statistic not in STATISTICS.values():
         raise BrainfmError(
             f'The scale statistics {path} are of {statistic!r}, but Statistic is one of '
@@ -297,9 +324,9 @@ def fit_scaling(data, method, brain_mean, divide_by=1.0, stats=None) -> Scaling:
         first, third = np.percentile(demeaned, [25, 75], axis=0)
         spread = np.where(third - first > 1e-3 * sd, third - first, sd / _SD_PER_IQR)
         with np.errstate(invalid='ignore', divide='ignore'):  # parcels that do not vary
-            low, high = (bound * sd / spread for bound in _CLIP_SD)
+            low, high = (bound * sd / spread for bound in CLIP_SD)
     elif method == 'cohort':
-        to_run = _level(brain_mean) / GRAND_MEAN
+        to_run = brain_level(brain_mean) / GRAND_MEAN
         offset, spread = mean + stats.median * to_run, stats.iqr * to_run
         low, high = stats.lower, stats.upper
     elif method == 'cohort-means':
@@ -347,8 +374,14 @@ def static_share(scaled) -> float:
     return float(np.nanvar(scaled.mean(axis=0)) / np.nanvar(scaled))
 
 
-def _level(brain_mean):
-    """The brain mean, if it is a BOLD level."""
+def brain_level(brain_mean: float) -> float:
+    """The brain mean, if it is a BOLD level.
+
+    Raises
+    ------
+    BrainfmError
+        It is not above zero.
+    """
     if np.isfinite(brain_mean) and brain_mean > 0:
         return brain_mean
     raise BrainfmError(

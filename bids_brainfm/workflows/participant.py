@@ -55,21 +55,17 @@ def init_participant_wf(plan: Plan, software: dict) -> LiterateWorkflow:
     """
     settings = plan.settings
     workflow = LiterateWorkflow('bids_brainfm_wf', base_dir=str(plan.work))
-    all_encoded = pe.Node(Merge(max(1, sum(len(a.models) for a in plan.atlases))), 'all_encoded')
-    workflow.add_nodes([all_encoded])
-    number = 0
+    ends = []
     for atlas in plan.atlases:
         series_wf = init_series_wf(atlas, plan)
         workflow.add_nodes([series_wf])
         for model in atlas.models:
-            number += 1
             encode_wf = init_encode_wf(model, settings)
-            workflow.connect(
-                [
-                    (series_wf, encode_wf, [('outcomes.out', 'encode.series')]),
-                    (encode_wf, all_encoded, [('encode.outcomes', f'in{number}')]),
-                ]
-            )
+            workflow.connect(series_wf, 'outcomes.out', encode_wf, 'encode.series')
+            ends.append((encode_wf, 'encode.outcomes'))
+        if not atlas.models:
+            ends.append((series_wf, 'outcomes.out'))
+    all_encoded = _gather('all_encoded', ends, workflow)
     all_done = {}
     for atlas in plan.atlases:
         for subject, runs in atlas.network_runs.items():
@@ -87,11 +83,17 @@ def init_participant_wf(plan: Plan, software: dict) -> LiterateWorkflow:
             run_without_submitting=True,
         )
         before = all_done.get(subject, [(all_encoded, 'out')])
-        merge = pe.Node(Merge(len(before)), node_name('all_done', subject))
-        for i, (node, output) in enumerate(before, 1):
-            workflow.connect(node, output, merge, f'in{i}')
+        merge = _gather(node_name('all_done', subject), before, workflow)
         workflow.connect(merge, 'out', report, 'after')
     return workflow
+
+
+def _gather(name: str, ends: list[tuple], workflow: LiterateWorkflow) -> pe.Node:
+    """Add a node that waits for the outputs of others, given as (node, output)."""
+    merge = pe.Node(Merge(len(ends)), name)
+    for i, (node, output) in enumerate(ends, 1):
+        workflow.connect(node, output, merge, f'in{i}')
+    return merge
 
 
 def describe(workflow: LiterateWorkflow, plan: Plan) -> dict[str, tuple[str, list[str]]]:

@@ -28,7 +28,7 @@ from bids_brainfm.interfaces.networks import (
 from bids_brainfm.interfaces.outcome import Outcome, read_failures
 from bids_brainfm.interfaces.outputs import analyses_of, analysis_name, run_current
 from bids_brainfm.interfaces.series import SeriesTask, series_current, series_step
-from bids_brainfm.signals.scale import atlas_of, check_stats, load_scale_stats
+from bids_brainfm.signals.scale import STATISTICS, check_stats, kind_of, load_scale_stats
 from bids_brainfm.workflows.asked import (
     analyses_asked,
     check_outputs,
@@ -140,39 +140,52 @@ def _subject(name: str) -> str:
     return reading.parse_name(f'{name}_')[0]['sub']
 
 
-def resolve_models(settings: Settings, home: Path, version: str) -> list[EncodeTask]:
-    """Resolve every model that was asked for.
+def find_resources(settings: Settings, home: Path) -> list:
+    """Cards of the models that were asked for, once all that they need is on this machine.
 
     Raises
     ------
     BrainfmError
-        Weights or atlases are missing: all of them are named.
+        Atlases are missing or, where something is to be encoded, weights: all of them are named.
     """
     from bids_brainfm.atlases.atlas import load_atlas
     from bids_brainfm.models.cards import load_card
-    from bids_brainfm.models.encoder import resolve_device, resolve_precision
-    from bids_brainfm.models.masking import BLOCKS
-    from bids_brainfm.models.spec import (
-        find_checkpoint,
-        find_gradients,
-        resolve_model,
-        split_name,
-    )
+    from bids_brainfm.models.spec import find_checkpoint, find_gradients, split_name
 
-    missing = []
+    cards, missing = [], []
     for text in settings.model:
         card = load_card(split_name(text)[0])
-        for find in (
-            partial(find_checkpoint, text, home, settings.random_weights),
-            partial(find_gradients, text, home),
-            partial(load_atlas, card.atlas, home),
-        ):
+        cards.append(card)
+        needs = [partial(load_atlas, card.atlas, home)]
+        if settings.stop_after is None:
+            needs = [
+                partial(find_checkpoint, text, home, settings.random_weights),
+                partial(find_gradients, text, home),
+                *needs,
+            ]
+        for find in needs:
             try:
                 find()
             except BrainfmError as error:
                 missing.append(str(error))
     if missing:
         raise BrainfmError(' '.join(dict.fromkeys(missing)))
+    return cards
+
+
+def resolve_models(settings: Settings, home: Path, version: str) -> list[EncodeTask]:
+    """How each model that was asked for encodes.
+
+    Raises
+    ------
+    BrainfmError
+        A model cannot do what is asked of it.
+    """
+    from bids_brainfm.atlases.atlas import load_atlas
+    from bids_brainfm.models.encoder import resolve_device, resolve_precision
+    from bids_brainfm.models.masking import BLOCKS
+    from bids_brainfm.models.spec import resolve_model
+
     device = resolve_device(settings.device)
     tasks = []
     for text in settings.model:
@@ -221,41 +234,44 @@ def resolve_models(settings: Settings, home: Path, version: str) -> list[EncodeT
 def _contract(settings: Settings, card, atlas: str):
     from bids_brainfm.signals.contract import Contract
 
-    scaling = {'card': card.scaling, 'cohort': card.cohort_scaling}
+    scaling = {'card': card.scaling, 'cohort': card.cohort_scaling}.get(
+        settings.scale, settings.scale
+    )
     official = settings.temporal == 'official' and card.official_volumes
     return Contract(
         tr=card.tr,
         window=card.window,
-        scaling=scaling.get(settings.scale, settings.scale),
+        scaling=scaling,
         divide_by=card.divide_by,
         stride=settings.stride,
         short_runs=settings.short_runs,
         min_coverage=settings.min_coverage,
-        stats=_stats_of(settings.scale_stats, atlas),
+        stats=_stats_of(settings.scale_stats or (), atlas, scaling),
         temporal='official' if official else 'resample',
         official_volumes=card.official_volumes,
         min_real=card.min_real,
     )
 
 
-def _stats_of(files: tuple[Path, ...], atlas: str) -> Path | None:
-    """The file of statistics that is of an atlas; a single one is checked where it is read."""
+def _stats_of(files: tuple[Path, ...], atlas: str, scaling: str) -> Path | None:
+    """The file of statistics that a model takes; a single one is checked where it is read."""
     if len(files) < 2:
         return files[0] if files else None
     found = {}
     for path in files:
-        if (name := atlas_of(path)) in found:
+        if (kind := kind_of(path)) in found:
             raise BrainfmError(
-                f'--scale-stats names {found[name]} and {path}, both of the atlas {name}: give '
-                f'one file for each atlas.'
+                f'--scale-stats names {found[kind]} and {path}, both of the {kind[1]} of the '
+                f'atlas {kind[0]}: give one of them.'
             )
-        found[name] = path
-    if atlas not in found:
+        found[kind] = path
+    wanted = (atlas, STATISTICS[scaling])
+    if wanted not in found:
         raise BrainfmError(
-            f'None of the files of --scale-stats is of the atlas {atlas}: they are of '
-            f'{", ".join(found)}.'
+            f'None of the files of --scale-stats is of the {wanted[1]} of the atlas {atlas}: they '
+            f'are of {", ".join(f"{kind} of {name}" for name, kind in found)}.'
         )
-    return found[atlas]
+    return found[wanted]
 
 
 def make_plan(settings: Settings, datasets: dict[str, Path], work: Path, version: str) -> Plan:
@@ -279,7 +295,8 @@ def make_plan(settings: Settings, datasets: dict[str, Path], work: Path, version
     from bids_brainfm.atlases.atlas import home
 
     place = home()
-    tasks = resolve_models(settings, place, version)
+    cards = find_resources(settings, place)
+    tasks = [] if settings.stop_after else resolve_models(settings, place, version)
     database = settings.bids_database_dir or work / 'bids_db'
     layouts = {
         name: reading.index(root, settings.participant_label, database / name)
@@ -288,9 +305,12 @@ def make_plan(settings: Settings, datasets: dict[str, Path], work: Path, version
     prepare_output(settings.output_dir)
     failures: list[Outcome] = []
     plans = []
-    for atlas in dict.fromkeys(task.spec.card.atlas for task in tasks):
+    for atlas in dict.fromkeys(card.atlas for card in cards):
+        denoise = _denoising(settings, atlas, cards)
         of_atlas = [task for task in tasks if task.spec.card.atlas == atlas]
-        plans.append(_plan_atlas(settings, version, place, atlas, of_atlas, layouts, failures))
+        plans.append(
+            _plan_atlas(settings, version, place, atlas, denoise, of_atlas, layouts, failures)
+        )
     if not any(plan.runs for plan in plans):
         raise BrainfmError(_nothing(settings, datasets, failures))
     plan = Plan(settings, version, datasets, work, plans, failures)
@@ -325,7 +345,22 @@ def prepare_output(folder: Path) -> None:
             )
 
 
-def _plan_atlas(settings, version, home, atlas_name, tasks, layouts, failures) -> AtlasPlan:
+def _denoising(settings: Settings, atlas: str, cards: list) -> str:
+    """Name or file of the denoising preset of an atlas."""
+    asked = {card.denoising for card in cards if card.atlas == atlas}
+    if settings.denoise != 'card':
+        return settings.denoise
+    if len(asked) > 1:
+        raise BrainfmError(
+            f'The models of atlas {atlas} ask for different denoising '
+            f'({", ".join(sorted(asked))}): choose one with --denoise.'
+        )
+    return asked.pop()
+
+
+def _plan_atlas(
+    settings, version, home, atlas_name, denoise, tasks, layouts, failures
+) -> AtlasPlan:
     from bids_brainfm.atlases.atlas import load_atlas
     from bids_brainfm.signals.denoise import load_preset
 
@@ -340,13 +375,6 @@ def _plan_atlas(settings, version, home, atlas_name, tasks, layouts, failures) -
                 f'{", ".join(spaces)} only; choose one of these.'
             )
         spaces = (settings.space,)
-    asked = {task.spec.card.denoising for task in tasks}
-    if settings.denoise == 'card' and len(asked) > 1:
-        raise BrainfmError(
-            f'The models of atlas {atlas.name} ask for different denoising '
-            f'({", ".join(sorted(asked))}): choose one with --denoise.'
-        )
-    denoise = asked.pop() if settings.denoise == 'card' else settings.denoise
     preset = load_preset(denoise)
     output = settings.output_dir
     series = SeriesTask(
@@ -381,7 +409,7 @@ def _plan_atlas(settings, version, home, atlas_name, tasks, layouts, failures) -
     _claim(settings, atlas.name, preset, tasks)
     todo = [run for run in runs if not series_current(output, run, atlas.name)]
     models = [ModelPlan(task, _to_encode(runs, todo, task)) for task in tasks]
-    networks = networks_asked(settings, version, home, atlas_name, tasks)
+    networks = networks_asked(settings, version, home, atlas_name, tasks) if tasks else None
     if networks is not None:
         claim_networks(networks)
     return AtlasPlan(
