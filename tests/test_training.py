@@ -413,7 +413,7 @@ def test_short_runs_are_left_out_and_named(mae, cohort, tmp_path, capsys):
 
 def test_killed_while_data_are_prepared(mae, cohort, tmp_path, monkeypatch):
     """What was prepared by halves is prepared again by the same command."""
-    from bids_brainfm.training import job
+    from bids_brainfm.training import session
 
     def write_half(folder, parcels, series):
         folder.mkdir(parents=True)
@@ -423,7 +423,7 @@ def test_killed_while_data_are_prepared(mae, cohort, tmp_path, monkeypatch):
     out = tmp_path / 'out'
     arguments = ('pretrain', mae, out, '--data', cohort, *SHORT, '--device', 'cpu')
     with monkeypatch.context() as patch:
-        patch.setattr(job, 'write_store', write_half)
+        patch.setattr(session, 'write_store', write_half)
         with pytest.raises(KeyboardInterrupt):
             run(*arguments)
     run(*arguments)

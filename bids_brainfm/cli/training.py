@@ -223,21 +223,22 @@ def run(options: argparse.Namespace) -> int:
     from bids_brainfm.atlases.atlas import home
     from bids_brainfm.training import job
     from bids_brainfm.training.engine import Interrupted
+    from bids_brainfm.training.session import TrainingSettings, is_first_process
 
     here = int(os.environ.get('LOCAL_WORLD_SIZE', '1'))
     nthreads = options.nthreads or max(1, available_cpus() // here)
     torch.set_num_threads(nthreads)
     asked = {k: v for k, v in vars(options).items() if k != 'command'} | {'nthreads': nthreads}
     asked |= {'data': tuple(options.data), 'strides': tuple(options.strides), 'home': home()}
-    settings = job.TrainingSettings(**asked)
+    settings = TrainingSettings(**asked)
     try:
         card = {'pretrain': job.pretrain, 'finetune': job.finetune}[options.command](settings)
     except BrainfmError:
-        if not job.is_first_process():
+        if not is_first_process():
             return 2
         raise
     except Interrupted:
-        if job.is_first_process():
+        if is_first_process():
             print(
                 'Training was told to end; its checkpoint is written. The same command goes on '
                 'from there.',
