@@ -1,5 +1,6 @@
 """Label images of an atlas: reading them, and whether each label lies where it should."""
 
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,13 @@ def read_labels(path: Path, name: str):
     try:
         image = nib.load(path)
         values = np.asanyarray(image.dataobj)
-    except (OSError, EOFError, ValueError, nib.filebasedimages.ImageFileError) as error:
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        zlib.error,
+        nib.filebasedimages.ImageFileError,
+    ) as error:
         raise BrainfmError(
             f'The image {path} of atlas {name} cannot be read ({error}): fetch it anew.'
         ) from None
