@@ -378,6 +378,12 @@ def find_runs(layout, dataset: str, spaces: tuple[str, ...], filters: dict):
 
     runs, without = [], {}
     for stem, files in recordings.items():
+        if not re.fullmatch('[A-Za-z0-9_+-]+', stem):  # it becomes part of paths and of pages
+            without[stem] = (
+                f'{stem}: its name has other characters than letters and digits in a label, which '
+                f'BIDS does not allow: rename its files.'
+            )
+            continue
         usable = [
             (entities, path)
             for entities, extension, path in files
