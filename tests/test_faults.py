@@ -167,6 +167,17 @@ def test_killed_and_started_again(simulated, reference, tmp_path, moment):
         assert any('timeseries' in path.name for path in kept)
 
 
+@slow
+def test_leftovers_do_not_pile_up(simulated, tmp_path):
+    """A command that is killed each time has removed what it found."""
+    out = tmp_path / 'out'
+    for moment in (WRITING_SERIES, PARCELLATION):
+        (tmp_path / 'struck').unlink(missing_ok=True)
+        killed = start(tmp_path, simulated, out, '--nprocs', '1', fault=f'{moment} SIGKILL')
+        assert end(killed)[0] == -signal.SIGKILL
+        assert len(temporaries(out)) == (moment == WRITING_SERIES)
+
+
 def test_killed_worker_is_said(simulated, reference, tmp_path):
     """As by the kernel for want of memory: a sentence at once, no hang, and others' files stay."""
     out = tmp_path / 'out'
@@ -231,6 +242,20 @@ def test_stopped_and_started_again(simulated, reference, tmp_path, moment, nproc
     assert_same(out, reference)
 
 
+def test_what_nobody_foresaw_is_said_in_a_line(simulated, tmp_path, app, capfd, monkeypatch):
+    """Nipype's last words, and where the others are."""
+    from bids_brainfm.workflows import execution
+
+    def fail(*_):
+        raise RuntimeError('Traceback:\n\tKeyError: x\n')
+
+    monkeypatch.setattr(execution, 'execute', fail)
+    assert app(simulated, tmp_path / 'out') == 1
+    said = capfd.readouterr().err
+    assert f'Stopped: unexpected RuntimeError: KeyError: x (crash files are in {tmp_path}' in said
+    assert 'Traceback' not in said
+
+
 def test_leftovers_are_removed_when_their_process_has_ended(tmp_path):
     """Those of a process that runs stay, and of another machine, which cannot be asked, a day."""
     ended = subprocess.Popen(['true'])
@@ -293,6 +318,7 @@ NO_SPACE = os.strerror(28)
 @pytest.mark.parametrize(
     ('kilobytes', 'nprocs', 'code'),
     [
+        pytest.param(8, 1, 2, marks=slow),  # not even the log's folder
         pytest.param(12, 1, 2, marks=slow),  # not even the dataset's own files
         pytest.param(60, 1, 1, marks=slow),  # no series, no report, no crash file
         pytest.param(7000, 1, 1, marks=slow),  # one participant
@@ -526,3 +552,31 @@ def test_damaged_image_of_an_atlas_is_refused(tmp_path, how):
     damage(image, how)
     with pytest.raises(BrainfmError, match=str(image)):
         load_atlas(tmp_path / 'Demo424.yml', tmp_path).image_for(SPACE.removeprefix('space-'))
+
+
+def test_damaged_image_that_was_made_is_made_again(tmp_path):
+    """By fetching, which else takes a file that stands for one that is right."""
+    data, home = REPOSITORY / 'bids_brainfm' / 'data' / 'atlases', tmp_path / 'home'
+    for name in ('Demo424_dseg.tsv', 'Demo424_dseg.nii.gz'):
+        shutil.copy(data / name, tmp_path / name)
+    shutil.copy(data / 'Demo424_dseg.nii.gz', tmp_path / 'other.nii.gz')
+    card = tmp_path / 'mine.yml'
+    card.write_text(
+        'name: Mine\nparcels: 424\nlicence: none\nfiles:\n'
+        '- {name: Demo424_dseg.tsv, role: table}\n'
+        '- {name: Demo424_dseg.nii.gz, role: part, parcels: [1, 424]}\n'
+        '- {name: none.nii.gz, role: image, space: MNI, resolution: 2, made: '
+        '{by: overlay, of: [Demo424_dseg.nii.gz], provenance: a test}}\n'
+        '- {name: other.nii.gz, role: image, space: Other, resolution: 2}\n'
+    )
+    assert bring(card, tmp_path) == 0
+    image = load_atlas(card, home).image_for('MNI').path
+    whole, when = image.read_bytes(), image.stat().st_mtime_ns
+    assert bring(card, tmp_path) == 0
+    assert image.stat().st_mtime_ns == when
+    for how in (0, 0.6, 'bit'):
+        damage(image, how)
+        with pytest.raises(BrainfmError, match=str(image)):
+            load_atlas(card, home).image_for('MNI')
+        assert bring(card, tmp_path) == 0
+        assert image.read_bytes() == whole

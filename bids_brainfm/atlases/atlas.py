@@ -89,7 +89,7 @@ class AtlasCard:
     def folder(self, home: Path) -> Path:
         """Where the files lie: below `home`, or beside a card that is embedded or the user's."""
         fetched = self.path.parent == CARDS and not self.embedded
-        return inside(Path(home) / 'atlases', self.name) if fetched else self.path.parent
+        return Path(home) / 'atlases' / self.name if fetched else self.path.parent
 
     def path_of(self, file: AtlasFile, home: Path) -> Path:
         """Where a file lies: a table of places comes with its card, others are fetched."""

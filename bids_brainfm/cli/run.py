@@ -330,7 +330,7 @@ def conclude(plan, crashed: Exception | None, seconds: float) -> int:
     for sentence in failures:
         LOGGER.error('Failed: %s', sentence)
     if crashed is not None:
-        reason = (str(crashed).strip().splitlines() or [''])[-1]
+        reason = str(crashed).strip().rpartition('\n')[2].strip()
         unexpected = (
             f'unexpected {type(crashed).__name__}: {reason} (crash files are in {output}/logs)'
         )
