@@ -399,18 +399,21 @@ def test_twenty_jobs_in_one_folder(simulated, tmp_path):
     assert json.loads(found.stdout)['issues']['issues'] == []
 
 
-def damage(path, how):
-    """Cut a file to a share of it, or to nothing, or turn a bit in its midst."""
+def damage(path, how, share=667):
+    """Cut a file to a share of it, or to nothing; empty some pages, or turn a bit in its midst."""
     content = path.read_bytes()
-    if how == 'bit':
-        place = len(content) * 2 // 3
+    if how == 'pages':
+        a, b = 20 * 4096, 26 * 4096
+        content = content[:a] + bytes(b - a) + content[b:]
+    elif how == 'bit':
+        place = len(content) * share // 1000
         content = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
     else:
         content = content[: int(len(content) * how)]
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize('how', [0, 0.5, 0.97])
+@pytest.mark.parametrize('how', [0, 0.5, 0.97, 'pages'])
 def test_damaged_index_is_made_again(simulated, tmp_path, how):
     runs = lambda: reading.find_runs(
         reading.index(simulated, (), tmp_path), 'x', (SPACE.removeprefix('space-'),), {}
@@ -542,14 +545,17 @@ def test_damaged_record_of_a_checksum_is_written_again(tmp_path, record):
     assert note.read_text() == whole
 
 
-@pytest.mark.parametrize('how', [0, 0.5, 0.97, 'bit'])
-def test_damaged_image_of_an_atlas_is_refused(tmp_path, how):
+@pytest.mark.parametrize(
+    ('how', 'share'),
+    [(0, 0), (0.5, 0), (0.97, 0), *(('bit', share) for share in range(1, 999, 83))],
+)
+def test_damaged_image_of_an_atlas_is_refused(tmp_path, how, share):
     """In one sentence, whatever the reader of the image makes of it."""
     data = REPOSITORY / 'bids_brainfm' / 'data' / 'atlases'
     for name in ('Demo424.yml', 'Demo424_dseg.tsv', 'Demo424_dseg.nii.gz'):
         shutil.copy(data / name, tmp_path / name)
     image = tmp_path / 'Demo424_dseg.nii.gz'
-    damage(image, how)
+    damage(image, how, share)
     with pytest.raises(BrainfmError, match=str(image)):
         load_atlas(tmp_path / 'Demo424.yml', tmp_path).image_for(SPACE.removeprefix('space-'))
 

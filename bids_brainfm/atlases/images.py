@@ -1,5 +1,6 @@
 """Label images of an atlas: reading them, and whether each label lies where it should."""
 
+import gzip
 import zlib
 from pathlib import Path
 
@@ -33,6 +34,8 @@ def read_labels(path: Path, name: str):
     import nibabel as nib
 
     try:
+        if path.name.endswith('.gz'):  # nibabel stops before the checksum at its end
+            gzip.decompress(path.read_bytes())
         image = nib.load(path)
         values = np.asanyarray(image.dataobj)
     except (
