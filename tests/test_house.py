@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / 'bids_brainfm'
 # From the top down; a room imports what is below it. errors.py is below all of them.
 ROOMS = (
     'cli', 'workflows', 'interfaces', 'reports', 'training', 'analyses', 'models', 'signals',
-    'atlases', 'bids', 'config', 'errors',
+    'atlases', 'bids', 'config', 'stopping', 'errors',
 )  # fmt: skip
 
 

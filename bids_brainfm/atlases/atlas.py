@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from bids_brainfm.atlases.faults import Places, fault_of_names
+from bids_brainfm.atlases.fetch import inside
 from bids_brainfm.atlases.images import (
     check_complete,
     check_image,
@@ -92,7 +93,7 @@ class AtlasCard:
 
     def path_of(self, file: AtlasFile, home: Path) -> Path:
         """Where a file lies: a table of places comes with its card, others are fetched."""
-        return (self.path.parent if file.role == 'places' else self.folder(home)) / file.name
+        return inside(self.path.parent if file.role == 'places' else self.folder(home), file.name)
 
     @property
     def patterns(self) -> list[str]:
@@ -242,6 +243,13 @@ def load_card(name_or_path: str | Path) -> AtlasCard:
             f'The atlas card {path} cannot be used ({type(error).__name__}: {error}): '
             'compare it with the card of Demo424.'
         ) from None
+    labels = [card.name, *(file.space for file in card.files if file.space is not None)]
+    for label in labels:
+        if not str(label).isalnum():
+            raise BrainfmError(
+                f'The atlas card {path} has {label!r} as a name or a space, which goes into file '
+                f'names: use letters and digits only.'
+            )
     for file in card.files:
         _check_entry(file, card)
     if card.order and len(card.patterns) != card.parcels:

@@ -1,5 +1,6 @@
 """Put the atlas that was used beside the outputs, as a BIDS atlas dataset."""
 
+import filecmp
 import shutil
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def export_atlas(output: Path, atlas: Atlas, image: AtlasImage) -> Path:
     if image.resolution is None:
         extension = '.dlabel.nii'
     copy = folder / f'tpl-{image.space}' / f'{stem}{extension}'
-    if copy.is_file() and copy.stat().st_size == image.path.stat().st_size:
+    if copy.is_file() and filecmp.cmp(copy, image.path, shallow=False):
         return copy
     write_json(
         folder / f'atlas-{atlas.name}_description.json',

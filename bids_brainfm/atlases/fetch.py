@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -48,7 +49,23 @@ def sha256_of(path: Path) -> str:
 def recorded_sha256(target: Path) -> str | None:
     """The checksum recorded when the file was fetched, None where there is none."""
     record = _beside(target, '.sha256')
-    return record.read_text().split()[0] if record.is_file() else None
+    return next(iter(record.read_text().split()), None) if record.is_file() else None
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Path of a file that a card names, in the folder where the card's files lie.
+
+    Raises
+    ------
+    BrainfmError
+        It would lie elsewhere.
+    """
+    path = folder / name
+    if Path(os.path.normpath(folder)) not in Path(os.path.normpath(path)).parents:
+        raise BrainfmError(
+            f'{name!r} in a card leads out of {folder}: a card may name files below it only.'
+        )
+    return path
 
 
 def is_present(resource: Resource) -> bool:

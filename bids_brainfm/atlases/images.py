@@ -1,5 +1,7 @@
 """Label images of an atlas: reading them, and whether each label lies where it should."""
 
+import gzip
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +34,17 @@ def read_labels(path: Path, name: str):
     import nibabel as nib
 
     try:
+        if path.name.endswith('.gz'):  # nibabel stops before the checksum at its end
+            gzip.decompress(path.read_bytes())
         image = nib.load(path)
         values = np.asanyarray(image.dataobj)
-    except (OSError, EOFError, ValueError, nib.filebasedimages.ImageFileError) as error:
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        zlib.error,
+        nib.filebasedimages.ImageFileError,
+    ) as error:
         raise BrainfmError(
             f'The image {path} of atlas {name} cannot be read ({error}): fetch it anew.'
         ) from None

@@ -46,11 +46,11 @@ def _make_images(card, home, source_dir):
     """Make the images that were not supplied; those that fail do not keep the others back."""
     atlas, folder, failed = load_atlas(card.path, home), card.folder(home), {}
     for file in card.files:
-        if not file.made or any(
-            (folder / name).is_file() for name in (file.name, card.made_name(file))
-        ):
+        if not file.made or (folder / file.name).is_file():
             continue
         made = folder / card.made_name(file)
+        if _is_made(made, atlas):
+            continue
         part = made.with_name(f'part_{made.name}')
         try:
             _make_image(card, file, atlas, home, source_dir).to_filename(part)
@@ -66,6 +66,15 @@ def _make_images(card, home, source_dir):
             f'Atlas {card.name} is ready except for space {" and ".join(failed)}, whose image was '
             f'neither supplied nor could be made: {reasons}'
         )
+
+
+def _is_made(path, atlas):
+    """Whether an image was made before, and is not damaged."""
+    try:
+        check_image(path, atlas.name, atlas.places)
+    except BrainfmError:
+        return False
+    return True
 
 
 def _make_image(card, file, atlas, home, source_dir):

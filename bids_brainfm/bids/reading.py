@@ -1,7 +1,12 @@
 """Find the runs of an fMRIPrep derivatives dataset and what belongs to each."""
 
+import contextlib
+import hashlib
 import json
 import re
+import shutil
+import sqlite3
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -157,6 +162,12 @@ def find_datasets(bids_dir: Path, derivatives: dict[str, str]) -> dict[str, Path
     dict of str to Path
     """
     if derivatives:
+        for name in derivatives:
+            if not re.fullmatch('[A-Za-z0-9_-]+', name):
+                raise BrainfmError(
+                    f'--derivatives names a dataset {name!r}, which becomes part of paths and of '
+                    f'BIDS URIs: use letters, digits, - and _ only.'
+                )
         datasets = {name: Path(path) for name, path in derivatives.items()}
         for folder in datasets.values():
             read_description(folder)
@@ -203,7 +214,8 @@ def check_participants(datasets: dict[str, Path], participants: tuple[str, ...])
 def index(root: Path, participants: tuple[str, ...], database_dir: Path):
     """Index a dataset with PyBIDS, without metadata, other participants or anatomy.
 
-    The index is kept in `database_dir`, never in the dataset.
+    The index is kept in `database_dir`, never in the dataset, and apart from those of other
+    datasets and participants: PyBIDS takes both from an index that it finds.
 
     Raises
     ------
@@ -212,27 +224,53 @@ def index(root: Path, participants: tuple[str, ...], database_dir: Path):
     """
     from bids.layout import BIDSLayout, BIDSLayoutIndexer
 
+    of = json.dumps([str(root.resolve()), sorted(participants)])
+    folder = database_dir / hashlib.sha256(of.encode()).hexdigest()[:12]
+    kept = folder / 'layout_index.sqlite'
+
     ignore = ['code', 'logs', 'sourcedata', 'derivatives']
     ignore.append(re.compile(r'/(anat|dwi|figures|fmap|log)/'))
     if participants:
         wanted = '|'.join(re.escape(label) for label in participants)
         ignore.append(re.compile(rf'^/sub-(?!({wanted})(/|$))'))
     indexer = BIDSLayoutIndexer(validate=False, index_metadata=False, ignore=ignore)
-    try:
-        database_dir.mkdir(parents=True, exist_ok=True)
+
+    def layout(place: Path):
         return BIDSLayout(
             root,
             validate=False,
             config=['bids', 'derivatives'],
-            database_path=database_dir,
+            database_path=place,
             indexer=indexer,
         )
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not _is_index(kept):
+            # under another name, or a process beside this one would find half of it
+            part = folder / uuid.uuid4().hex
+            layout(part)
+            (part / kept.name).replace(kept)
+            shutil.rmtree(part)
+        return layout(folder)
     except Exception as error:  # of the database and of the file system below it
         reason = str(error).partition('\n')[0]
         raise BrainfmError(
-            f'The PyBIDS index in {database_dir} cannot be used ({reason}): remove it, or name '
-            f'another place with --bids-database-dir.'
+            f'The PyBIDS index in {database_dir} cannot be used ({reason}): remove it, make space '
+            f'there, or name another place with --bids-database-dir.'
         ) from error
+
+
+def _is_index(path: Path) -> bool:
+    """Whether a file is a whole index: no damaged database, and one with files in it."""
+    if not path.is_file():
+        return False
+    try:
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            (state,) = database.execute('PRAGMA quick_check(1)').fetchone()
+            return state == 'ok' and bool(database.execute('SELECT 1 FROM files').fetchone())
+    except sqlite3.DatabaseError:
+        return False
 
 
 def _same(found: str | None, wanted) -> bool:
@@ -340,6 +378,12 @@ def find_runs(layout, dataset: str, spaces: tuple[str, ...], filters: dict):
 
     runs, without = [], {}
     for stem, files in recordings.items():
+        if not re.fullmatch('[A-Za-z0-9_+-]+', stem):  # it becomes part of paths and of pages
+            without[stem] = (
+                f'{stem}: its name has other characters than letters and digits in a label, which '
+                f'BIDS does not allow: rename its files.'
+            )
+            continue
         usable = [
             (entities, path)
             for entities, extension, path in files

@@ -2,13 +2,19 @@
 
 Many processes write one output folder, and any of them may be killed. So a file is written under
 a temporary name and renamed when it is whole, and a data file's sidecar comes after it: where the
-sidecar stands, the data are complete.
+sidecar stands, the data are complete. What a killed process leaves under a temporary name is
+removed by the next one.
 """
 
 import contextlib
+import functools
+import hashlib
 import json
 import os
+import platform
+import time
 import uuid
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -24,6 +30,7 @@ from bids_brainfm.bids.reading import (
 from bids_brainfm.errors import BrainfmError
 
 BIDS_VERSION = '1.10.1'
+TEMPORARY = '.brainfm'  # begins the names of temporary files
 # Without trailing slashes: the validator does not hide a folder named with one
 BIDSIGNORE = (
     '*.html',
@@ -61,8 +68,10 @@ def atomic(path: Path):
         The folder cannot be written, or the disk is full.
     """
     path = Path(path)
+    owner = f'{_machine()}-{os.getpid()}'
     # same extension, since writers such as h5py and matplotlib look at it
-    temporary = path.with_name(f'.{uuid.uuid4().hex}{"".join(path.suffixes[-2:])}')
+    extension = ''.join(path.suffixes[-2:])
+    temporary = path.with_name(f'{TEMPORARY}-{owner}-{uuid.uuid4().hex}{extension}')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -75,6 +84,58 @@ def atomic(path: Path):
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@functools.cache
+def _machine() -> str:
+    """Name of what gives processes their numbers: a machine, its boot, the container in it."""
+    parts = [platform.node()]
+    with contextlib.suppress(OSError):  # not on Linux
+        parts.append(Path('/proc/sys/kernel/random/boot_id').read_text())
+        parts.append(str(Path('/proc/self/ns/pid').readlink()))
+    return hashlib.sha256('\n'.join(parts).encode()).hexdigest()[:8]
+
+
+def remove_leftovers(output: Path, subjects: Iterable[str]) -> None:
+    """Remove the temporary files of processes that were killed.
+
+    Parameters
+    ----------
+    output : Path
+    subjects : iterable of str
+        Participants whose folders are looked through, beside what belongs to all.
+    """
+    name = f'{TEMPORARY}-*'
+    for folder in (output, *(output / 'logs' / part for part in ('', 'settings', 'methods'))):
+        _remove_dead(folder.glob(name))
+    for folder in (output / 'sourcedata', *(output / f'sub-{label}' for label in subjects)):
+        _remove_dead(folder.rglob(name))
+
+
+def _remove_dead(temporaries: Iterable[Path]) -> None:
+    """Remove those whose process has ended; elsewhere, where that cannot be told, after a day."""
+    for path in temporaries:
+        _, machine, process, _ = path.name.split('-', 3)
+        with contextlib.suppress(FileNotFoundError):  # another process is doing the same
+            if machine == _machine():
+                dead = not _runs(int(process))
+            else:
+                dead = time.time() - path.stat().st_mtime > 86_400
+            if dead:
+                path.unlink()
+
+
+def _runs(process: int) -> bool:
+    with contextlib.suppress(OSError):  # where there is /proc
+        state = Path(f'/proc/{process}/stat').read_text().rpartition(')')[2].split()[0]
+        return state not in 'XZ'  # dead, though nobody has asked for its exit code
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -211,7 +272,24 @@ def read_sidecar(path: Path) -> dict | None:
 def is_current(sidecar: Path, data: Path, inputs: dict[str, dict]) -> bool:
     """Whether an output stands and was made from the inputs as they are now."""
     content = read_sidecar(sidecar)
-    return content is not None and data.is_file() and content.get('InputFiles') == inputs
+    return content is not None and content.get('InputFiles') == inputs and is_whole(data)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is there and does not break off, as after a machine's crash or a bad copy."""
+    if not path.is_file():
+        return False
+    if path.suffix == '.h5':
+        import h5py
+
+        with contextlib.suppress(OSError), h5py.File(path):
+            return True
+        return False
+    with path.open('rb') as file:
+        length = file.seek(0, os.SEEK_END)
+        file.seek(max(0, length - 1))
+        end = file.read()
+    return end == b'\n' if path.suffix == '.tsv' else bool(end)
 
 
 def claim_settings(output: Path, name: str, settings: dict, pattern: str) -> None:
@@ -244,7 +322,8 @@ def claim_settings(output: Path, name: str, settings: dict, pattern: str) -> Non
             with contextlib.suppress(FileExistsError):  # another process was first
                 os.link(temporary, path)
             temporary.unlink()
-    recorded = read_sidecar(path) or {}
+    known = read_sidecar(path)
+    recorded = known or {}
     differences = [
         f'{key} was {recorded.get(key)!r:.60} and is now {wanted.get(key)!r:.60}'
         for key in {**recorded, **wanted}
@@ -253,6 +332,12 @@ def claim_settings(output: Path, name: str, settings: dict, pattern: str) -> Non
     if not differences:
         return
     if next(output.glob(f'sub-*/**/{pattern}'), None) is not None:
+        if known is None:
+            raise BrainfmError(
+                f'{path} is damaged, and says no longer with which settings the outputs of {name} '
+                f'were made: if with those of now, remove this file; if not, use another output '
+                f'folder.'
+            )
         raise BrainfmError(
             f'{output} holds outputs of {name} made with other settings '
             f'({"; ".join(differences)}): use the same settings, or another output folder.'

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bids_brainfm.atlases.atlas import AtlasCard, atlas_names, home, images_here, missing_files
 from bids_brainfm.atlases.atlas import load_card as load_atlas_card
-from bids_brainfm.atlases.fetch import Resource, fetch, forget
+from bids_brainfm.atlases.fetch import Resource, fetch, forget, inside
 from bids_brainfm.atlases.obtain import obtain_atlas
 from bids_brainfm.cli import training
 from bids_brainfm.errors import BrainfmError
@@ -55,9 +55,8 @@ def weights_resources(
     for file in card.weights:
         if Path(file['name']).is_absolute():
             continue
-        resource = Resource(
-            file['name'], folder / file['name'], file.get('url'), file.get('sha256')
-        )
+        target = inside(folder, file['name'])
+        resource = Resource(file['name'], target, file.get('url'), file.get('sha256'))
         if is_weights(resource.name) and resource.sha256 is None and not has(resource.name):
             other = next(filter(has, WEIGHTS_FILES), None)
             resource = Resource(other, folder / other) if other else resource
@@ -70,7 +69,7 @@ def gradient_resources(card: ModelCard, home: Path) -> list[Resource]:
     file = card.gradients
     if not file or Path(file['name']).is_absolute():
         return []
-    target = checkpoint_dir(card, home) / file['name']
+    target = inside(checkpoint_dir(card, home), file['name'])
     return [Resource(target.name, target, file.get('url'), file.get('sha256'))]
 
 

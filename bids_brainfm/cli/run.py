@@ -10,6 +10,7 @@ import uuid
 from datetime import datetime
 from pathlib import Path
 
+from bids_brainfm import stopping
 from bids_brainfm.cli.parser import parse_settings
 from bids_brainfm.config import Settings
 from bids_brainfm.errors import BrainfmError
@@ -29,16 +30,18 @@ def main(argv: list[str] | None = None) -> int:
     -------
     int
         0: everything is written; 1: some runs failed (named at the end), the others are written;
-        2: nothing could be run (one sentence on standard error says why).
+        2: nothing could be run (one sentence on standard error says why); 130, 143: stopped by
+        Ctrl-C, by SIGTERM.
     """
     try:
-        return run(parse_settings(argv))
+        with stopping.listening():
+            return run(parse_settings(argv))
     except BrainfmError as error:
         print(f'bids_brainfm: error: {error}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print('bids_brainfm: stopped; the same command goes on from here.', file=sys.stderr)
-        return 130
+        LOGGER.error('bids_brainfm was stopped; the same command goes on from here.')
+        return stopping.exit_code()
     finally:
         gc.freeze()  # else the interpreter looks through all objects before it ends: 0.8 s
 
@@ -205,8 +208,8 @@ def import_libraries() -> None:
 def prepare_work_dir(settings: Settings, name: str) -> Path:
     """Make this process's work folder, with a configuration for Nipype in it.
 
-    That keeps Nipype's own log to errors, here and in its workers, and its files out of the home
-    folder. Nipype reads it when it is imported, so it is written before.
+    That keeps Nipype's own log off the terminal, here and in its workers (it has crash files), and
+    its files out of the home folder. Nipype reads it when it is imported, so it is written before.
 
     Raises
     ------
@@ -214,7 +217,7 @@ def prepare_work_dir(settings: Settings, name: str) -> Path:
         The folder cannot be written.
     """
     work = settings.work_dir / name
-    level = 'INFO' if settings.verbose else 'ERROR'
+    level = 'INFO' if settings.verbose else 'CRITICAL'
     lines = [f'{logger}_level = {level}' for logger in ('workflow', 'interface', 'utils')]
     try:
         if settings.clean_workdir and settings.work_dir.is_dir():
@@ -233,21 +236,35 @@ def prepare_work_dir(settings: Settings, name: str) -> Path:
 
 
 def start_log(settings: Settings, name: str) -> None:
-    """Open this run's folder of logs, with its settings, and send the log there and to stderr."""
+    """Open this run's folder of logs, with its settings, and send the log there and to stderr.
+
+    Raises
+    ------
+    BrainfmError
+        The folder cannot be written.
+    """
+    from bids_brainfm.bids.writing import write_text
+
     folder = settings.output_dir / 'logs' / name
-    folder.mkdir(parents=True)
-    (folder / 'bids_brainfm.toml').write_text(settings.to_toml())
+    write_text(folder / 'bids_brainfm.toml', settings.to_toml())
     LOGGER.setLevel(logging.DEBUG if settings.verbose else logging.INFO)
     LOGGER.propagate = False
     for handler in list(LOGGER.handlers):
         LOGGER.removeHandler(handler)
     form = logging.Formatter('%(asctime)s %(levelname)s %(message)s', '%Y-%m-%d %H:%M:%S')
     for handler in (
-        logging.FileHandler(folder / 'bids_brainfm.log'),
+        _LogFile(folder / 'bids_brainfm.log'),
         _Terminal(),
     ):
         handler.setFormatter(form)
         LOGGER.addHandler(handler)
+
+
+class _LogFile(logging.FileHandler):
+    """Where the disk is full, the terminal is told so, and not that the log lacks a line."""
+
+    def handleError(self, record):
+        pass
 
 
 class _Terminal(logging.Handler):
@@ -261,7 +278,7 @@ class _Terminal(logging.Handler):
 
 def carry_out(plan) -> int:
     """Write the dataset's own files, run the graph, and tell how it went."""
-    from bids_brainfm.bids.writing import write_dataset_files
+    from bids_brainfm.bids.writing import remove_leftovers, write_dataset_files
     from bids_brainfm.reports.methods import write_methods
     from bids_brainfm.workflows.execution import execute
     from bids_brainfm.workflows.participant import describe, init_participant_wf
@@ -277,6 +294,7 @@ def carry_out(plan) -> int:
     if settings.write_graph:
         write_graph(workflow, settings.work_dir)
     announce(plan)
+    remove_leftovers(settings.output_dir, plan.subjects)
     plan.record_failures()
     plan.remove_stale()
     crashed = None
@@ -285,6 +303,8 @@ def carry_out(plan) -> int:
     except Exception as error:  # what is written is kept, so tell about it all the same
         crashed = error
         LOGGER.debug('Traceback', exc_info=True)
+    finally:
+        remove_leftovers(settings.output_dir, plan.subjects)  # of workers that were killed
     return conclude(plan, crashed, time.monotonic() - started)
 
 
@@ -325,7 +345,10 @@ def conclude(plan, crashed: Exception | None, seconds: float) -> int:
     for sentence in failures:
         LOGGER.error('Failed: %s', sentence)
     if crashed is not None:
-        unexpected = f'unexpected {type(crashed).__name__}; crash files are in {output / "logs"}'
+        reason = str(crashed).strip().rpartition('\n')[2].strip()
+        unexpected = (
+            f'unexpected {type(crashed).__name__}: {reason} (crash files are in {output}/logs)'
+        )
         known = isinstance(crashed, BrainfmError)
         LOGGER.error('Stopped: %s', crashed if known else unexpected)
     for subject in plan.subjects:

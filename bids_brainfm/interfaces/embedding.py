@@ -118,7 +118,7 @@ def _table_current(run: BoldRun, task: EncodeTask) -> bool:
     if not writing.is_current(sidecar, path, writing.input_fingerprints(run)):
         return False
     written = writing.read_sidecar(sidecar)['Arrays']
-    whole = not written or path.with_suffix('.h5').is_file()
+    whole = not written or writing.is_whole(path.with_suffix('.h5'))
     return whole and set(task.arrays) <= set(written)
 
 

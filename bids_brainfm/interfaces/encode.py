@@ -6,17 +6,12 @@ import time
 from functools import partial
 
 import numpy as np
-from nipype.interfaces.base import (
-    BaseInterfaceInputSpec,
-    SimpleInterface,
-    TraitedSpec,
-    traits,
-)
+from nipype.interfaces.base import BaseInterfaceInputSpec, TraitedSpec, traits
 
 from bids_brainfm.bids.reading import BoldRun
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.interfaces.embedding import EncodeTask
-from bids_brainfm.interfaces.outcome import Outcome, attempt
+from bids_brainfm.interfaces.outcome import Outcome, Step, attempt
 from bids_brainfm.interfaces.outputs import write_run
 from bids_brainfm.interfaces.series import series_paths
 from bids_brainfm.models.spec import SEED
@@ -184,13 +179,11 @@ class _EncodeOutputSpec(TraitedSpec):
     outcomes = traits.Any(desc='list of Outcome')
 
 
-class EncodeRuns(SimpleInterface):
+class EncodeRuns(Step):
     """Write the embeddings of many runs by one model."""
 
     input_spec = _EncodeInputSpec
     output_spec = _EncodeOutputSpec
-    # What is done is known from the outputs, which may have been deleted, not from the work folder
-    _always_run = True
 
     def _run_interface(self, runtime):
         failed = {outcome.run for outcome in self.inputs.series or [] if outcome.error}

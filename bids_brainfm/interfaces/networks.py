@@ -10,16 +10,11 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
-from nipype.interfaces.base import (
-    BaseInterfaceInputSpec,
-    SimpleInterface,
-    TraitedSpec,
-    traits,
-)
+from nipype.interfaces.base import BaseInterfaceInputSpec, TraitedSpec, traits
 
 from bids_brainfm.bids import writing
 from bids_brainfm.bids.reading import BoldRun
-from bids_brainfm.interfaces.outcome import Outcome, attempt
+from bids_brainfm.interfaces.outcome import Outcome, Step, attempt
 from bids_brainfm.interfaces.series import report_name, series_paths, voxel_size
 from bids_brainfm.models.connectome import LABEL as CONNECTOME
 from bids_brainfm.reports.report import figure_path
@@ -281,7 +276,7 @@ def _inputs(members: list[Member]) -> dict:
 def _current(of: BoldRun, label: str, used: list[Member], task: NetworkTask) -> bool:
     files = paths(of, label, task)
     sidecar = files['parcels'].with_suffix('.json')
-    whole = all(path.is_file() for path in files.values())
+    whole = all(writing.is_whole(path) for path in files.values())
     return whole and writing.is_current(sidecar, files['parcels'], _inputs(used))
 
 
@@ -540,12 +535,11 @@ class _NetworksOutputSpec(TraitedSpec):
     outcomes = traits.Any(desc='list of Outcome')
 
 
-class MakeNetworks(SimpleInterface):
+class MakeNetworks(Step):
     """Write the networks of one participant."""
 
     input_spec = _NetworksInputSpec
     output_spec = _NetworksOutputSpec
-    _always_run = True
 
     def _run_interface(self, runtime):
         from threadpoolctl import threadpool_limits

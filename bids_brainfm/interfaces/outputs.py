@@ -38,7 +38,7 @@ def run_current(run: BoldRun, task: EncodeTask) -> bool:
 def _analysis_current(analysis, run: BoldRun, task: EncodeTask) -> bool:
     first, *others = analysis.paths(run, task)
     inputs = writing.input_fingerprints(run)
-    whole = all(path.is_file() for path in others)
+    whole = all(writing.is_whole(path) for path in others)
     return whole and writing.is_current(first.with_suffix('.json'), first, inputs)
 
 

@@ -2,16 +2,11 @@
 
 from pathlib import Path
 
-from nipype.interfaces.base import (
-    BaseInterfaceInputSpec,
-    SimpleInterface,
-    TraitedSpec,
-    traits,
-)
+from nipype.interfaces.base import BaseInterfaceInputSpec, TraitedSpec, traits
 
 from bids_brainfm.bids.writing import read_sidecar
 from bids_brainfm.interfaces.embedding import latent_name
-from bids_brainfm.interfaces.outcome import read_failures
+from bids_brainfm.interfaces.outcome import Step, read_failures
 from bids_brainfm.models.connectome import LABEL as CONNECTOME
 
 
@@ -265,12 +260,11 @@ class _ReportOutputSpec(TraitedSpec):
     report = traits.Any(desc='path of the report')
 
 
-class WriteReport(SimpleInterface):
+class WriteReport(Step):
     """Write the report of one participant."""
 
     input_spec = _ReportInputSpec
     output_spec = _ReportOutputSpec
-    _always_run = True
 
     def _run_interface(self, runtime):
         from bids_brainfm.reports.methods import read_methods

@@ -4,17 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from nipype.interfaces.base import (
-    BaseInterfaceInputSpec,
-    SimpleInterface,
-    TraitedSpec,
-    traits,
-)
+from nipype.interfaces.base import BaseInterfaceInputSpec, TraitedSpec, traits
 
 from bids_brainfm.bids import writing
 from bids_brainfm.bids.reading import BoldRun, repetition_time
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.interfaces.outcome import attempt
+from bids_brainfm.interfaces.outcome import Step, attempt
 from bids_brainfm.models.connectome import LABEL, connectome, connectome_vector
 
 FILL_RULE = (
@@ -388,13 +383,11 @@ class _SeriesOutputSpec(TraitedSpec):
     outcome = traits.Any(desc='Outcome')
 
 
-class MakeSeries(SimpleInterface):
+class MakeSeries(Step):
     """Write the parcel series of one run."""
 
     input_spec = _SeriesInputSpec
     output_spec = _SeriesOutputSpec
-    # What is done is known from the outputs, which may have been deleted, not from the work folder
-    _always_run = True
 
     def _run_interface(self, runtime):
         run, task = self.inputs.run, self.inputs.task

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
+from bids_brainfm.atlases.fetch import inside
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.connectome import LABEL as CONNECTOME
 from bids_brainfm.signals.scale import METHODS
@@ -210,4 +211,4 @@ def _beside(folder: Path, listed: list[dict]) -> list[dict]:
 
 def checkpoint_dir(card: ModelCard, home: Path) -> Path:
     """Folder where the weights of a card are kept."""
-    return home / 'models' / card.name
+    return inside(home / 'models', card.name)

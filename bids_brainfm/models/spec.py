@@ -216,7 +216,7 @@ def resolve_model(text: str, home: Path, random_weights: bool = False) -> ModelS
         The card, the checkpoint or the table of gradients is missing, of another family, or not
         what the card describes.
     """
-    from bids_brainfm.atlases.fetch import sha256_of
+    from bids_brainfm.atlases.fetch import recorded_sha256, sha256_of
     from bids_brainfm.models.gradient_table import read_gradients
     from bids_brainfm.models.weights import build, load_checkpoint, read_config
 
@@ -245,7 +245,13 @@ def resolve_model(text: str, home: Path, random_weights: bool = False) -> ModelS
         card = dataclasses.replace(card, config=config, window=network.window_shape[1])
         if not random_weights:
             # weights that do not fit are found now, not after hours of parcellation
-            digest = sha256_of(load_checkpoint(network, checkpoint))
+            weights = load_checkpoint(network, checkpoint)
+            digest = sha256_of(weights)
+            if given is None and (recorded_sha256(weights) or digest) != digest:
+                raise BrainfmError(
+                    f'{weights} is damaged, its sha256 is not the one that was recorded when it '
+                    f'was fetched: run "bids_brainfm_models fetch {card.name}" again.'
+                )
     gradients = find_gradients(text, home)
     if gradients is not None:
         network.set_gradients(read_gradients(gradients.path))

@@ -1,12 +1,22 @@
 """Run a graph: which Nipype plugin, how progress is told, what happens when a worker is killed."""
 
+import errno
 import logging
+import multiprocessing
+import os
+import re
+import signal
+import tempfile
+import threading
 import time
+import traceback
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 from nipype.pipeline.plugins.linear import LinearPlugin
-from nipype.pipeline.plugins.multiproc import MultiProcPlugin
+from nipype.pipeline.plugins.multiproc import MultiProcPlugin, process_initializer
 
+from bids_brainfm import stopping
 from bids_brainfm.config import Settings
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.workflows.plan import Plan
@@ -18,6 +28,15 @@ class _MultiProc(MultiProcPlugin):
     """Nipype's plugin, which waits for ever for a worker that was killed; this one does not."""
 
     lost: Exception | None = None
+
+    def __init__(self, plugin_args):
+        super().__init__(plugin_args)
+        self.pool = ProcessPoolExecutor(  # no worker of the first pool has been started yet
+            self.processors,
+            multiprocessing.get_context(plugin_args.get('mp_context')),
+            _prepare_worker,
+            (self._cwd,),
+        )
 
     def _async_callback(self, args):
         try:
@@ -31,6 +50,25 @@ class _MultiProc(MultiProcPlugin):
         return super()._get_result(taskid)
 
 
+def _prepare_worker(folder: str) -> None:
+    """Leave signals to the process that gives the work, and end with it, however it ends."""
+    process_initializer(folder)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _end_workers() -> None:
+    for worker in multiprocessing.active_children():
+        worker.kill()
+        worker.join()
+
+
 class Progress:
     """Tell on the log, node by node, how far the parcel series are."""
 
@@ -40,6 +78,7 @@ class Progress:
 
     def __call__(self, node, status: str) -> None:
         """Take Nipype's report on a node."""
+        stopping.check()  # Nipype says of an interrupted node that it has ended
         if node.name.startswith('networks_') and status == 'end':
             LOGGER.info('%s: networks found', node.name.removeprefix('networks_'))
         if not node.name.startswith('series_'):
@@ -84,17 +123,19 @@ def execute(workflow, plan: Plan) -> None:
 
 
 def run(workflow, plugin) -> None:
-    """Run a graph by a plugin, and say so where a worker was lost.
+    """Run a graph by a plugin, and say what was wrong where that is known.
 
     Raises
     ------
     BrainfmError
-        A worker was killed, or its folder was taken away.
+        A worker was killed, its folder was taken away, a disk is full, or a node said it.
     """
     try:
         workflow.run(plugin=plugin)
-    except Exception:
+    except Exception as error:
         lost = getattr(plugin, 'lost', None)
+        if known := _known(lost or error, workflow.base_dir):
+            raise known from None
         if isinstance(lost, BrokenProcessPool):
             raise BrainfmError(
                 'a worker process was killed, most often because memory ran out: ask for more '
@@ -106,6 +147,28 @@ def run(workflow, plugin) -> None:
                 f'work folder: start again; what is written is kept.'
             ) from None
         raise
+    finally:
+        _end_workers()  # there are none but after a fault or a signal
+
+
+def _known(error: Exception, work: str) -> BrainfmError | None:
+    """What a node's error comes down to: a sentence of ours, or a full disk; None if neither.
+
+    Nipype hands on nothing but text.
+    """
+    text = ''.join(traceback.format_exception(error))
+    if said := re.search(
+        rf'{BrainfmError.__module__}\.{BrainfmError.__name__}: (.+?)(\\n|\n)', text
+    ):
+        return BrainfmError(said[1])
+    for reason in map(os.strerror, (errno.ENOSPC, errno.EDQUOT)):
+        if reason in text:
+            return BrainfmError(
+                f'the disk of the work folder {work}, or of {tempfile.gettempdir()}, is full '
+                f'({reason}): make space there, or name another work folder with --work-dir; '
+                f'what is written is kept.'
+            )
+    return None
 
 
 def _plugin(settings: Settings, progress: Progress, n_jobs: int):
