@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from bids_brainfm import stopping
+from bids_brainfm.cli import scratch
 from bids_brainfm.cli.parser import parse_settings
 from bids_brainfm.config import Settings
 from bids_brainfm.errors import BrainfmError
@@ -142,10 +143,10 @@ def write_reports(settings: Settings, name: str) -> int:
             f'{settings.output_dir} has no outputs of {", ".join(unknown) or "any participant"} '
             f'to report on: run without --reports-only first.'
         )
-    start_log(settings, name)
-    for subject in subjects:
-        node = WriteReport(output=settings.output_dir, subject=subject, software=software())
-        LOGGER.info('Report: %s', node.run().outputs.report)
+    with scratch.passing(start_log(settings, name)):
+        for subject in subjects:
+            node = WriteReport(output=settings.output_dir, subject=subject, software=software())
+            LOGGER.info('Report: %s', node.run().outputs.report)
     return 0
 
 
@@ -176,8 +177,10 @@ def run_group(settings: Settings, name: str) -> int:
         LOGGER.info('Use them with --scale cohort --scale-stats FILE ..., those of your models.')
         return 0
     maps = read_maps(settings.bids_dir, filters)
-    start_log(settings, name)
-    tables = write_contrasts(maps, settings.bids_dir, settings.contrast, version('bids-brainfm'))
+    with scratch.passing(start_log(settings, name)):
+        tables = write_contrasts(
+            maps, settings.bids_dir, settings.contrast, version('bids-brainfm')
+        )
     for table in tables:
         LOGGER.info('Contrast written: %s', table)
     return 0
@@ -232,10 +235,12 @@ def prepare_work_dir(settings: Settings, name: str) -> Path:
             f'another one with --work-dir.'
         ) from None
     os.environ['NIPYPE_CONFIG_DIR'] = str(work)
+    # not in the folder of this process, which is gone before the libraries have tidied up
+    scratch.keep_in(settings.work_dir)
     return work
 
 
-def start_log(settings: Settings, name: str) -> None:
+def start_log(settings: Settings, name: str) -> Path:
     """Open this run's folder of logs, with its settings, and send the log there and to stderr.
 
     Raises
@@ -258,6 +263,7 @@ def start_log(settings: Settings, name: str) -> None:
     ):
         handler.setFormatter(form)
         LOGGER.addHandler(handler)
+    return folder
 
 
 class _LogFile(logging.FileHandler):

@@ -176,7 +176,7 @@ def _plugin(settings: Settings, progress: Progress, n_jobs: int):
     if settings.use_plugin is not None:
         return _from_file(settings, progress)
     args = {'status_callback': progress}
-    if settings.nprocs == 1 or n_jobs <= 1:
+    if settings.nprocs == 1 or n_jobs <= 1 or not _workers_can_be():
         return LinearPlugin(args)
     args |= {
         'n_procs': settings.nprocs,
@@ -187,6 +187,19 @@ def _plugin(settings: Settings, progress: Progress, n_jobs: int):
     if settings.mem is not None:
         args['memory_gb'] = settings.mem
     return _MultiProc(args)
+
+
+def _workers_can_be() -> bool:
+    """Whether processes can share a lock; in a container ``/dev/shm`` may not be writable."""
+    try:
+        multiprocessing.Lock()
+    except OSError as error:
+        LOGGER.warning(
+            'One run is done after the other, since this machine gives no shared memory to '
+            'worker processes (/dev/shm: %s).', error.strerror,
+        )  # fmt: skip
+        return False
+    return True
 
 
 def _from_file(settings: Settings, progress: Progress):
