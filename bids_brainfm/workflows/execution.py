@@ -1,11 +1,18 @@
 """Run a graph: which Nipype plugin, how progress is told, what happens when a worker is killed."""
 
+import importlib
 import logging
+import shlex
+import shutil
+import subprocess
 import time
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
+from nipype.pipeline.plugins.base import GraphPluginBase
 from nipype.pipeline.plugins.linear import LinearPlugin
 from nipype.pipeline.plugins.multiproc import MultiProcPlugin
+from nipype.pipeline.plugins.slurm import SLURMPlugin
 
 from bids_brainfm.config import Settings
 from bids_brainfm.errors import BrainfmError
@@ -17,18 +24,86 @@ LOGGER = logging.getLogger('bids_brainfm')
 class _MultiProc(MultiProcPlugin):
     """Nipype's plugin, which waits for ever for a worker that was killed; this one does not."""
 
-    lost: Exception | None = None
+    lost: BrainfmError | None = None
 
     def _async_callback(self, args):
         try:
             super()._async_callback(args)
+        except BrokenProcessPool:
+            self.lost = BrainfmError(
+                'a worker process was killed, most often because memory ran out: ask for more '
+                'memory, or lower --nprocs; what is written is kept.'
+            )
         except Exception as error:  # whatever it is, this worker's result will never come
-            self.lost = error
+            self.lost = BrainfmError(
+                f'a worker ended without its result ({error}), as when another job empties the '
+                f'work folder: start again; what is written is kept.'
+            )
 
     def _get_result(self, taskid):
         if self.lost is not None:
             raise self.lost
         return super()._get_result(taskid)
+
+
+class _Slurm(SLURMPlugin):
+    """Nipype's plugin, which overlooks that sbatch or squeue failed; this one says so.
+
+    A job that ended without a result is told in a sentence, and none is left behind in the queue.
+    """
+
+    lost: BrainfmError | None = None
+
+    def __init__(self, plugin_args: dict, file: Path):
+        if shutil.which('sbatch') is None:
+            raise BrainfmError(
+                f'--use-plugin {file}: there is no sbatch here, as in a container: submit whole '
+                f'runs instead (docs/hpc.md), or use an installation outside containers.'
+            )
+        super().__init__(plugin_args=plugin_args)
+        self.file = file
+
+    def run(self, graph, config, updatehash=False):
+        try:
+            super().run(graph, config, updatehash)
+        finally:
+            if self._pending:
+                subprocess.run(['scancel', *map(str, self._pending)], check=False)
+
+    def _submit_batchtask(self, scriptfile, node):
+        log = Path(scriptfile).with_suffix('.log')
+        asked = shlex.split(self._sbatch_args or '')
+        names = [f'--job-name={node.name}', f'--output={log}']
+        ended = _ask('sbatch', '--parsable', *names, *asked, scriptfile)
+        if ended.returncode != 0:
+            self.lost = BrainfmError(
+                f'sbatch took no job ({" ".join(ended.stderr.split())}): check the sbatch_args of '
+                f'{self.file}.'
+            )
+            raise self.lost
+        job = int(ended.stdout.partition(';')[0])
+        self._pending[job] = node.output_dir()
+        return job
+
+    def _is_pending(self, taskid):
+        ended = _ask('squeue', '--noheader', f'--jobs={taskid}')
+        # a scheduler that is too busy to answer has not said that the job is gone
+        silent = ended.returncode != 0 and 'Invalid job id' not in ended.stderr
+        return silent or bool(ended.stdout.strip())
+
+    def _get_result(self, taskid):
+        result = super()._get_result(taskid)
+        if result and result.get('hostname') == 'unknown':  # so Nipype marks what it made up
+            self.lost = BrainfmError(
+                f'the Slurm job {taskid} ended without its result, most often because memory or '
+                f'time ran out: ask for more in the sbatch_args of {self.file} and start again; '
+                f'what is written is kept.'
+            )
+        return result
+
+
+def _ask(*command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 class Progress:
@@ -71,16 +146,21 @@ def execute(workflow, plan: Plan) -> None:
         A node crashed where the settings ask to stop.
     """
     settings = plan.settings
+    progress = Progress(sum(len(atlas.todo) for atlas in plan.atlases))
+    n_networks = sum(len(atlas.network_runs) for atlas in plan.atlases)
+    plugin = _plugin(settings, progress, max(progress.total, n_networks))
+    here = isinstance(plugin, LinearPlugin | MultiProcPlugin)
     workflow.config['execution'] = {
         'crashdump_dir': str(settings.output_dir / 'logs'),
         'crashfile_format': 'txt',
         'stop_on_first_crash': str(settings.stop_on_first_crash).lower(),
-        'poll_sleep_duration': '0.1',  # the default of 2 s a node is most of a short job
+        # the default of 2 s a node is most of a short job; a scheduler is not to be asked so often
+        'poll_sleep_duration': '0.1' if here else '2',
+        # a shared file system may show another node's files late
+        'job_finished_timeout': '20',
         'check_version': 'false',
     }
-    progress = Progress(sum(len(atlas.todo) for atlas in plan.atlases))
-    n_networks = sum(len(atlas.network_runs) for atlas in plan.atlases)
-    run(workflow, _plugin(settings, progress, max(progress.total, n_networks)))
+    run(workflow, plugin)
 
 
 def run(workflow, plugin) -> None:
@@ -89,22 +169,14 @@ def run(workflow, plugin) -> None:
     Raises
     ------
     BrainfmError
-        A worker was killed, or its folder was taken away.
+        A worker was killed, or its folder was taken away; or a scheduler takes no jobs.
     """
     try:
         workflow.run(plugin=plugin)
     except Exception:
         lost = getattr(plugin, 'lost', None)
-        if isinstance(lost, BrokenProcessPool):
-            raise BrainfmError(
-                'a worker process was killed, most often because memory ran out: ask for more '
-                'memory, or lower --nprocs; what is written is kept.'
-            ) from None
         if lost is not None:
-            raise BrainfmError(
-                f'a worker ended without its result ({lost}), as when another job empties the '
-                f'work folder: start again; what is written is kept.'
-            ) from None
+            raise lost from None
         raise
 
 
@@ -127,8 +199,6 @@ def _plugin(settings: Settings, progress: Progress, n_jobs: int):
 
 
 def _from_file(settings: Settings, progress: Progress):
-    import importlib
-
     import yaml
 
     try:
@@ -139,13 +209,16 @@ def _from_file(settings: Settings, progress: Progress):
             f'--use-plugin {settings.use_plugin} is not YAML with plugin and plugin_args '
             f'({error}): see docs/usage.md.'
         ) from None
-    plugins = importlib.import_module('nipype.pipeline.plugins')
+    args = args | {'status_callback': progress}
     if name == 'MultiProc':
-        return _MultiProc(args | {'status_callback': progress})
-    plugin = getattr(plugins, f'{name}Plugin', None)
-    if plugin is None:
+        return _MultiProc(args)
+    if name == 'SLURM':
+        return _Slurm(args, settings.use_plugin)
+    plugin = getattr(importlib.import_module('nipype.pipeline.plugins'), f'{name}Plugin', None)
+    # plugins of whole graphs submit jobs and do not wait for them
+    if plugin is None or issubclass(plugin, GraphPluginBase):
         raise BrainfmError(
-            f'--use-plugin {settings.use_plugin} names {name!r}, which is no Nipype plugin: use '
-            f'MultiProc, Linear or SLURM.'
+            f'--use-plugin {settings.use_plugin} names {name!r}, which is no Nipype plugin that '
+            f'waits for its jobs: use MultiProc, Linear or SLURM.'
         )
-    return plugin(plugin_args=args | {'status_callback': progress})
+    return plugin(plugin_args=args)
