@@ -1,12 +1,16 @@
 """What happens to the graph when a worker dies, and how plugins are chosen."""
 
+import os
+from pathlib import Path
+
 import pytest
 from nipype.interfaces.utility import Function
 from nipype.pipeline import engine as pe
 
 from bids_brainfm.config import Settings
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.workflows.execution import _from_file, _MultiProc, run
+from bids_brainfm.workflows.execution import run
+from bids_brainfm.workflows.plugins import MultiProc, Slurm, from_file
 
 
 def die():
@@ -25,40 +29,134 @@ def lose_folder():
     shutil.rmtree(Path.cwd().parent)
 
 
+def live():
+    """As most jobs do."""
+    return 1
+
+
+def workflow_of(tmp_path, function):
+    """Graph of one node, whose losses are not waited for."""
+    workflow = pe.Workflow('small', base_dir=str(tmp_path))
+    workflow.config['execution'] = {
+        'poll_sleep_duration': '0.1',
+        'crashdump_dir': str(tmp_path),
+        'job_finished_timeout': '0.1',
+    }
+    workflow.add_nodes([pe.Node(Function(function=function, output_names=['out']), 'node')])
+    return workflow
+
+
 @pytest.mark.parametrize(('fate', 'word'), [(die, 'memory'), (lose_folder, 'work folder')])
 def test_lost_worker_is_said_and_not_waited_for(tmp_path, fate, word):
-    workflow = pe.Workflow('lost', base_dir=str(tmp_path))
-    workflow.config['execution'] = {'poll_sleep_duration': '0.1', 'crashdump_dir': str(tmp_path)}
-    workflow.add_nodes([pe.Node(Function(function=fate), 'node')])
-    plugin = _MultiProc({'n_procs': 2, 'mp_context': 'forkserver'})
+    workflow = workflow_of(tmp_path, fate)
+    plugin = MultiProc({'n_procs': 2, 'mp_context': 'forkserver'})
     with pytest.raises(BrainfmError, match=word):
         run(workflow, plugin)
 
 
-@pytest.mark.parametrize(
-    ('text', 'word'),
-    [('plugin: Teleport', 'Teleport'), ('- not a mapping', 'plugin_args'), ('{', 'plugin_args')],
-)
-def test_plugin_file_that_cannot_be_used(tmp_path, text, word):
+def settings_with(tmp_path, text):
+    """Settings with a plugin file of this text."""
     path = tmp_path / 'plugin.yml'
     path.write_text(text)
-    settings = Settings(bids_dir=tmp_path, output_dir=tmp_path / 'out', use_plugin=path)
+    return Settings(bids_dir=tmp_path, output_dir=tmp_path / 'out', use_plugin=path)
+
+
+@pytest.mark.parametrize(
+    ('text', 'word'),
+    [
+        ('plugin: Teleport', 'Teleport'),
+        ('plugin: SLURMGraph', 'waits'),
+        ('- not a mapping', 'plugin_args'),
+        ('{', 'plugin_args'),
+    ],
+)
+def test_plugin_file_that_cannot_be_used(tmp_path, text, word):
     with pytest.raises(BrainfmError, match=word):
-        _from_file(settings, None)
+        from_file(settings_with(tmp_path, text), None)
 
 
 def test_plugin_file_of_one_process(tmp_path):
-    path = tmp_path / 'plugin.yml'
-    path.write_text('plugin: Linear\n')
-    settings = Settings(bids_dir=tmp_path, output_dir=tmp_path / 'out', use_plugin=path)
-    assert type(_from_file(settings, None)).__name__ == 'LinearPlugin'
+    plugin = from_file(settings_with(tmp_path, 'plugin: Linear\n'), None)
+    assert type(plugin).__name__ == 'LinearPlugin'
 
 
-def test_plugin_file_of_a_cluster(tmp_path):
-    """The example of the documentation makes the plugin, though no Slurm is here to run it."""
-    path = tmp_path / 'plugin.yml'
-    path.write_text('plugin: SLURM\nplugin_args:\n  sbatch_args: --time=60 --mem=8G\n')
-    settings = Settings(bids_dir=tmp_path, output_dir=tmp_path / 'out', use_plugin=path)
-    plugin = _from_file(settings, None)
-    assert type(plugin).__name__ == 'SLURMPlugin'
-    assert plugin._sbatch_args == '--time=60 --mem=8G'
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Commands of Slurm that run a job at once, and a file that tells what they were given."""
+    commands = tmp_path / 'bin'
+    commands.mkdir()
+    for name, text in {
+        'sbatch': 'bash "${@: -1}" >/dev/null 2>&1\necho 7',
+        'squeue': '',
+        'scancel': '',
+    }.items():
+        path = commands / name
+        path.write_text(f'#!/bin/bash\necho {name} "$@" >> {tmp_path}/said\n{text}\n')
+        path.chmod(0o755)
+    monkeypatch.setenv('PATH', f'{commands}:{os.environ["PATH"]}')
+    monkeypatch.setenv('PYTHONPATH', str(Path(__file__).parents[1]))
+    return commands
+
+
+def plugin_of(tmp_path):
+    """The plugin that the example of the documentation makes."""
+    text = 'plugin: SLURM\nplugin_args:\n  sbatch_args: --time=60 --mem=8G\n'
+    return from_file(settings_with(tmp_path, text), None)
+
+
+def test_jobs_of_a_cluster(tmp_path, slurm, monkeypatch):
+    """A node is submitted with what the file says, also where nobody has told the user's name."""
+    monkeypatch.delenv('LOGNAME', raising=False)
+    run(workflow_of(tmp_path, live), plugin_of(tmp_path))
+    said = (tmp_path / 'said').read_text()
+    assert '--time=60 --mem=8G' in said
+    assert 'scancel' not in said
+
+
+def test_scheduler_that_does_not_answer_is_asked_again(tmp_path, slurm):
+    """Only what squeue says of a job counts, and that it does not know it any more."""
+    replies = [
+        'exit 1',
+        'echo 7',
+        'echo slurm_load_jobs error: Invalid job id specified >&2; exit 1',
+    ]
+    plugin = plugin_of(tmp_path)
+    pending = []
+    for reply in replies:
+        (slurm / 'squeue').write_text(f'#!/bin/bash\n{reply}\n')
+        pending.append(plugin._is_pending(7))
+    assert pending == [True, True, False]
+
+
+def test_lost_job_is_said(tmp_path, slurm):
+    """A job that is killed leaves no result."""
+    with pytest.raises(BrainfmError, match=r'Slurm job 7 .*memory or time.*plugin\.yml'):
+        run(workflow_of(tmp_path, die), plugin_of(tmp_path))
+
+
+def test_refused_job_is_said(tmp_path, slurm):
+    """What sbatch says of its arguments is in the sentence."""
+    (slurm / 'sbatch').write_text(
+        '#!/bin/bash\necho sbatch: error: invalid partition specified: none >&2\nexit 1\n'
+    )
+    with pytest.raises(BrainfmError, match=r'invalid partition specified: none\).*plugin\.yml'):
+        run(workflow_of(tmp_path, live), plugin_of(tmp_path))
+
+
+def test_jobs_are_not_left_behind(tmp_path, slurm, monkeypatch):
+    """Jobs in the queue are taken back when the command is stopped."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Slurm, '_is_pending', stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(workflow_of(tmp_path, live), plugin_of(tmp_path))
+    assert 'scancel 7' in (tmp_path / 'said').read_text()
+
+
+def test_cluster_that_is_not_here(tmp_path, monkeypatch):
+    """As in a container, where there is no sbatch."""
+    monkeypatch.setenv('PATH', str(tmp_path))
+    with pytest.raises(BrainfmError, match='no sbatch'):
+        plugin_of(tmp_path)

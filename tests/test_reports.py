@@ -462,3 +462,19 @@ def test_browser_shows_the_figures(tmp_path):
     magenta = (pixels == (255, 0, 255)).all(2)
     assert magenta.any(1).sum() > 300
     assert magenta.any(0).sum() > 600
+
+
+def test_methods_of_jobs_side_by_side(tmp_path, monkeypatch):
+    """The text has the part that another process adds while this one writes."""
+    from bids_brainfm.bids.writing import write_json
+    from bids_brainfm.reports import methods
+
+    def write_late(path, text, write=methods.write_text):
+        write_json(tmp_path / 'logs/methods/desc-b.json', {'Text': 'Of B.', 'References': []})
+        return write(path, text)
+
+    monkeypatch.setattr(methods, 'write_text', write_late)
+    path = methods.write_methods(tmp_path, {'desc-a': ('Of A.', ['Somebody 2020'])})
+    text = path.read_text()
+    assert 'Of A.\n\nOf B.' in text
+    assert '- Somebody 2020' in text

@@ -14,7 +14,7 @@ from bids_brainfm.cli import scratch
 from bids_brainfm.cli.run import run_group
 from bids_brainfm.config import Settings
 from bids_brainfm.interfaces import group
-from bids_brainfm.workflows.execution import _plugin
+from bids_brainfm.workflows.plugins import choose_plugin
 
 ROOT = Path(__file__).parents[1]
 # A command line, in a process that finds no temporary folder but the one that is named
@@ -103,12 +103,12 @@ def test_places_that_are_there_are_kept(monkeypatch, tmp_path):
 
 def test_without_shared_memory_there_are_no_workers(monkeypatch, tmp_path, caplog):
     settings = Settings(bids_dir=tmp_path, output_dir=tmp_path / 'out', nprocs=2)
-    assert type(_plugin(settings, None, 3)).__name__ == '_MultiProc'
+    assert type(choose_plugin(settings, None, 3)).__name__ == 'MultiProc'
 
     def refuse():
         raise OSError(30, 'Read-only file system')
 
     monkeypatch.setattr(multiprocessing, 'Lock', refuse)
     monkeypatch.setattr(logging.getLogger('bids_brainfm'), 'propagate', True)
-    assert type(_plugin(settings, None, 3)).__name__ == 'LinearPlugin'
+    assert type(choose_plugin(settings, None, 3)).__name__ == 'LinearPlugin'
     assert '/dev/shm' in caplog.text

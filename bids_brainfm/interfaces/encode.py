@@ -9,6 +9,7 @@ import numpy as np
 from nipype.interfaces.base import BaseInterfaceInputSpec, TraitedSpec, traits
 
 from bids_brainfm.bids.reading import BoldRun
+from bids_brainfm.config import available_cpus
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.interfaces.embedding import EncodeTask
 from bids_brainfm.interfaces.outcome import Outcome, Step, attempt
@@ -34,7 +35,8 @@ def load_encoder(task: EncodeTask, xyz: np.ndarray):
     from bids_brainfm.models.gradient_table import read_gradients
     from bids_brainfm.models.weights import build, initialise, load_checkpoint
 
-    torch.set_num_threads(task.threads)
+    # a cluster's plugin may run this with fewer CPUs than the process that settled the threads
+    torch.set_num_threads(min(task.threads, available_cpus()))
     spec = task.spec
     network = build(spec.card.config)
     if spec.checkpoint is None:

@@ -38,18 +38,31 @@ def write_methods(
     Path
         The file.
     """
+    folder = output / 'logs' / 'methods'
+    own = {name: {'Text': text, 'References': list(c)} for name, (text, c) in parts.items()}
+    if record:
+        for name, part in own.items():
+            write_json(folder / f'{name}.json', part)
+    written, parts_now = None, _recorded(folder) | own
+    while written != parts_now:  # once more where another process has added its part meanwhile
+        write_text(methods_path(output), _text(parts_now))
+        written, parts_now = parts_now, _recorded(folder) | own
+    return methods_path(output)
+
+
+def _recorded(folder: Path) -> dict[str, dict]:
+    """Parts of the methods text that stand, by name."""
+    parts = {path.stem: read_sidecar(path) for path in sorted(folder.glob('*.json'))}
+    return {name: part for name, part in parts.items() if part}
+
+
+def _text(parts: dict[str, dict]) -> str:
+    """Methods and references of all parts."""
     import yaml
 
-    folder = output / 'logs' / 'methods'
-    known = {path.stem: read_sidecar(path) for path in folder.glob('*.json')}
-    for name, (text, citations) in parts.items():
-        known[name] = {'Text': text, 'References': citations}
-        if record:
-            write_json(folder / f'{name}.json', known[name])
-    ordered = [part for _, part in sorted(known.items()) if part]
+    ordered = [part for _, part in sorted(parts.items())]
     texts = '\n\n'.join(part['Text'].strip() for part in ordered)
     references = [citation for part in ordered for citation in part['References']]
     references += yaml.safe_load((DATA / 'references.yml').read_text())
     listed = '\n'.join(f'- {reference}' for reference in dict.fromkeys(references))
-    text = f'# Methods\n\n{texts}\n\n# References\n\n{listed}\n'
-    return write_text(methods_path(output), text)
+    return f'# Methods\n\n{texts}\n\n# References\n\n{listed}\n'

@@ -1,72 +1,19 @@
-"""Run a graph: which Nipype plugin, how progress is told, what happens when a worker is killed."""
+"""Run a graph: how progress is told, and what was wrong where it did not come to its end."""
 
 import errno
 import logging
-import multiprocessing
 import os
 import re
-import signal
 import tempfile
-import threading
 import time
 import traceback
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-
-from nipype.pipeline.plugins.linear import LinearPlugin
-from nipype.pipeline.plugins.multiproc import MultiProcPlugin, process_initializer
 
 from bids_brainfm import stopping
-from bids_brainfm.config import Settings
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.workflows.plan import Plan
+from bids_brainfm.workflows.plugins import choose_plugin, end_workers
 
 LOGGER = logging.getLogger('bids_brainfm')
-
-
-class _MultiProc(MultiProcPlugin):
-    """Nipype's plugin, which waits for ever for a worker that was killed; this one does not."""
-
-    lost: Exception | None = None
-
-    def __init__(self, plugin_args):
-        super().__init__(plugin_args)
-        self.pool = ProcessPoolExecutor(  # no worker of the first pool has been started yet
-            self.processors,
-            multiprocessing.get_context(plugin_args.get('mp_context')),
-            _prepare_worker,
-            (self._cwd,),
-        )
-
-    def _async_callback(self, args):
-        try:
-            super()._async_callback(args)
-        except Exception as error:  # whatever it is, this worker's result will never come
-            self.lost = error
-
-    def _get_result(self, taskid):
-        if self.lost is not None:
-            raise self.lost
-        return super()._get_result(taskid)
-
-
-def _prepare_worker(folder: str) -> None:
-    """Leave signals to the process that gives the work, and end with it, however it ends."""
-    process_initializer(folder)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _end_workers() -> None:
-    for worker in multiprocessing.active_children():
-        worker.kill()
-        worker.join()
 
 
 class Progress:
@@ -119,7 +66,7 @@ def execute(workflow, plan: Plan) -> None:
     }
     progress = Progress(sum(len(atlas.todo) for atlas in plan.atlases))
     n_networks = sum(len(atlas.network_runs) for atlas in plan.atlases)
-    run(workflow, _plugin(settings, progress, max(progress.total, n_networks)))
+    run(workflow, choose_plugin(settings, progress, max(progress.total, n_networks)))
 
 
 def run(workflow, plugin) -> None:
@@ -128,19 +75,17 @@ def run(workflow, plugin) -> None:
     Raises
     ------
     BrainfmError
-        A worker was killed, its folder was taken away, a disk is full, or a node said it.
+        A worker was killed, its folder was taken away, a scheduler takes no jobs, a disk is full,
+        or a node said it.
     """
     try:
         workflow.run(plugin=plugin)
     except Exception as error:
         lost = getattr(plugin, 'lost', None)
+        if isinstance(lost, BrainfmError):
+            raise lost from None
         if known := _known(lost or error, workflow.base_dir):
             raise known from None
-        if isinstance(lost, BrokenProcessPool):
-            raise BrainfmError(
-                'a worker process was killed, most often because memory ran out: ask for more '
-                'memory, or lower --nprocs; what is written is kept.'
-            ) from None
         if lost is not None:
             raise BrainfmError(
                 f'a worker ended without its result ({lost}), as when another job empties the '
@@ -148,7 +93,7 @@ def run(workflow, plugin) -> None:
             ) from None
         raise
     finally:
-        _end_workers()  # there are none but after a fault or a signal
+        end_workers()
 
 
 def _known(error: Exception, work: str) -> BrainfmError | None:
@@ -169,59 +114,3 @@ def _known(error: Exception, work: str) -> BrainfmError | None:
                 f'what is written is kept.'
             )
     return None
-
-
-def _plugin(settings: Settings, progress: Progress, n_jobs: int):
-    """Plugin of ``--use-plugin``, or workers on this machine, or none for one CPU or one job."""
-    if settings.use_plugin is not None:
-        return _from_file(settings, progress)
-    args = {'status_callback': progress}
-    if settings.nprocs == 1 or n_jobs <= 1 or not _workers_can_be():
-        return LinearPlugin(args)
-    args |= {
-        'n_procs': settings.nprocs,
-        'raise_insufficient': False,
-        # workers start clean: no lock, thread or CUDA state of this process comes along
-        'mp_context': 'forkserver',
-    }
-    if settings.mem is not None:
-        args['memory_gb'] = settings.mem
-    return _MultiProc(args)
-
-
-def _workers_can_be() -> bool:
-    """Whether processes can share a lock; in a container ``/dev/shm`` may not be writable."""
-    try:
-        multiprocessing.Lock()
-    except OSError as error:
-        LOGGER.warning(
-            'One run is done after the other, since this machine gives no shared memory to '
-            'worker processes (/dev/shm: %s).', error.strerror,
-        )  # fmt: skip
-        return False
-    return True
-
-
-def _from_file(settings: Settings, progress: Progress):
-    import importlib
-
-    import yaml
-
-    try:
-        content = yaml.safe_load(settings.use_plugin.read_text())
-        name, args = content['plugin'], content.get('plugin_args') or {}
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise BrainfmError(
-            f'--use-plugin {settings.use_plugin} is not YAML with plugin and plugin_args '
-            f'({error}): see docs/usage.md.'
-        ) from None
-    plugins = importlib.import_module('nipype.pipeline.plugins')
-    if name == 'MultiProc':
-        return _MultiProc(args | {'status_callback': progress})
-    plugin = getattr(plugins, f'{name}Plugin', None)
-    if plugin is None:
-        raise BrainfmError(
-            f'--use-plugin {settings.use_plugin} names {name!r}, which is no Nipype plugin: use '
-            f'MultiProc, Linear or SLURM.'
-        )
-    return plugin(plugin_args=args | {'status_callback': progress})

@@ -90,7 +90,7 @@ def init_participant_wf(plan: Plan, software: dict) -> LiterateWorkflow:
 
 def _gather(name: str, ends: list[tuple], workflow: LiterateWorkflow) -> pe.Node:
     """Add a node that waits for the outputs of others, given as (node, output)."""
-    merge = pe.Node(Merge(len(ends)), name)
+    merge = pe.Node(Merge(len(ends)), name, run_without_submitting=True)
     for i, (node, output) in enumerate(ends, 1):
         workflow.connect(node, output, merge, f'in{i}')
     return merge
@@ -151,7 +151,7 @@ def init_series_wf(atlas: AtlasPlan, plan: Plan) -> LiterateWorkflow:
         'Functional connectivity (Pearson correlation between the denoised parcel series) was '
         'computed as the baseline to compare embeddings with.\n\n'
     )
-    outcomes = pe.Node(Merge(max(1, len(atlas.todo))), 'outcomes')
+    outcomes = pe.Node(Merge(max(1, len(atlas.todo))), 'outcomes', run_without_submitting=True)
     workflow.add_nodes([outcomes])
     for i, run in enumerate(atlas.todo, 1):
         make = pe.Node(
