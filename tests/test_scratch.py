@@ -86,7 +86,10 @@ def test_group_level_has_a_passing_place(nowhere, tmp_path, monkeypatch):
 
     monkeypatch.setattr(group, 'read_maps', lambda *_: None)
     monkeypatch.setattr(group, 'write_contrasts', write)
-    settings = Settings(bids_dir=tmp_path, output_dir=tmp_path, analysis_level='group')
+    settings = Settings(
+        bids_dir=tmp_path, output_dir=tmp_path, analysis_level='group',
+        contrast=('task', 'nback', 'rest'),
+    )  # fmt: skip
     assert run_group(settings, 'now') == 0
     assert places[0].parent == tmp_path / 'logs' / 'now'
     assert not places[0].exists()

@@ -20,6 +20,7 @@ REACH_MM = 22.0
 FD_OUTLIER_MM, DVARS_OUTLIER = 0.5, 1.5  # fMRIPrep's own thresholds of motion outliers
 N_PHYSIOLOGICAL = 5
 COHERENCE = 0.65  # share of a parcel's haemodynamic fluctuation that its networks have in common
+CORNER_HZ = 0.1  # where the spectrum of haemodynamic fluctuations ends
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def network_loadings(xyz: np.ndarray) -> np.ndarray:
 
 
 def haemodynamic_noise(
-    volumes: int, tr: float, n: int, rng: np.random.Generator, corner_hz: float = 0.1
+    volumes: int, tr: float, n: int, rng: np.random.Generator, corner_hz: float = CORNER_HZ
 ) -> np.ndarray:
     """Noise (T, n) of unit variance with a 1/f power spectrum that ends at `corner_hz`.
 
@@ -73,15 +74,18 @@ def haemodynamic_noise(
     return (noise - noise.mean(0)) / noise.std(0)
 
 
-def express(trait: float) -> dict[str, float]:
-    """How a simulated trait (standard normal) shows in the fluctuations of a participant.
+def express(trait: float, speed: float = 0.0) -> dict[str, float]:
+    """How simulated traits (standard normal) show in the fluctuations of a participant.
+
+    One shows between parcels only, the other in each parcel by itself.
 
     >>> express(0.0)
-    {'coupling': 0.3, 'coherence': 0.65}
+    {'coupling': 0.3, 'coherence': 0.65, 'corner_hz': 0.1}
     """
     return {
         'coupling': float(np.clip(0.3 + 0.25 * trait, -0.9, 0.9)),
         'coherence': float(np.clip(COHERENCE + 0.1 * trait, 0.3, 0.95)),
+        'corner_hz': float(CORNER_HZ * np.exp(0.25 * speed)),
     }
 
 
@@ -92,6 +96,7 @@ def neural_series(
     coupling: float,
     rng: np.random.Generator,
     coherence: float = COHERENCE,
+    corner_hz: float = CORNER_HZ,
 ) -> np.ndarray:
     """Parcel fluctuations (T, P) of unit variance without confounds.
 
@@ -104,14 +109,16 @@ def neural_series(
     coherence : float
         Share of each parcel's haemodynamic fluctuation that comes from its networks, 0 to 1; the
         rest is its own, of the same spectrum, so that no parcel alone tells it.
+    corner_hz : float
+        Where the spectrum of the haemodynamic fluctuations ends.
     """
-    sources = haemodynamic_noise(volumes, tr, len(NETWORKS), rng)
+    sources = haemodynamic_noise(volumes, tr, len(NETWORKS), rng, corner_hz)
     default, frontal = (list(NETWORKS).index(n) for n in ('default mode', 'frontoparietal'))
     sources[:, frontal] = (
         coupling * sources[:, default] + np.sqrt(1 - coupling**2) * sources[:, frontal]
     )
     shared = sources @ network_loadings(xyz).T
-    own = haemodynamic_noise(volumes, tr, len(xyz), rng)
+    own = haemodynamic_noise(volumes, tr, len(xyz), rng, corner_hz)
     thermal = rng.standard_normal((volumes, len(xyz)))
     common, apart = (0.93 * np.sqrt(share) for share in (coherence, 1 - coherence))
     series = common * shared / shared.std(0) + apart * own + 0.35 * thermal
@@ -143,6 +150,7 @@ def simulate_run(
     coupling: float,
     rng: np.random.Generator,
     coherence: float = COHERENCE,
+    corner_hz: float = CORNER_HZ,
 ) -> SimulatedRun:
     """Simulate one run of resting-state fMRI at the level of parcels.
 
@@ -153,7 +161,7 @@ def simulate_run(
     volumes : int
     tr : float
         Repetition time in seconds.
-    coupling, coherence : float
+    coupling, coherence, corner_hz : float
         See :func:`neural_series`.
     rng : numpy.random.Generator
 
@@ -171,7 +179,7 @@ def simulate_run(
     drift = np.cumsum(rng.standard_normal((volumes, 2)), axis=0)
     drift = (drift - drift.mean(0)) / drift.std(0)
 
-    fluctuation = neural_series(xyz, volumes, tr, coupling, rng, coherence)
+    fluctuation = neural_series(xyz, volumes, tr, coupling, rng, coherence, corner_hz)
     fluctuation += (motion / motion.std(0)) @ (0.15 * rng.standard_normal((6, n)))
     fluctuation += physiological @ (0.2 * rng.standard_normal((N_PHYSIOLOGICAL, n)))
     fluctuation += drift @ (0.2 + 0.2 * rng.standard_normal((2, n)))
