@@ -172,7 +172,8 @@ def run_side_by_side(commands: list[list]) -> None:
         words = [str(word) for word in (*command, *common)]
         print('bids_brainfm_models', *words, flush=True)
         running.append(subprocess.Popen([sys.executable, '-m', 'bids_brainfm.cli.models', *words]))
-    if any([process.wait() for process in running]):
+    codes = [process.wait() for process in running]
+    if any(codes):
         sys.exit('A command failed.')
 
 
