@@ -160,3 +160,23 @@ def test_cluster_that_is_not_here(tmp_path, monkeypatch):
     monkeypatch.setenv('PATH', str(tmp_path))
     with pytest.raises(BrainfmError, match='no sbatch'):
         plugin_of(tmp_path)
+
+
+def test_job_takes_no_more_threads_than_it_has_cpus(tmp_path, monkeypatch):
+    """The command counted the CPUs of another machine."""
+    import torch
+
+    from bids_brainfm.atlases.atlas import load_atlas
+    from bids_brainfm.interfaces.encode import load_encoder
+    from bids_brainfm.workflows.plan import resolve_models
+
+    settings = Settings(
+        bids_dir=tmp_path, output_dir=tmp_path, model='brainlm-demo', omp_nthreads=64
+    )
+    (task,) = resolve_models(settings, tmp_path, '1')
+    monkeypatch.setenv('SLURM_CPUS_PER_TASK', '1')
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    load_encoder(task, load_atlas('Demo424', tmp_path).xyz)
+    assert torch.get_num_threads() == 1
+    torch.set_num_threads(before)

@@ -91,4 +91,8 @@ start slurmctld slurmctld -D -f "$SLURM_CONF"
 start slurmd slurmd -D -N "$host" -f "$SLURM_CONF"
 wait_for node_is_idle
 
-"$python" -m pytest -m slow tests/slurm "$@"
+"$python" -m pytest -m slow tests/slurm "$@" || {
+  code=$?
+  tail -n 40 "$scratch"/slurm*.log
+  exit "$code"
+}

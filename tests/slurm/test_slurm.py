@@ -125,8 +125,8 @@ def test_task_that_is_put_back_into_the_queue(study, reference):
     assert run('scontrol', 'requeue', f'{job}_1', cwd=study).returncode == 0
     while not run('squeue', '-h', '-t', 'PENDING', '-j', f'{job}_1', cwd=study).stdout:
         time.sleep(0.5)
-    # else Slurm waits for two minutes before it starts the task again
-    run('scontrol', 'update', f'JobId={job}_1', 'StartTime=now', cwd=study)
+    # else Slurm waits for two minutes; at once it may still be clearing away the first start
+    run('scontrol', 'update', f'JobId={job}_1', 'StartTime=now+10', cwd=study)
     wait_for(study, job)
     check(study.parent / 'out', reference)
     log = (study / f'brainfm-{job}_1.log').read_text()
@@ -179,3 +179,7 @@ def test_plugin(data, reference, tmp_path, monkeypatch):
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     check(tmp_path / 'out', reference)
+    # the scripts' jobs have names of their own
+    jobs = run('squeue', '-h', '-t', 'all', '-o', '%j', cwd=tmp_path).stdout.split()
+    jobs = [name for name in jobs if not name.startswith(('brainfm', 'fmriprep'))]
+    assert sorted(jobs) == ['encode', *(f'series_sub_{label}_task_rest' for label in LABELS)]
