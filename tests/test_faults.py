@@ -198,6 +198,15 @@ def test_killed_worker_is_said(simulated, reference, tmp_path):
 
 
 @slow
+def test_workers_leave_ctrl_c_to_the_command(simulated, tmp_path):
+    """A terminal sends it to all; here it is sent to a worker alone, which goes on."""
+    fault = f'{WRITING_SERIES} SIGINT'
+    code, said = end(start(tmp_path, simulated, tmp_path / 'out', '--nprocs', '2', fault=fault))
+    assert code == 0, said
+    assert (tmp_path / 'struck').is_file()
+
+
+@slow
 def test_workers_do_not_outlive_the_command(simulated, tmp_path):
     """Kill -9 of the process that gives the work ends those that do it."""
     moment = f'{WRITING_SERIES} SIGKILL-parent'
