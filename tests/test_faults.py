@@ -282,7 +282,7 @@ def test_leftovers_are_removed_when_their_process_has_ended(tmp_path):
     for folder in (tmp_path, func):
         for what, name in names.items():
             (folder / name).touch()
-            when = time.time() - (90_000 if what in ('old', 'alive') else 0)
+            when = time.time() - {'young': 80_000, 'old': 90_000}.get(what, 200_000)
             os.utime(folder / name, (when, when))
     writing.remove_leftovers(tmp_path, ['01', '02'])
     stay = sorted(names[what] for what in ('alive', 'young', 'strange'))
