@@ -198,6 +198,15 @@ def test_killed_worker_is_said(simulated, reference, tmp_path):
 
 
 @slow
+def test_workers_leave_ctrl_c_to_the_command(simulated, tmp_path):
+    """A terminal sends it to all; here it is sent to a worker alone, which goes on."""
+    fault = f'{WRITING_SERIES} SIGINT'
+    code, said = end(start(tmp_path, simulated, tmp_path / 'out', '--nprocs', '2', fault=fault))
+    assert code == 0, said
+    assert (tmp_path / 'struck').is_file()
+
+
+@slow
 def test_workers_do_not_outlive_the_command(simulated, tmp_path):
     """Kill -9 of the process that gives the work ends those that do it."""
     moment = f'{WRITING_SERIES} SIGKILL-parent'
@@ -273,7 +282,7 @@ def test_leftovers_are_removed_when_their_process_has_ended(tmp_path):
     for folder in (tmp_path, func):
         for what, name in names.items():
             (folder / name).touch()
-            when = time.time() - (90_000 if what in ('old', 'alive') else 0)
+            when = time.time() - {'young': 80_000, 'old': 90_000}.get(what, 200_000)
             os.utime(folder / name, (when, when))
     writing.remove_leftovers(tmp_path, ['01', '02'])
     stay = sorted(names[what] for what in ('alive', 'young', 'strange'))
