@@ -329,7 +329,7 @@ NO_SPACE = os.strerror(28)
     [
         pytest.param(8, 1, 2, marks=slow),  # not even the log's folder
         pytest.param(12, 1, 2, marks=slow),  # not even the dataset's own files
-        pytest.param(60, 1, 1, marks=slow),  # no series, no report, no crash file
+        pytest.param(60, 2, 1, marks=slow),  # no series, no report
         pytest.param(7000, 1, 1, marks=slow),  # one participant
         pytest.param(3000, 2, 1, marks=slow),  # no series
         (3000, 1, 1),
@@ -344,6 +344,10 @@ def test_output_disk_full(simulated, reference, tmp_path, small_disk, kilobytes,
     assert re.search(rf'{out}/\S+ cannot be written \({NO_SPACE}\).*free space', said)
     assert 'Traceback' not in said
     assert 'unexpected' not in said
+    assert 'work folder' not in said
+    assert '\\n' not in said
+    if kilobytes == 60:
+        assert re.search(rf'Stopped: {out}/sub-\d+.html cannot be written', said)
     assert temporaries(out) == []
     assert_whole(out, reference)
     small_disk(50_000)
