@@ -4,7 +4,9 @@ After each of them the same command gives the files of a run that nothing distur
 wrong is said in one sentence.
 """
 
+import contextlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -75,14 +77,14 @@ def start(folder, data, out, *options, fault=None, **others):
     command += ['--model', 'brainlm-demo', '-w', folder / 'work', *options]
     return subprocess.Popen(
         list(map(str, command)), cwd=folder, env=environment, text=True,
-        stderr=subprocess.PIPE, start_new_session=True, **others,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, **others,
     )  # fmt: skip
 
 
 def end(process, seconds=100):
     """Exit code and what was said; a process that does not end fails the test."""
     try:
-        _, said = process.communicate(timeout=seconds)
+        said, _ = process.communicate(timeout=seconds)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -265,6 +267,18 @@ def test_what_nobody_foresaw_is_said_in_a_line(simulated, tmp_path, app, capfd, 
     assert 'Traceback' not in said
 
 
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='there is no /dev/full here')
+def test_a_log_that_cannot_be_written_says_nothing(capfd):
+    """Its lines go to the terminal anyway; a traceback beside each would hide them."""
+    from bids_brainfm.cli.run import _LogFile
+
+    log = _LogFile('/dev/full')
+    log.handle(logging.makeLogRecord({'msg': 'disk full'}))
+    with contextlib.suppress(OSError):
+        log.close()
+    assert capfd.readouterr() == ('', '')
+
+
 def test_leftovers_are_removed_when_their_process_has_ended(tmp_path):
     """Those of a process that runs stay, and of another machine, which cannot be asked, a day."""
     ended = subprocess.Popen(['true'])
@@ -329,7 +343,7 @@ NO_SPACE = os.strerror(28)
     [
         pytest.param(8, 1, 2, marks=slow),  # not even the log's folder
         pytest.param(12, 1, 2, marks=slow),  # not even the dataset's own files
-        pytest.param(60, 1, 1, marks=slow),  # no series, no report, no crash file
+        pytest.param(60, 2, 1, marks=slow),  # no series, no report
         pytest.param(7000, 1, 1, marks=slow),  # one participant
         pytest.param(3000, 2, 1, marks=slow),  # no series
         (3000, 1, 1),
@@ -344,6 +358,10 @@ def test_output_disk_full(simulated, reference, tmp_path, small_disk, kilobytes,
     assert re.search(rf'{out}/\S+ cannot be written \({NO_SPACE}\).*free space', said)
     assert 'Traceback' not in said
     assert 'unexpected' not in said
+    assert 'work folder' not in said
+    assert '\\n' not in said
+    if kilobytes == 60:
+        assert re.search(rf'Stopped: {out}/sub-\d+.html cannot be written', said)
     assert temporaries(out) == []
     assert_whole(out, reference)
     small_disk(50_000)
