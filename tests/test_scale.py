@@ -10,7 +10,7 @@ from bids_brainfm.signals.scale import (
     METHODS,
     STATISTICS,
     ScaleStats,
-    atlas_of,
+    kind_of,
     check_stats,
     load_scale_stats,
     scale,
@@ -232,7 +232,7 @@ def test_scale_stats_files(tmp_path):
     stats = load_scale_stats(path, 'A424', 2)
     assert list(stats.iqr) == [30, 40]
     assert stats.provenance == {'Participants': 12}
-    assert (stats.statistic, atlas_of(path)) == ('series', 'A424')
+    assert (stats.statistic, *kind_of(path)) == ('series', 'A424', 'series')
     with pytest.raises(BrainfmError, match=r'fitted on the atlas A424.*uses Schaefer'):
         load_scale_stats(path, 'Schaefer', 2)
     with pytest.raises(BrainfmError, match=r'2 values in a list.*424 parcels'):
@@ -245,7 +245,7 @@ def test_scale_stats_files(tmp_path):
     with pytest.raises(BrainfmError, match='cannot be read'):
         load_scale_stats(path, 'A424', 2)
     with pytest.raises(BrainfmError, match='cannot be read'):
-        atlas_of(path)
+        kind_of(path)
 
 
 def test_scale_stats_of_temporal_means(tmp_path):
