@@ -142,3 +142,22 @@ def test_the_trait_shows_between_parcels_not_within(atlas):
     assert high > low + 0.1
     slow = [np.abs(np.fft.rfft(series, axis=0)[:40]).mean() for series in of]
     assert slow[0] == pytest.approx(slow[1], rel=0.03)
+
+
+def test_a_higher_corner_makes_faster_fluctuations_and_the_default_is_the_demo_s(atlas):
+    def made(**options):
+        return neural_series(atlas.xyz, 490, 0.735, 0.3, np.random.default_rng(4), **options)
+
+    def slow_share(series):
+        power = np.abs(np.fft.rfft(series, axis=0)) ** 2
+        return power[: int(0.06 * 490 * 0.735)].sum() / power.sum()
+
+    slow, usual, fast = (slow_share(made(corner_hz=hz)) for hz in (0.06, 0.1, 0.17))
+    assert slow > usual + 0.05 > fast + 0.1
+    np.testing.assert_array_equal(made(), made(corner_hz=0.1))
+    runs = [
+        simulate_run(atlas.xyz, 490, 0.735, 0.3, np.random.default_rng(1), corner_hz=hz).series
+        for hz in (0.06, 0.17)
+    ]
+    slow, fast = (slow_share(series - series.mean(0)) for series in runs)
+    assert slow > fast + 0.05
