@@ -449,10 +449,15 @@ def _check(settings: Settings) -> None:
                 '--scale-stats fits statistics (name no file), and bids_brainfm OUT OUT group '
                 '--contrast WHAT A B subtracts maps.'
             )
-    elif settings.contrast or fits:
+    elif settings.contrast:
         raise BrainfmError(
-            'At the participant level --scale-stats takes a FILE (fit one by bids_brainfm OUT OUT '
-            'group --scale-stats), and there is no --contrast.'
+            'The participant level has no --contrast: bids_brainfm OUT OUT group --contrast '
+            'WHAT A B subtracts maps that it has written.'
+        )
+    elif fits:
+        raise BrainfmError(
+            'At the participant level --scale-stats takes a FILE, as bids_brainfm OUT OUT group '
+            '--scale-stats writes it.'
         )
     elif settings.scale == 'cohort' and not settings.scale_stats:
         raise BrainfmError(
