@@ -6,18 +6,22 @@
 Simulates participants (seeds that the demo does not use) as the demo does, writes their denoised
 parcel series as `bids_brainfm DATA OUT participant` does, and pretrains both models on them. The
 weights are put beside the cards in bids_brainfm/data/models. Then, on other participants, it
-probes Brain-JEPA's embeddings for two simulated traits, beside those of an untrained network: how
-fast the fluctuations of each parcel are (speed), and how much parcels have in common (trait).
+probes Brain-JEPA's embeddings for how fast their simulated fluctuations are, beside those of an
+untrained network. The trait of the demo's own participants, which shows between parcels, is not
+probed: the mean over tokens of so small a network does not hold it, trained or not.
+
+What does not depend on each other is made side by side, by two processes of one thread each.
 """
 
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +31,14 @@ import yaml
 from bids_brainfm.atlases.atlas import home, load_atlas
 from bids_brainfm.atlases.fetch import sha256_of
 from bids_brainfm.bids import writing
+from bids_brainfm.cli.models import main as models
 from bids_brainfm.signals.denoise import denoise, load_preset, read_confounds
-from bids_brainfm.signals.simulate import express, simulate_run
+from bids_brainfm.signals.simulate import CORNER_HZ, express, simulate_run
 
 ATLAS, TASK, TR, VOLUMES = 'Demo424', 'rest', 0.735, 490
 MODELS = Path(__file__).resolve().parents[1] / 'bids_brainfm' / 'data' / 'models'
-SEED, TRAINED_ON, PROBED = 20261125, 400, 300
+SEED, TRAINED_ON, PROBED = 20261125, 400, 400
+PACE = 0.5  # change of the logarithm of the corner frequency by one SD of the trait
 PRETRAINING = {
     'brainlm-demo': [
         '--epochs',
@@ -48,17 +54,23 @@ PRETRAINING = {
         '--recipe',
         str(Path(__file__).with_name('demo_jepa_recipe.yml')),
         '--evaluate-epochs',
-        '3',
+        '7',
     ],
 }
+COMMON = ['--seed', SEED, '--device', 'cpu', '--nthreads', '1']
 PROBE = ['--epochs', '20', '--batch-size', '16', '--lr', '0.1', '--evaluate-epochs', '2']
 
 
-def write_participant(folder: Path, label: str, trait: float, speed: float, seed: int) -> None:
+def express_pace(trait: float) -> dict[str, float]:
+    """How a trait (standard normal) shows that makes fluctuations fast, and nothing else."""
+    return express(0.0) | {'corner_hz': CORNER_HZ * float(np.exp(PACE * trait))}
+
+
+def write_participant(folder: Path, how: Callable, label: str, trait: float, seed: int) -> None:
     """Simulate a participant and write the series that denoising leaves."""
     atlas = load_atlas(ATLAS, home())
     rng = np.random.default_rng(seed)
-    run = simulate_run(atlas.xyz, VOLUMES, TR, rng=rng, **express(trait, speed))
+    run = simulate_run(atlas.xyz, VOLUMES, TR, rng=rng, **how(trait))
     func = folder / f'sub-{label}' / 'func'
     stem = f'sub-{label}_task-{TASK}_space-MNI152NLin2009cAsym_atlas-{ATLAS}'
     with tempfile.TemporaryDirectory() as scratch:
@@ -84,10 +96,10 @@ def write_participant(folder: Path, label: str, trait: float, speed: float, seed
     )
 
 
-def write_derivatives(folder: Path, participants: int, seed: int, vary: float = 0.0) -> None:
+def write_derivatives(folder: Path, participants: int, seed: int, how: Callable) -> None:
     """Write the derivatives of so many participants; they are whole when participants.tsv is.
 
-    All are of the same speed, unless it is to `vary`.
+    `how` says how their trait shows, as arguments of the simulation.
     """
     if (folder / 'participants.tsv').is_file():
         return
@@ -95,35 +107,32 @@ def write_derivatives(folder: Path, participants: int, seed: int, vary: float = 
     labels = [f'{i + 1:04d}' for i in range(participants)]
     traits = rng.standard_normal(participants).round(3)
     seeds = [int(n) for n in rng.integers(2**31, size=participants)]
-    speeds = (vary * rng.standard_normal(participants)).round(3)
     with ProcessPoolExecutor() as pool:
-        write = partial(write_participant, folder)
-        list(pool.map(write, labels, traits, speeds, seeds, chunksize=8))
+        list(pool.map(partial(write_participant, folder, how), labels, traits, seeds, chunksize=8))
     writing.write_json(
         folder / 'dataset_description.json',
         {'Name': 'SIMULATED parcel series', 'BIDSVersion': '1.10.0', 'DatasetType': 'derivative'},
     )
-    people = {
-        'participant_id': [f'sub-{label}' for label in labels],
-        'trait': traits,
-        'speed': speeds,
-    }
+    people = {'participant_id': [f'sub-{label}' for label in labels], 'trait': traits}
     pd.DataFrame(people).to_csv(folder / 'participants.tsv', sep='\t', index=False)
 
 
-def pretrain(data: Path, folder: Path) -> None:
-    """Pretrain the models from random weights, and put what came of them beside their cards."""
-    run_side_by_side(
-        [
-            ['pretrain', name, folder / name, '--data', data, *options]
-            for name, options in PRETRAINING.items()
-        ]
-    )
-    for name in PRETRAINING:
-        trained = yaml.safe_load((folder / name / 'card.yml').read_text())
-        weights = MODELS / f'{name}.safetensors'
-        shutil.copyfile(folder / name / 'model.safetensors', weights)
-        write_card(name, trained['training'], sha256_of(weights))
+def side_by_side(function: Callable, *calls: tuple) -> list:
+    """Call a function several times at once, each in a process of its own."""
+    with ProcessPoolExecutor(2, get_context('spawn')) as pool:
+        return [made.result() for made in [pool.submit(function, *call) for call in calls]]
+
+
+def pretrain(name: str, data: Path, folder: Path, options: list[str]) -> None:
+    """Pretrain a model from random weights, and put what came of it beside its card."""
+    started = time.monotonic()
+    out = folder / name
+    run('pretrain', name, out, '--data', data, *COMMON, *options)
+    trained = yaml.safe_load((out / 'card.yml').read_text())
+    weights = MODELS / f'{name}.safetensors'
+    shutil.copyfile(out / 'model.safetensors', weights)
+    write_card(name, trained['training'], sha256_of(weights))
+    print(f'{name}: pretrained in {(time.monotonic() - started) / 60:.1f} min', flush=True)
 
 
 def write_card(name: str, training: dict, sha256: str) -> None:
@@ -137,54 +146,50 @@ def write_card(name: str, training: dict, sha256: str) -> None:
     path.write_text(f'{head}\n{yaml.safe_dump(facts, sort_keys=False)}')
 
 
-def probe(name: str, data: Path, folder: Path) -> None:
-    """Probe the embeddings for each trait, beside an untrained network, and say so in the card."""
+def probe(name: str, data: Path, out: Path, options: list[str]) -> dict:
+    """Probe the embeddings of a model for the trait: what its scores.json says."""
+    run(
+        'finetune', name, out, '--data', data, '--target', 'trait', '--mode', 'probe',
+        '--pooling', 'mean', *COMMON, *PROBE, *options,
+    )  # fmt: skip
+    return json.loads((out / 'scores.json').read_text())
+
+
+def compare(name: str, data: Path, folder: Path) -> None:
+    """Probe a model beside an untrained network of its kind, and say in its card what came out."""
+    controls = {'trained': [], 'untrained': ['--random-weights']}
+    calls = [(name, data, folder / f'{name}-probe-{kind}', o) for kind, o in controls.items()]
+    found = dict(zip(controls, side_by_side(probe, *calls), strict=True))
+    scores = {kind: values['test'] for kind, values in found.items()}
+    scores |= found['trained']['test_baselines']
     card = yaml.safe_load((MODELS / f'{name}.yml').read_text())
-    probes = {}
-    for target in ('speed', 'trait'):
-        outs = {
-            kind: folder / f'{name}-probe-{target}-{kind}' for kind in ('trained', 'untrained')
-        }
-        control = {'trained': [], 'untrained': ['--random-weights']}
-        run_side_by_side(
-            [
-                ['finetune', name, out, '--data', data, '--target', target, '--mode', 'probe',
-                 '--pooling', 'mean', *PROBE, *control[kind]]
-                for kind, out in outs.items()
-            ]
-        )  # fmt: skip
-        found = {kind: json.loads((out / 'scores.json').read_text()) for kind, out in outs.items()}
-        scores = {kind: scored['test'] for kind, scored in found.items()}
-        scores |= found['trained']['test_baselines']
-        probes[target] = {kind: round(values['r'], 3) for kind, values in scores.items()}
     training = card['training'] | {
-        'probe': {'participants': found['trained']['participants'], 'test_r': probes}
+        'probe': {
+            'target': 'simulated pace of fluctuations',
+            'participants': found['trained']['participants'],
+            'test_r': {kind: round(values['r'], 3) for kind, values in scores.items()},
+        }
     }
     write_card(name, training, card['weights'][0]['sha256'])
     print(name, training['probe'])
 
 
-def run_side_by_side(commands: list[list]) -> None:
-    """Run commands of ``bids_brainfm_models`` at a time, with one thread each."""
-    common = ['--seed', SEED, '--device', 'cpu', '--nthreads', 1]
-    running = []
-    for command in commands:
-        words = [str(word) for word in (*command, *common)]
-        print('bids_brainfm_models', *words, flush=True)
-        running.append(subprocess.Popen([sys.executable, '-m', 'bids_brainfm.cli.models', *words]))
-    codes = [process.wait() for process in running]
-    if any(codes):
-        sys.exit('A command failed.')
+def run(*arguments) -> None:
+    """Run a command of ``bids_brainfm_models``."""
+    words = [str(argument) for argument in arguments]
+    print('bids_brainfm_models', *words, flush=True)
+    if models(words):
+        sys.exit(f'{words[0]} failed')
 
 
 def main(folder: Path) -> None:
     """Make everything, in a folder that may hold what an interrupted attempt made."""
     started = time.monotonic()
-    write_derivatives(folder / 'train', TRAINED_ON, SEED)
-    write_derivatives(folder / 'probe', PROBED, SEED + 1, vary=1.0)
-    pretrain(folder / 'train', folder)
-    print(f'Pretrained: {(time.monotonic() - started) / 60:.1f} min since the start')
-    probe('brain-jepa-demo', folder / 'probe', folder)
+    write_derivatives(folder / 'train', TRAINED_ON, SEED, express)
+    write_derivatives(folder / 'probe', PROBED, SEED + 1, express_pace)
+    calls = [(name, folder / 'train', folder, options) for name, options in PRETRAINING.items()]
+    side_by_side(pretrain, *calls)
+    compare('brain-jepa-demo', folder / 'probe', folder)
     print(f'{(time.monotonic() - started) / 60:.1f} min in all')
 
 

@@ -20,7 +20,7 @@ REACH_MM = 22.0
 FD_OUTLIER_MM, DVARS_OUTLIER = 0.5, 1.5  # fMRIPrep's own thresholds of motion outliers
 N_PHYSIOLOGICAL = 5
 COHERENCE = 0.65  # share of a parcel's haemodynamic fluctuation that its networks have in common
-CORNER_HZ = 0.1  # where the spectrum of haemodynamic fluctuations ends
+CORNER_HZ = 0.1  # where the haemodynamic response lets spontaneous fluctuations end
 
 
 @dataclass(frozen=True)
@@ -74,18 +74,15 @@ def haemodynamic_noise(
     return (noise - noise.mean(0)) / noise.std(0)
 
 
-def express(trait: float, speed: float = 0.0) -> dict[str, float]:
-    """How simulated traits (standard normal) show in the fluctuations of a participant.
-
-    One shows between parcels only, the other in each parcel by itself.
+def express(trait: float) -> dict[str, float]:
+    """How a simulated trait (standard normal) shows in the fluctuations of a participant.
 
     >>> express(0.0)
-    {'coupling': 0.3, 'coherence': 0.65, 'corner_hz': 0.1}
+    {'coupling': 0.3, 'coherence': 0.65}
     """
     return {
         'coupling': float(np.clip(0.3 + 0.25 * trait, -0.9, 0.9)),
         'coherence': float(np.clip(COHERENCE + 0.1 * trait, 0.3, 0.95)),
-        'corner_hz': float(CORNER_HZ * np.exp(0.25 * speed)),
     }
 
 
@@ -110,7 +107,7 @@ def neural_series(
         Share of each parcel's haemodynamic fluctuation that comes from its networks, 0 to 1; the
         rest is its own, of the same spectrum, so that no parcel alone tells it.
     corner_hz : float
-        Where the spectrum of the haemodynamic fluctuations ends.
+        Where the spectrum of all of them ends: the higher, the faster the fluctuations.
     """
     sources = haemodynamic_noise(volumes, tr, len(NETWORKS), rng, corner_hz)
     default, frontal = (list(NETWORKS).index(n) for n in ('default mode', 'frontoparietal'))
