@@ -8,6 +8,7 @@ cd "$(dirname "$0")"
 # shellcheck source-path=SCRIPTDIR
 source ./settings.sh
 
+[ -s "$participants" ] || { echo "$participants is not there or empty: a line a task" >&2; exit 1; }
 tasks=1-$(grep -c '' "$participants")
 prepared=$(sbatch --parsable --array="$tasks" fmriprep.sbatch)
 # aftercorr: task 7 waits for task 7; where that fails, it is cancelled and does not wait for ever

@@ -5,7 +5,7 @@
 bids=/project/study                              # raw data; only fmriprep.sbatch reads it
 fmriprep=/project/study/derivatives/fmriprep     # what fMRIPrep wrote, or will write
 output=/project/study/derivatives/brainfm        # one folder for all jobs
-work=/scratch/$USER/brainfm                      # of use while a job runs, and not after
+work=/scratch/${USER:-$(id -un)}/brainfm                      # of use while a job runs, and not after
 models=(brainlm-111m)
 participants=participants.txt                    # a line a task: one participant, or several
 

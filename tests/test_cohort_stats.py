@@ -257,6 +257,31 @@ def test_what_the_group_level_refuses(simulated, tmp_path, app, capsys):
     ]
 
 
+def test_broken_series_are_not_counted_silently(simulated, tmp_path, app, capfd):
+    """One that breaks off in a row is left out and named; one that lost rows is refused."""
+    out = tmp_path / 'out'
+    assert app(simulated, out, '--stop-after', 'timeseries') == 0
+    path = next(out.rglob('sub-01_*_timeseries.tsv'))
+    whole, sidecar = path.read_bytes(), path.with_suffix('.json').read_text()
+    capfd.readouterr()
+
+    path.write_bytes(whole[: int(0.6 * len(whole))])
+    assert group(out, '--scale-stats') == 0
+    assert f'{path} is left out' in capfd.readouterr().err
+    (table,) = (out / 'group' / 'scale').glob('*_stat-series_*.tsv')
+    assert 'sub-01' not in table.read_text()
+
+    path.write_bytes(b''.join(whole.splitlines(keepends=True)[:100]))
+    assert group(out, '--scale-stats') == 2
+    assert f'{path} is damaged: it has 99 volumes' in capfd.readouterr().err
+
+    path.write_bytes(whole)
+    lacking = {k: v for k, v in json.loads(sidecar).items() if k != 'BrainMean'}
+    path.with_suffix('.json').write_text(json.dumps(lacking))
+    assert group(out, '--scale-stats') == 2
+    assert 'is damaged' in capfd.readouterr().err
+
+
 def test_a_recording_in_two_spaces_counts_once(tmp_path):
     from bids_brainfm.bids.writing import write_dataset_files
 

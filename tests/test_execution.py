@@ -1,5 +1,6 @@
 """What happens to the graph when a worker dies, and how plugins are chosen."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -68,6 +69,7 @@ def settings_with(tmp_path, text):
         ('plugin: SLURMGraph', 'waits'),
         ('- not a mapping', 'plugin_args'),
         ('{', 'plugin_args'),
+        ('plugin: SLURM\nplugin_args: [1]', 'plugin_args'),
     ],
 )
 def test_plugin_file_that_cannot_be_used(tmp_path, text, word):
@@ -78,6 +80,14 @@ def test_plugin_file_that_cannot_be_used(tmp_path, text, word):
 def test_plugin_file_of_one_process(tmp_path):
     plugin = from_file(settings_with(tmp_path, 'plugin: Linear\n'), None)
     assert type(plugin).__name__ == 'LinearPlugin'
+
+
+def test_plugin_file_of_workers_keeps_to_the_options(tmp_path):
+    """What the file does not say is as without it: CPUs, memory, processes that start clean."""
+    settings = settings_with(tmp_path, 'plugin: MultiProc\nplugin_args: {memory_gb: 3}\n')
+    plugin = from_file(dataclasses.replace(settings, nprocs=1, mem=1.0), None)
+    assert (plugin.processors, plugin.memory_gb) == (1, 3)
+    assert plugin.plugin_args['mp_context'] == 'forkserver'
 
 
 @pytest.fixture

@@ -286,6 +286,7 @@ def test_leftovers_are_removed_when_their_process_has_ended(tmp_path):
     machine, mine, others = writing._machine(), os.getpid(), 'ffffffff'
     func = tmp_path / 'sub-01' / 'func'
     func.mkdir(parents=True)
+    (tmp_path / 'group' / 'scale').mkdir(parents=True)
     names = {
         'dead': f'{writing.TEMPORARY}-{machine}-{ended.pid}-abc.tsv',
         'alive': f'{writing.TEMPORARY}-{machine}-{mine}-abc.tsv',
@@ -293,7 +294,7 @@ def test_leftovers_are_removed_when_their_process_has_ended(tmp_path):
         'old': f'{writing.TEMPORARY}-{others}-{mine}-abc.nii.gz',
         'strange': '.nfs0123',
     }
-    for folder in (tmp_path, func):
+    for folder in (tmp_path, func, tmp_path / 'group' / 'scale'):
         for what, name in names.items():
             (folder / name).touch()
             when = time.time() - {'young': 80_000, 'old': 90_000}.get(what, 200_000)
@@ -301,7 +302,21 @@ def test_leftovers_are_removed_when_their_process_has_ended(tmp_path):
     writing.remove_leftovers(tmp_path, ['01', '02'])
     stay = sorted(names[what] for what in ('alive', 'young', 'strange'))
     assert sorted(path.name for path in func.iterdir()) == stay
+    assert sorted(path.name for path in (tmp_path / 'group' / 'scale').iterdir()) == stay
     assert sorted(path.name for path in tmp_path.glob('.*')) == stay
+
+
+def test_leftover_that_cannot_be_removed_stops_nobody(tmp_path, monkeypatch):
+    """As another user's in a shared folder."""
+    left = tmp_path / f'{writing.TEMPORARY}-{writing._machine()}-{2**30}-abc.tsv'
+    left.touch()
+
+    def refuse(*_, **__):
+        raise PermissionError
+
+    monkeypatch.setattr(Path, 'unlink', refuse)
+    writing.remove_leftovers(tmp_path, [])
+    assert left.exists()
 
 
 def test_names_of_temporaries_tell_their_process(tmp_path):

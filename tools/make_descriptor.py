@@ -44,6 +44,8 @@ def descriptor() -> dict:
         'error-codes': [
             {'code': 1, 'description': 'Some runs failed; the others are written'},
             {'code': 2, 'description': 'Nothing could be run'},
+            {'code': 130, 'description': 'Stopped by Ctrl-C'},
+            {'code': 143, 'description': 'Stopped by SIGTERM'},
         ],
         'tags': {'domain': ['neuroinformatics', 'fmri'], 'bids-app': ['participant', 'group']},
     }

@@ -108,15 +108,16 @@ def remove_leftovers(output: Path, subjects: Iterable[str]) -> None:
     name = f'{TEMPORARY}-*'
     for folder in (output, *(output / 'logs' / part for part in ('', 'settings', 'methods'))):
         _remove_dead(folder.glob(name))
-    for folder in (output / 'sourcedata', *(output / f'sub-{label}' for label in subjects)):
-        _remove_dead(folder.rglob(name))
+    folders = ('sourcedata', 'group', *(f'sub-{label}' for label in subjects))
+    for folder in folders:
+        _remove_dead((output / folder).rglob(name))
 
 
 def _remove_dead(temporaries: Iterable[Path]) -> None:
     """Remove those whose process has ended; elsewhere, where that cannot be told, after a day."""
     for path in temporaries:
         _, machine, process, _ = path.name.split('-', 3)
-        with contextlib.suppress(FileNotFoundError):  # another process is doing the same
+        with contextlib.suppress(OSError):  # gone, or another user's: no reason not to go on
             if machine == _machine():
                 dead = not _runs(int(process))
             else:

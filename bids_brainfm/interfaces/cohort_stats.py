@@ -90,19 +90,19 @@ def write_scale_stats(
     Raises
     ------
     BrainfmError
-        A run has no BOLD level, or no parcel can be scaled by what was found.
+        A run is damaged or has no BOLD level, or no parcel can be scaled by what was found.
     """
     written = []
     for atlas, runs in series.items():
         fit, names, denoising, lengths = CohortFit(atlas), [], set(), []
         for entities, path in tqdm(runs, desc=f'Runs of {atlas}', unit='run', disable=None):
             data, names = writing.read_matrix(path)
-            sidecar = writing.read_sidecar(path.with_suffix('.json'))
+            facts_of = _facts(path, len(data))
             try:
-                fit.add(entities['sub'], data, sidecar['BrainMean'])
+                fit.add(entities['sub'], data, facts_of['BrainMean'])
             except BrainfmError as error:
                 raise BrainfmError(f'{path.name}: {error}') from None
-            denoising.add(sidecar['Denoising']['Name'])
+            denoising.add(facts_of['Denoising']['Name'])
             lengths.append(len(data))
         people = {entities['sub'] for entities, _ in runs}
         facts = {
@@ -135,6 +135,29 @@ def write_scale_stats(
             f'(see the warnings): run the participant level on more participants first.'
         )
     return written
+
+
+def _facts(path: Path, rows: int) -> dict:
+    """Sidecar of parcel series that have so many rows.
+
+    Raises
+    ------
+    BrainfmError
+        It lacks something, or tells of another number of volumes.
+    """
+    sidecar = writing.read_sidecar(path.with_suffix('.json'))
+    try:
+        volumes = sidecar['NumberOfVolumes']
+        volumes -= sidecar['NumberOfVolumesDiscardedByNonsteadyStatesDetector']
+        whole = rows == volumes and bool(sidecar['BrainMean'] and sidecar['Denoising']['Name'])
+    except (KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise BrainfmError(
+            f'{path} is damaged: it has {rows} volumes, and its sidecar (.json) tells of others, '
+            f'or not of all that is needed; remove both and run the participant level again.'
+        )
+    return sidecar
 
 
 def _write(dataset: Path, method: str, stats: ScaleStats, facts: dict, table: dict) -> Path:

@@ -78,7 +78,7 @@ def read_maps(dataset: Path, filters: dict[str, tuple[str, ...]]) -> list[GroupM
 
 
 def finished(dataset: Path, pattern: str, filters: dict[str, tuple[str, ...]]) -> list:
-    """Whole tables that the participant level wrote.
+    """Whole tables that the participant level wrote; a warning names those that are not.
 
     Parameters
     ----------
@@ -110,8 +110,14 @@ def finished(dataset: Path, pattern: str, filters: dict[str, tuple[str, ...]]) -
         entities = parse_name(path.name)[0]
         if any(labels and entities.get(name) not in labels for name, labels in filters.items()):
             continue
-        if writing.read_sidecar(path.with_suffix('.json')) is not None:  # else not whole
+        whole = writing.read_sidecar(path.with_suffix('.json')) is not None
+        if whole and writing.is_whole(path):
             found.append((entities, path))
+        else:
+            LOGGER.warning(
+                '%s is left out, since it or its sidecar (.json) is not whole: run the '
+                'participant level on it again.', path,
+            )  # fmt: skip
     return found
 
 

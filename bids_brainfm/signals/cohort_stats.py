@@ -146,7 +146,9 @@ class CohortFit:
         """Statistics of ``'cohort'``, which BrainLM was trained with, over all samples.
 
         Of series whose grand mean is 10 000 and whose parcel means are taken out. Bounds lie at
-        -3.6 and 3.7 SD, as for ``'run-robust'``: on a cohort of one run both scale alike.
+        -3.6 and 3.7 SD, as for ``'run-robust'``: on a cohort of one run both scale alike,
+        where the model takes its repetition time: samples are those of the runs as they were
+        recorded, and a model scales what was resampled.
         """
         count = self._samples.count
         median, iqr = _median_iqr(self._samples)

@@ -63,6 +63,8 @@ def execute(workflow, plan: Plan) -> None:
         'stop_on_first_crash': str(settings.stop_on_first_crash).lower(),
         'poll_sleep_duration': '0.1',  # the default of 2 s a node is most of a short job
         'check_version': 'false',
+        # seconds until a job's result is seen: shared folders show files late (default: 5)
+        'job_finished_timeout': '60',
     }
     progress = Progress(sum(len(atlas.todo) for atlas in plan.atlases))
     n_networks = sum(len(atlas.network_runs) for atlas in plan.atlases)

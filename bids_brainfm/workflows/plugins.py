@@ -50,7 +50,12 @@ def choose_plugin(settings: Settings, status_callback: Callable, n_jobs: int):
     args = {'status_callback': status_callback}
     if settings.nprocs == 1 or n_jobs <= 1 or not _workers_can_be():
         return LinearPlugin(args)
-    args |= {
+    return MultiProc(_workers(settings) | args)
+
+
+def _workers(settings: Settings) -> dict:
+    """Arguments of worker processes on this machine."""
+    args = {
         'n_procs': settings.nprocs,
         'raise_insufficient': False,
         # workers start clean: no lock, thread or CUDA state of this process comes along
@@ -58,7 +63,7 @@ def choose_plugin(settings: Settings, status_callback: Callable, n_jobs: int):
     }
     if settings.mem is not None:
         args['memory_gb'] = settings.mem
-    return MultiProc(args)
+    return args
 
 
 def _workers_can_be() -> bool:
@@ -80,15 +85,15 @@ def from_file(settings: Settings, status_callback: Callable):
 
     try:
         content = yaml.safe_load(settings.use_plugin.read_text())
-        name, args = content['plugin'], content.get('plugin_args') or {}
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        name, args = content['plugin'], dict(content.get('plugin_args') or {})
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise BrainfmError(
             f'--use-plugin {settings.use_plugin} is not YAML with plugin and plugin_args '
-            f'({error}): see docs/usage.md.'
+            f'({error}): see docs/hpc.md.'
         ) from None
     args = args | {'status_callback': status_callback}
     if name == 'MultiProc':
-        return MultiProc(args)
+        return MultiProc(_workers(settings) | args)
     if name == 'SLURM':
         return Slurm(args, settings.use_plugin)
     plugin = getattr(importlib.import_module('nipype.pipeline.plugins'), f'{name}Plugin', None)
@@ -202,7 +207,8 @@ class Slurm(SLURMPlugin):
         if result and result.get('hostname') == 'unknown':  # so Nipype marks what it made up
             self.lost = BrainfmError(
                 f'the Slurm job {taskid} ended without its result, most often because memory or '
-                f'time ran out: ask for more in the sbatch_args of {self.file} and start again; '
+                f'time ran out (or the work folder shows files late here): ask for more in the '
+                f'sbatch_args of {self.file} and start again; '
                 f'what is written is kept.'
             )
         return result

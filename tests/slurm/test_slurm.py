@@ -98,10 +98,19 @@ def submit(study: Path, *arguments) -> str:
     return ended.stdout.strip()
 
 
+def wait_until(condition, study: Path, seconds: float = 300) -> None:
+    """Wait until something holds, and show the jobs' logs where it never does."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            logs = '\n'.join(path.read_text() for path in sorted(study.glob('*.log')))
+            pytest.fail(f'not so after {seconds:.0f} s; the logs:\n{logs}')
+        time.sleep(0.2)
+
+
 def wait_for(study: Path, job: str) -> None:
     """Wait until all tasks of a job have ended, and see that they ended well."""
-    while run('squeue', '--noheader', '--jobs', job, cwd=study).stdout:
-        time.sleep(0.5)
+    wait_until(lambda: not run('squeue', '--noheader', '--jobs', job, cwd=study).stdout, study)
     states = re.findall(r'JobState=(\S+)', run('scontrol', 'show', 'job', job, cwd=study).stdout)
     logs = '\n'.join(path.read_text() for path in sorted(study.glob('*.log')))
     assert set(states) == {'COMPLETED'}, f'{states}\n{logs}'
@@ -120,11 +129,10 @@ def test_array_over_participants(study, reference):
 def test_task_that_is_put_back_into_the_queue(study, reference):
     """As after preemption: a task that is killed amid its work goes on when it starts again."""
     job = submit(study, TASKS, 'participants.sbatch')
-    while not list(study.parent.glob('out/sub-01/func/*_timeseries.json')):
-        time.sleep(0.1)
+    wait_until(lambda: list(study.parent.glob('out/sub-01/func/*_timeseries.json')), study)
     assert run('scontrol', 'requeue', f'{job}_1', cwd=study).returncode == 0
-    while not run('squeue', '-h', '-t', 'PENDING', '-j', f'{job}_1', cwd=study).stdout:
-        time.sleep(0.5)
+    pending = ('squeue', '-h', '-t', 'PENDING', '-j', f'{job}_1')
+    wait_until(lambda: run(*pending, cwd=study).stdout, study)
     # else Slurm waits for two minutes; at once it may still be clearing away the first start
     run('scontrol', 'update', f'JobId={job}_1', 'StartTime=now+10', cwd=study)
     wait_for(study, job)
