@@ -1,7 +1,9 @@
 """What happens to the graph when a worker dies, and how plugins are chosen."""
 
 import dataclasses
+import multiprocessing
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from nipype.pipeline import engine as pe
 from bids_brainfm.config import Settings
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.workflows.execution import run
-from bids_brainfm.workflows.plugins import MultiProc, Slurm, from_file
+from bids_brainfm.workflows.plugins import MultiProc, Slurm, end_workers, from_file
 
 
 def die():
@@ -53,6 +55,20 @@ def test_lost_worker_is_said_and_not_waited_for(tmp_path, fate, word):
     plugin = MultiProc({'n_procs': 2, 'mp_context': 'forkserver'})
     with pytest.raises(BrainfmError, match=word):
         run(workflow, plugin)
+
+
+def test_a_signal_to_all_processes_does_not_hide_a_worker():
+    """One that is still writing is waited for, and only then is looked at what it has left."""
+    plugin = MultiProc({'n_procs': 1, 'mp_context': 'forkserver'})
+    server = plugin.pool.submit(os.getppid).result()
+    (worker,) = multiprocessing.active_children()
+    os.kill(server, signal.SIGTERM)
+    worker.join(1)
+    assert worker.is_alive()
+    os.kill(worker.pid, signal.SIGTERM)  # which a worker does not outlive
+    worker.join(20)
+    assert worker.exitcode == -signal.SIGTERM
+    end_workers()
 
 
 def settings_with(tmp_path, text):

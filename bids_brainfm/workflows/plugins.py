@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver
 from pathlib import Path
 
 from nipype.pipeline.plugins.base import GraphPluginBase
@@ -113,11 +114,11 @@ class MultiProc(MultiProcPlugin):
 
     def __init__(self, plugin_args):
         super().__init__(plugin_args)
+        context = multiprocessing.get_context(plugin_args.get('mp_context'))
+        if context.get_start_method() == 'forkserver':
+            _start_fork_server()
         self.pool = ProcessPoolExecutor(  # no worker of the first pool has been started yet
-            self.processors,
-            multiprocessing.get_context(plugin_args.get('mp_context')),
-            _prepare_worker,
-            (self._cwd,),
+            self.processors, context, _prepare_worker, (self._cwd,)
         )
 
     def _async_callback(self, args):
@@ -137,11 +138,24 @@ class MultiProc(MultiProcPlugin):
         return super()._get_result(taskid)
 
 
+def _start_fork_server() -> None:
+    """Start the parent of the workers deaf to SIGTERM, which Slurm sends to all processes.
+
+    It tells when a worker has ended; without it, one that is still writing would count as gone.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _prepare_worker(folder: str) -> None:
     """Leave signals to the process that gives the work, and end with it, however it ends."""
     process_initializer(folder)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
