@@ -36,7 +36,7 @@ def write_noise(folder: Path, atlas_name: str) -> None:
         coverage = {'Node': names, 'coverage': np.ones(len(names))}
         writing.write_table(Path(f'{stem}_stat-coverage_bold.tsv'), coverage)
         facts = {'RepetitionTime': 0.735, 'StartTime': 0, 'FlaggedVolumes': [], 'BrainMean': 1e4}
-        writing.write_json(Path(f'{stem}_stat-mean_timeseries.json'), facts)
+        writing.write_sidecar(Path(f'{stem}_stat-mean_timeseries.tsv'), facts)
 
 
 def start(data: Path, out: Path, model: str, processes: int, steps: int, batch: int):

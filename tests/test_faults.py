@@ -442,11 +442,13 @@ def test_twenty_jobs_in_one_folder(simulated, tmp_path):
 
 
 def damage(path, how, share=667):
-    """Cut a file to a share of it, or to nothing; empty some pages, or turn a bit in its midst."""
+    """Cut a file to a share of it, to nothing, or between rows; empty pages; turn a bit."""
     content = path.read_bytes()
     if how == 'pages':
         a, b = 20 * 4096, 26 * 4096
         content = content[:a] + bytes(b - a) + content[b:]
+    elif how == 'rows':
+        content = content[: content.rindex(b'\n', 0, len(content) // 2) + 1]
     elif how == 'bit':
         place = len(content) * share // 1000
         content = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
@@ -500,6 +502,8 @@ def test_an_index_is_of_its_dataset_and_participants(simulated, dataset, tmp_pat
     ('name', 'how'),
     [
         (f'func/{ONE}_stat-mean_timeseries.tsv', 0.6),
+        (f'func/{ONE}_stat-mean_timeseries.tsv', 'rows'),
+        (f'func/{ONE}_stat-coverage_bold.tsv', 'rows'),
         (f'func/{ONE}_stat-mean_timeseries.json', 0.6),
         (f'func/{ONE}_desc-brainlmdemo_embedding.tsv', 0),
         (f'func/{ONE}_desc-brainlmdemo_embedding.h5', 0.6),

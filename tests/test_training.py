@@ -40,7 +40,7 @@ def write_cohort(folder: Path, people: int, seed: int = 0, tr: float = TR) -> Pa
         coverage = {'Node': list(atlas.names), 'coverage': np.ones(atlas.n_parcels)}
         writing.write_table(func / f'{stem}_stat-coverage_bold.tsv', coverage)
         sidecar = {'RepetitionTime': tr, 'StartTime': 0, 'FlaggedVolumes': [], 'BrainMean': 9e3}
-        writing.write_json(func / f'{stem}_stat-mean_timeseries.json', sidecar)
+        writing.write_sidecar(func / f'{stem}_stat-mean_timeseries.tsv', sidecar)
     about = {'Name': 'test', 'BIDSVersion': '1.10.0', 'DatasetType': 'derivative'}
     writing.write_json(folder / 'dataset_description.json', about)
     table = {

@@ -1,12 +1,12 @@
 """What a network is trained with: cohorts and their splits, series on disk, and recipes."""
 
-import json
 import math
 from collections import Counter
 
 import numpy as np
 import pytest
 
+from bids_brainfm.bids import writing
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.training.cohort import (
     CohortRun,
@@ -38,7 +38,7 @@ def write_run(folder, recording, atlas='A424', tr=0.735, space=SPACE, session=''
     func.mkdir(parents=True, exist_ok=True)
     path = func / f'{recording}_{space}_atlas-{atlas}_stat-mean_timeseries.tsv'
     path.write_text('a\n1\n')
-    path.with_suffix('.json').write_text(json.dumps({'RepetitionTime': tr}))
+    writing.write_sidecar(path, {'RepetitionTime': tr})
     return path
 
 
@@ -130,7 +130,14 @@ def test_what_is_no_output_of_ours(tmp_path):
 def test_a_run_without_its_sidecar(content, tmp_path):
     sidecar = write_run(tmp_path, 'sub-01_task-rest').with_suffix('.json')
     sidecar.unlink() if content is None else sidecar.write_text(content)
-    with pytest.raises(BrainfmError, match=r'timeseries.tsv has no sidecar'):
+    with pytest.raises(BrainfmError, match=r'timeseries.tsv is not whole, or has no sidecar'):
+        find_cohort([tmp_path], 'A424')
+
+
+def test_a_run_that_lost_rows(tmp_path):
+    path = write_run(tmp_path, 'sub-01_task-rest')
+    path.write_text('a\n')
+    with pytest.raises(BrainfmError, match=r'timeseries.tsv is not whole.*run "bids_brainfm"'):
         find_cohort([tmp_path], 'A424')
 
 

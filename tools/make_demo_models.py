@@ -80,12 +80,13 @@ def write_participant(folder: Path, how: Callable, label: str, trait: float, see
         read = read_confounds(confounds, facts, load_preset('simple'), VOLUMES)
     series = denoise(run.series, read)
     names = list(atlas.names)
-    writing.write_matrix(func / f'{stem}_stat-mean_timeseries.tsv', series, names)
+    path = func / f'{stem}_stat-mean_timeseries.tsv'
+    writing.write_matrix(path, series, names)
     writing.write_table(
         func / f'{stem}_stat-coverage_bold.tsv', {'Node': names, 'coverage': np.ones(len(names))}
     )
-    writing.write_json(
-        func / f'{stem}_stat-mean_timeseries.json',
+    writing.write_sidecar(
+        path,
         {
             'Description': 'SIMULATED parcel series',
             'RepetitionTime': TR,

@@ -270,27 +270,40 @@ def read_sidecar(path: Path) -> dict | None:
     return content if isinstance(content, dict) else None
 
 
-def is_current(sidecar: Path, data: Path, inputs: dict[str, dict]) -> bool:
-    """Whether an output stands and was made from the inputs as they are now."""
-    content = read_sidecar(sidecar)
-    return content is not None and content.get('InputFiles') == inputs and is_whole(data)
+def sidecar_path(data: Path) -> Path:
+    """Path of the sidecar of a data file; files that differ in their extension share one.
+
+    >>> sidecar_path(Path('sub-01_desc-brainlm111m_bold.nii.gz')).name
+    'sub-01_desc-brainlm111m_bold.json'
+    """
+    return data.with_name(data.name.partition('.')[0] + '.json')
 
 
-def is_whole(path: Path) -> bool:
-    """Whether a file is there and does not break off, as after a machine's crash or a bad copy."""
-    if not path.is_file():
-        return False
-    if path.suffix == '.h5':
-        import h5py
+def write_sidecar(data: Path, content: dict) -> Path:
+    """Write the sidecar of files that are whole, `data` and those that share it, with their sizes.
 
-        with contextlib.suppress(OSError), h5py.File(path):
-            return True
-        return False
-    with path.open('rb') as file:
-        length = file.seek(0, os.SEEK_END)
-        file.seek(max(0, length - 1))
-        end = file.read()
-    return end == b'\n' if path.suffix == '.tsv' else bool(end)
+    By these :func:`is_whole` sees what a machine's crash or a bad copy has cut off.
+    """
+    path = sidecar_path(data)
+    files = sorted(file for file in path.parent.glob(f'{path.stem}.*') if file != path)
+    sizes = {file.name: {'Size': file.stat().st_size} for file in files}
+    return write_json(path, content | {'OutputFiles': sizes})
+
+
+def is_current(data: Path, inputs: dict[str, dict]) -> bool:
+    """Whether an output stands whole and was made from the inputs as they are now."""
+    said = read_sidecar(sidecar_path(data)) or {}
+    return said.get('InputFiles') == inputs and _has_its_size(data, said)
+
+
+def is_whole(data: Path) -> bool:
+    """Whether an output and its sidecar stand, and nothing of it is cut off."""
+    return _has_its_size(data, read_sidecar(sidecar_path(data)) or {})
+
+
+def _has_its_size(data: Path, said: dict) -> bool:
+    written = said.get('OutputFiles', {}).get(data.name)
+    return written is not None and data.is_file() and data.stat().st_size == written['Size']
 
 
 def claim_settings(output: Path, name: str, settings: dict, pattern: str) -> None:

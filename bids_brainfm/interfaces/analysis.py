@@ -116,7 +116,7 @@ class Context:
         `exact` tells that the encoder in float32 was used.
         """
         model = said_of_model(self.task, (self.exact if exact else self.task).precision)
-        writing.write_json(path.with_suffix('.json'), content | model | self.common)
+        writing.write_sidecar(path, content | model | self.common)
 
     def write_map(self, path: Path, columns: dict, values: np.ndarray) -> None:
         """Write a table with a row a parcel, and one of its columns as an image."""

@@ -97,7 +97,7 @@ def write_scale_stats(
         fit, names, denoising, lengths = CohortFit(atlas), [], set(), []
         for entities, path in tqdm(runs, desc=f'Runs of {atlas}', unit='run', disable=None):
             data, names = writing.read_matrix(path)
-            facts_of = _facts(path, len(data))
+            facts_of = _facts(path)
             try:
                 fit.add(entities['sub'], data, facts_of['BrainMean'])
             except BrainfmError as error:
@@ -137,25 +137,23 @@ def write_scale_stats(
     return written
 
 
-def _facts(path: Path, rows: int) -> dict:
-    """Sidecar of parcel series that have so many rows.
+def _facts(path: Path) -> dict:
+    """Sidecar of parcel series.
 
     Raises
     ------
     BrainfmError
-        It lacks something, or tells of another number of volumes.
+        It lacks something.
     """
     sidecar = writing.read_sidecar(path.with_suffix('.json'))
     try:
-        volumes = sidecar['NumberOfVolumes']
-        volumes -= sidecar['NumberOfVolumesDiscardedByNonsteadyStatesDetector']
-        whole = rows == volumes and bool(sidecar['BrainMean'] and sidecar['Denoising']['Name'])
+        complete = bool(sidecar['BrainMean'] and sidecar['Denoising']['Name'])
     except (KeyError, TypeError):
-        whole = False
-    if not whole:
+        complete = False
+    if not complete:
         raise BrainfmError(
-            f'{path} is damaged: it has {rows} volumes, and its sidecar (.json) tells of others, '
-            f'or not of all that is needed; remove both and run the participant level again.'
+            f'The sidecar (.json) of {path} lacks the BrainMean or the Denoising: remove both and '
+            f'run the participant level again.'
         )
     return sidecar
 

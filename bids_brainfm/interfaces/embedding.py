@@ -114,17 +114,15 @@ def embedding_current(run: BoldRun, task: EncodeTask) -> bool:
 
 def _table_current(run: BoldRun, task: EncodeTask) -> bool:
     path = embedding_path(run, task)
-    sidecar = path.with_suffix('.json')
-    if not writing.is_current(sidecar, path, writing.input_fingerprints(run)):
+    if not writing.is_current(path, writing.input_fingerprints(run)):
         return False
-    written = writing.read_sidecar(sidecar)['Arrays']
+    written = writing.read_sidecar(path.with_suffix('.json'))['Arrays']
     whole = not written or writing.is_whole(path.with_suffix('.h5'))
     return whole and set(task.arrays) <= set(written)
 
 
 def _latent_current(run: BoldRun, task: EncodeTask) -> bool:
-    path = latent_path(run, task)
-    return writing.is_current(path.with_suffix('.json'), path, writing.input_fingerprints(run))
+    return writing.is_current(latent_path(run, task), writing.input_fingerprints(run))
 
 
 def write_outputs(run: BoldRun, task: EncodeTask, atlas, windows, donors, encoding) -> None:
@@ -214,7 +212,7 @@ def write_embedding(
     for what, figure in pictures.items():
         figures.save(figure, figure_path(task.output, name, what, spec.label))
     content = _describe(task, atlas, source, windows, encoding.summary.shape[1], filled, order)
-    writing.write_json(path.with_suffix('.json'), content | common)
+    writing.write_sidecar(path, content | common)
 
 
 def check_order(run: BoldRun, task: EncodeTask, atlas) -> tuple[dict, object]:
@@ -250,8 +248,8 @@ def write_latent(run, task: EncodeTask, atlas, encoding, common: dict, name: str
     order, order_label = display_order(atlas.xyz)
     figure = figures.latent_error(error, baseline, order, order_label=order_label)
     figures.save(figure, figure_path(task.output, name, 'latent', label))
-    writing.write_json(
-        path.with_suffix('.json'),
+    writing.write_sidecar(
+        path,
         {
             'Description': f'How well {task.spec.card.name} predicts the latents of a block of '
             f'each window: {BLOCKS[task.block]}. Smooth L1 error (beta 1), mean over '

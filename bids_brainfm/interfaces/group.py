@@ -110,8 +110,7 @@ def finished(dataset: Path, pattern: str, filters: dict[str, tuple[str, ...]]) -
         entities = parse_name(path.name)[0]
         if any(labels and entities.get(name) not in labels for name, labels in filters.items()):
             continue
-        whole = writing.read_sidecar(path.with_suffix('.json')) is not None
-        if whole and writing.is_whole(path):
+        if writing.is_whole(path):
             found.append((entities, path))
         else:
             LOGGER.warning(
@@ -248,8 +247,8 @@ def write_contrasts(
             found.n_b,
         )  # fmt: skip
         figures.save(figure, table.with_suffix('.svg'))
-        writing.write_json(
-            table.with_suffix('.json'),
+        writing.write_sidecar(
+            table,
             {
                 'Description': f'Share of the attention of {of.label} that falls on each parcel: '
                 f'{column} {a} minus {b}, a mean over runs for each participant.',

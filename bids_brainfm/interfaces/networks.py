@@ -197,7 +197,7 @@ class Member:
     def has(self, source: Source) -> bool:
         """Whether features stand that were made from the same inputs."""
         file = self.file(source.kind, source.label)
-        return writing.is_current(file.with_suffix('.json'), file, self.inputs)
+        return writing.is_current(file, self.inputs)
 
 
 def members_of(runs: list[BoldRun], task: NetworkTask) -> list[tuple[BoldRun, list[Member]]]:
@@ -275,9 +275,8 @@ def _inputs(members: list[Member]) -> dict:
 
 def _current(of: BoldRun, label: str, used: list[Member], task: NetworkTask) -> bool:
     files = paths(of, label, task)
-    sidecar = files['parcels'].with_suffix('.json')
     whole = all(writing.is_whole(path) for path in files.values())
-    return whole and writing.is_current(sidecar, files['parcels'], _inputs(used))
+    return whole and writing.is_current(files['parcels'], _inputs(used))
 
 
 def make_networks(runs: list[BoldRun], task: NetworkTask, stop: bool = False) -> list[Outcome]:
@@ -437,8 +436,8 @@ def write_networks(
             'parcels': [int((clusters.labels == k).sum()) for k in numbers],
         },
     )
-    writing.write_json(
-        files['table'].with_suffix('.json'),
+    writing.write_sidecar(
+        files['table'],
         {
             'Description': f'Clusters of parcels by {label}, in the order of the names of the '
             'reference networks that they were matched to; without a reference, by size',
@@ -469,8 +468,8 @@ def write_networks(
     if reference is not None:
         columns['reference'] = list(reference)
     writing.write_table(files['parcels'], {'Node': list(atlas.names)} | columns)
-    writing.write_json(
-        files['parcels'].with_suffix('.json'),
+    writing.write_sidecar(
+        files['parcels'],
         {
             'Description': f'Network of each parcel as found by clustering {label}.',
             'NumberOfClusters': clusters.n_clusters,
@@ -500,8 +499,8 @@ def _write_knn(path: Path, knn, label: str, common: dict) -> None:
             'p': [score.p for _, score in rows],
         },
     )
-    writing.write_json(
-        path.with_suffix('.json'),
+    writing.write_sidecar(
+        path,
         {
             'Description': 'k-nearest neighbours with held-out parcels (a fifth at a time, '
             f'stratified) against reference networks, from {label}.',

@@ -39,7 +39,7 @@ def _analysis_current(analysis, run: BoldRun, task: EncodeTask) -> bool:
     first, *others = analysis.paths(run, task)
     inputs = writing.input_fingerprints(run)
     whole = all(writing.is_whole(path) for path in others)
-    return whole and writing.is_current(first.with_suffix('.json'), first, inputs)
+    return whole and writing.is_current(first, inputs)
 
 
 def write_run(
@@ -77,7 +77,7 @@ def remove(analysis, run: BoldRun, task: EncodeTask) -> None:
     """Remove the files of an analysis, those included that are not asked for now."""
     whole = dataclasses.replace(task, analyses=dataclasses.replace(task.analyses, bold=True))
     files = analysis.paths(run, whole)
-    sidecars = [path.with_name(path.name.partition('.')[0] + '.json') for path in files]
+    sidecars = [writing.sidecar_path(path) for path in files]
     pictures = [picture_path(run, task, what) for what in analysis.PICTURES]
     for path in (*sidecars, *files, *pictures):
         path.unlink(missing_ok=True)

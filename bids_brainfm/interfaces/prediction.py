@@ -17,8 +17,7 @@ def prediction_path(run: BoldRun, task) -> Path:
 
 def prediction_current(run: BoldRun, task) -> bool:
     """Whether the predictions of a run stand and fit the inputs."""
-    path = prediction_path(run, task)
-    return writing.is_current(path.with_suffix('.json'), path, writing.input_fingerprints(run))
+    return writing.is_current(prediction_path(run, task), writing.input_fingerprints(run))
 
 
 def remove_prediction(run: BoldRun, task) -> None:
@@ -65,7 +64,7 @@ def write_prediction(
         'TestScores': training.get('test'),
         'TestBaselines': training.get('test_baselines'),
     }
-    writing.write_json(
-        path.with_suffix('.json'),
+    writing.write_sidecar(
+        path,
         WINDOW_COLUMNS | described | content | said_of_model(task, task.precision) | common,
     )

@@ -129,8 +129,8 @@ def _write_bold(context: Context, series: np.ndarray) -> None:
     run, tr = context.run, context.data.series.tr
     path, source = bold_path(run, context.task), source_sidecar(run, context.task)
     paint_series(path, run.bold, context.image, series, tr)
-    writing.write_json(
-        path.with_name(path.name.partition('.')[0] + '.json'),
+    writing.write_sidecar(
+        path,
         {
             'Description': f'Reconstruction by {context.task.spec.card.name}: every voxel holds '
             'the series of its parcel.',

@@ -86,8 +86,7 @@ def series_current(output: Path, run: BoldRun, atlas: str) -> bool:
     """Whether all derivatives of the parcel series stand and fit the inputs."""
     inputs = writing.input_fingerprints(run)
     return all(
-        writing.is_current(path.with_suffix('.json'), path, inputs)
-        for path in series_paths(output, run, atlas).values()
+        writing.is_current(path, inputs) for path in series_paths(output, run, atlas).values()
     )
 
 
@@ -189,7 +188,7 @@ def make_series(run: BoldRun, task: SeriesTask) -> None:
             'InputFiles': writing.input_fingerprints(run),
             'SoftwareVersion': task.version,
         }
-        writing.write_json(paths[name].with_suffix('.json'), content | common)
+        writing.write_sidecar(paths[name], content | common)
 
 
 def compute_series(run: BoldRun, task: SeriesTask) -> Made:

@@ -88,10 +88,10 @@ def find_cohort(datasets: Sequence[Path], atlas: str, mix_trs: bool = False) -> 
                 )
             (path,) = found[atlas]
             sidecar = writing.read_sidecar(path.with_suffix('.json'))
-            if sidecar is None or 'RepetitionTime' not in sidecar:
+            if not writing.is_whole(path) or 'RepetitionTime' not in sidecar:
                 raise BrainfmError(
-                    f'{path} has no sidecar (.json) with a RepetitionTime: run "bids_brainfm" on '
-                    f'it again.'
+                    f'{path} is not whole, or has no sidecar (.json) with a RepetitionTime: run '
+                    f'"bids_brainfm" on it again.'
                 )
             label = parse_name(path.name)[0]['sub']
             runs.append(CohortRun(path, Path(dataset), label, float(sidecar['RepetitionTime'])))
