@@ -272,6 +272,8 @@ def test_broken_series_are_not_counted_silently(simulated, tmp_path, app, capfd)
         assert f'{path} is left out' in capfd.readouterr().err
         (table,) = (out / 'group' / 'scale').glob('*_stat-series_*.tsv')
         assert 'sub-01' not in table.read_text()
+        logs = [log.read_text() for log in out.glob('logs/*/bids_brainfm.log')]
+        assert any(f'{path} is left out' in log for log in logs)
         shutil.rmtree(out / 'group')
 
     path.write_bytes(whole)

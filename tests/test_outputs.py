@@ -464,6 +464,8 @@ def test_reference_networks_of_ones_own(simulated, tmp_path, app, capfd):
     options += ('--reference-networks', table)
     assert app(simulated, out, *options) == 0
     assert 'names no network of 10 parcels' in capfd.readouterr().err
+    (log,) = out.glob('logs/*/bids_brainfm.log')  # which is opened only after that is said
+    assert log.read_text().count('names no network of 10 parcels') == 1
     perturb = ('--outputs', 'perturbation', '--perturb', 'right', '--reference-networks', table)
     assert app(simulated, out, *perturb) == 2  # half of the brain is in every token
     assert 'each token of brainlm-demo holds one of its 212 parcels' in capfd.readouterr().err

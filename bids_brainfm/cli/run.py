@@ -8,6 +8,7 @@ import sys
 import time
 import uuid
 from datetime import datetime
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from bids_brainfm import stopping
@@ -17,6 +18,7 @@ from bids_brainfm.config import Settings
 from bids_brainfm.errors import BrainfmError
 
 LOGGER = logging.getLogger('bids_brainfm')
+FORM = logging.Formatter('%(asctime)s %(levelname)s %(message)s', '%Y-%m-%d %H:%M:%S')
 # By which libraries are told not to look for anything on the network; workers inherit it
 OFFLINE = {
     'HF_HUB_OFFLINE': '1',
@@ -51,6 +53,7 @@ def run(settings: Settings) -> int:
     """Do what the settings say; returns the exit code."""
     from bids_brainfm.bids.reading import check_participants, find_datasets
 
+    listen(settings)
     if settings.offline:
         os.environ |= OFFLINE
     # one folder a process, for logs and for work: others may be running beside it
@@ -240,8 +243,20 @@ def prepare_work_dir(settings: Settings, name: str) -> Path:
     return work
 
 
+def listen(settings: Settings) -> None:
+    """Send the log to stderr, and keep it until it is known that there is to be a file."""
+    LOGGER.setLevel(logging.DEBUG if settings.verbose else logging.INFO)
+    LOGGER.propagate = False
+    for handler in list(LOGGER.handlers):
+        LOGGER.removeHandler(handler)
+    terminal = _Terminal()
+    terminal.setFormatter(FORM)
+    LOGGER.addHandler(terminal)
+    LOGGER.addHandler(MemoryHandler(1000, flushLevel=logging.CRITICAL + 1))
+
+
 def start_log(settings: Settings, name: str) -> Path:
-    """Open this run's folder of logs, with its settings, and send the log there and to stderr.
+    """Open this run's folder of logs, with its settings, and send there what is said and was said.
 
     Raises
     ------
@@ -252,17 +267,13 @@ def start_log(settings: Settings, name: str) -> Path:
 
     folder = settings.output_dir / 'logs' / name
     write_text(folder / 'bids_brainfm.toml', settings.to_toml())
-    LOGGER.setLevel(logging.DEBUG if settings.verbose else logging.INFO)
-    LOGGER.propagate = False
-    for handler in list(LOGGER.handlers):
-        LOGGER.removeHandler(handler)
-    form = logging.Formatter('%(asctime)s %(levelname)s %(message)s', '%Y-%m-%d %H:%M:%S')
-    for handler in (
-        _LogFile(folder / 'bids_brainfm.log'),
-        _Terminal(),
-    ):
-        handler.setFormatter(form)
-        LOGGER.addHandler(handler)
+    file = _LogFile(folder / 'bids_brainfm.log')
+    file.setFormatter(FORM)
+    for kept in [handler for handler in LOGGER.handlers if isinstance(handler, MemoryHandler)]:
+        kept.setTarget(file)
+        kept.close()
+        LOGGER.removeHandler(kept)
+    LOGGER.addHandler(file)
     return folder
 
 
