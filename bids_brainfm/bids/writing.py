@@ -282,28 +282,34 @@ def sidecar_path(data: Path) -> Path:
 def write_sidecar(data: Path, content: dict) -> Path:
     """Write the sidecar of files that are whole, `data` and those that share it, with their sizes.
 
-    By these :func:`is_whole` sees what a machine's crash or a bad copy has cut off.
+    By these, in bytes and by extension, :func:`is_whole` sees what was cut off since.
     """
     path = sidecar_path(data)
     files = sorted(file for file in path.parent.glob(f'{path.stem}.*') if file != path)
-    sizes = {file.name: {'Size': file.stat().st_size} for file in files}
-    return write_json(path, content | {'OutputFiles': sizes})
+    sizes = {_extension(file): file.stat().st_size for file in files}
+    return write_json(path, content | {'FileSizes': sizes})
+
+
+def _extension(data: Path) -> str:
+    return data.name.removeprefix(sidecar_path(data).stem)
 
 
 def is_current(data: Path, inputs: dict[str, dict]) -> bool:
     """Whether an output stands whole and was made from the inputs as they are now."""
-    said = read_sidecar(sidecar_path(data)) or {}
-    return said.get('InputFiles') == inputs and _has_its_size(data, said)
+    said = read_sidecar(sidecar_path(data))
+    return said is not None and said.get('InputFiles') == inputs and _not_cut(data, said)
 
 
 def is_whole(data: Path) -> bool:
-    """Whether an output and its sidecar stand, and nothing of it is cut off."""
-    return _has_its_size(data, read_sidecar(sidecar_path(data)) or {})
+    """Whether an output and its sidecar stand, and nothing was cut off since they were written."""
+    said = read_sidecar(sidecar_path(data))
+    return said is not None and _not_cut(data, said)
 
 
-def _has_its_size(data: Path, said: dict) -> bool:
-    written = said.get('OutputFiles', {}).get(data.name)
-    return written is not None and data.is_file() and data.stat().st_size == written['Size']
+def _not_cut(data: Path, said: dict) -> bool:
+    # of what was written before sizes were, it is only known that it was not empty
+    written = said.get('FileSizes', {}).get(_extension(data), 1)
+    return data.is_file() and data.stat().st_size >= written
 
 
 def claim_settings(output: Path, name: str, settings: dict, pattern: str) -> None:
