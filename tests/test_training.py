@@ -388,12 +388,16 @@ def test_a_recipe_of_another_family_is_refused(mae, jepa, cohort, tmp_path, caps
     assert not out.exists()
 
 
+def shorten(path):
+    """Make of parcel series those of a short run, its sidecar included."""
+    path.write_text(''.join(path.read_text().splitlines(keepends=True)[:100]))
+    writing.write_sidecar(path, writing.read_sidecar(writing.sidecar_path(path)))
+
+
 def test_short_runs_are_left_out_and_named(mae, cohort, tmp_path, capsys):
     """A run shorter than a window is no reason to stop; all of them are."""
     mixed = write_cohort(tmp_path / 'mixed', 6)
-    path = mixed / 'sub-02' / 'func' / f'{STEM.format("02")}_stat-mean_timeseries.tsv'
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text(''.join(lines[:100]))
+    shorten(mixed / 'sub-02' / 'func' / f'{STEM.format("02")}_stat-mean_timeseries.tsv')
     out = tmp_path / 'out'
     options = ('--epochs', 1, '--batch-size', 2, '--validation-share', 0.4, '--device', 'cpu')
     run('pretrain', mae, out, '--data', mixed, *options)
@@ -401,7 +405,7 @@ def test_short_runs_are_left_out_and_named(mae, cohort, tmp_path, capsys):
     left = pd.read_csv(out / 'left_out.tsv', sep='\t')
     assert '99 samples of 0.735 s, and a window takes 200' in left['reason'][0]
     for other in mixed.rglob('*timeseries.tsv'):
-        other.write_text(''.join(other.read_text().splitlines(keepends=True)[:100]))
+        shorten(other)
     nowhere = tmp_path / 'nowhere'
     said = refused(capsys, 'pretrain', mae, nowhere, '--data', mixed, *options)
     assert 'part can be trained on' in said
