@@ -32,9 +32,9 @@ def command(data: Path, out: Path, work: Path) -> float:
 def work_alone(data: Path, out: Path) -> float:
     """Seconds of the same work by plain calls, imports left out."""
     from bids_brainfm.cli.parser import parse_settings
-    from bids_brainfm.interfaces.encode import encode_all
-    from bids_brainfm.interfaces.report import WriteReport
-    from bids_brainfm.interfaces.series import make_series
+    from bids_brainfm.outputs.encoding import encode_all
+    from bids_brainfm.outputs.reporting import report
+    from bids_brainfm.outputs.series import write_series
     from bids_brainfm.workflows.plan import make_plan
 
     work = out.with_name(f'{out.name}_work')
@@ -44,10 +44,10 @@ def work_alone(data: Path, out: Path) -> float:
     (atlas,) = plan.atlases
     started = time.perf_counter()
     for run in atlas.todo:
-        make_series(run, atlas.task)
+        write_series(run, atlas.task)
     for model in atlas.models:
         encode_all(model.todo, model.task)
-    WriteReport(output=out, subject=plan.subjects[0], software={}).run()
+    report(out, plan.subjects[0], {})
     return time.perf_counter() - started
 
 

@@ -18,9 +18,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from bids_brainfm.atlases.atlas import home, load_atlas
-from bids_brainfm.bids import writing
+from bids_brainfm.atlases.atlas import load_atlas
+from bids_brainfm.bids.files import write_matrix, write_table
+from bids_brainfm.bids.freshness import write_sidecar
 from bids_brainfm.models.cards import load_card
+from bids_brainfm.resources import home
 
 PEOPLE, VOLUMES, BATCH, WARM = 10, 490, 8, 5
 
@@ -32,11 +34,11 @@ def write_noise(folder: Path, atlas_name: str) -> None:
         stem = folder / f'sub-{i:02d}' / 'func' / f'sub-{i:02d}_task-rest_atlas-{atlas_name}'
         series = 10_000 + 50 * rng.standard_normal((VOLUMES, atlas.n_parcels))
         names = list(atlas.names)
-        writing.write_matrix(Path(f'{stem}_stat-mean_timeseries.tsv'), series, names)
+        write_matrix(Path(f'{stem}_stat-mean_timeseries.tsv'), series, names)
         coverage = {'Node': names, 'coverage': np.ones(len(names))}
-        writing.write_table(Path(f'{stem}_stat-coverage_bold.tsv'), coverage)
+        write_table(Path(f'{stem}_stat-coverage_bold.tsv'), coverage)
         facts = {'RepetitionTime': 0.735, 'StartTime': 0, 'FlaggedVolumes': [], 'BrainMean': 1e4}
-        writing.write_sidecar(Path(f'{stem}_stat-mean_timeseries.tsv'), facts)
+        write_sidecar(Path(f'{stem}_stat-mean_timeseries.tsv'), facts)
 
 
 def start(data: Path, out: Path, model: str, processes: int, steps: int, batch: int):

@@ -97,10 +97,11 @@ def test_untrained_is_in_plain_sight(simulated, tmp_path, app):
 
 def test_embedding_is_what_python_gives(done):
     """The table holds the numbers of the same steps from Python."""
-    from bids_brainfm.atlases.atlas import home, load_atlas
+    from bids_brainfm.atlases.atlas import load_atlas
     from bids_brainfm.models.cards import load_card
     from bids_brainfm.models.encoder import Encoder, ascending_y
     from bids_brainfm.models.weights import build, load_checkpoint
+    from bids_brainfm.resources import home
     from bids_brainfm.signals.contract import Contract, prepare
     from bids_brainfm.signals.series import read_series
 

@@ -318,7 +318,8 @@ def test_stop_on_first_crash_blames_the_right_run(dataset, tmp_path, app):
 
 def test_half_covered_parcel_is_na_and_filled(dataset, tmp_path, app):
     """Below --min-coverage the series are n/a in the table, and the sidecars name the parcel."""
-    from bids_brainfm.atlases.atlas import home, load_atlas
+    from bids_brainfm.atlases.atlas import load_atlas
+    from bids_brainfm.resources import home
     from bids_brainfm.signals.parcellate import make_sampler
 
     path = the(dataset / 'sub-01' / 'func', '*_bold.nii.gz')

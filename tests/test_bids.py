@@ -7,7 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bids_brainfm.bids import reading, writing
+from bids_brainfm.bids.files import atomic, read_matrix, write_matrix
+from bids_brainfm.bids.naming import parse_name
+from bids_brainfm.bids.reading import check_participants, find_datasets, find_runs, index
+from bids_brainfm.bids.settings import claim_settings
 from bids_brainfm.errors import BrainfmError
 
 SPACES = ('MNI152NLin6Asym', 'fsLR', 'MNI152NLin2009cAsym')
@@ -19,7 +22,7 @@ def make_tree(root: Path, *names: str) -> Path:
     description = {'Name': 'x', 'BIDSVersion': '1.4.0', 'DatasetType': 'derivative'}
     (root / 'dataset_description.json').write_text(json.dumps(description))
     for name in names:
-        entities = reading.parse_name(name)[0]
+        entities = parse_name(name)[0]
         folder = root / f'sub-{entities["sub"]}'
         folder = folder / f'ses-{entities["ses"]}' if 'ses' in entities else folder
         (folder / 'func').mkdir(parents=True, exist_ok=True)
@@ -28,8 +31,8 @@ def make_tree(root: Path, *names: str) -> Path:
 
 
 def found(root, tmp_path, spaces=SPACES, participants=(), **filters):
-    layout = reading.index(root, participants, tmp_path / 'db')
-    runs, without = reading.find_runs(layout, 'fmriprep', spaces, filters)
+    layout = index(root, participants, tmp_path / 'db')
+    runs, without = find_runs(layout, 'fmriprep', spaces, filters)
     return [run.bold.name for run in runs], without
 
 
@@ -118,8 +121,8 @@ def test_companions_belong_to_the_run(tmp_path):
         f'{stem}_desc-confounds_regressors.tsv',
         'sub-01_task-rest_run-02_desc-confounds_timeseries.tsv',
     )
-    layout = reading.index(root, (), tmp_path / 'db')
-    (run,), _ = reading.find_runs(layout, 'fmriprep', SPACES, {})
+    layout = index(root, (), tmp_path / 'db')
+    (run,), _ = find_runs(layout, 'fmriprep', SPACES, {})
     assert run.name == stem
     assert run.mask.name == f'{stem}_space-MNI152NLin6Asym_res-2_desc-brain_mask.nii.gz'
     assert run.confounds.name == f'{stem}_desc-confounds_regressors.tsv'
@@ -138,27 +141,27 @@ def test_index_leaves_the_input_alone_and_other_participants_out(tmp_path):
     (root / 'sub-01' / 'anat').mkdir()
     (root / 'sub-01' / 'anat' / 'sub-01_T1w.nii.gz').touch()
     before = sorted(root.rglob('*'))
-    layout = reading.index(root, ('01',), tmp_path / 'db')
+    layout = index(root, ('01',), tmp_path / 'db')
     assert sorted(root.rglob('*')) == before
     assert [Path(f).name for f in layout.get(return_type='filename', extension='.nii.gz')] == [
         f'sub-01_task-rest_{mni}'
     ]
     with pytest.raises(BrainfmError, match=r'no participant 03 .* 01, 011, 02'):
-        reading.check_participants({'a': root}, ('03', '01'))
+        check_participants({'a': root}, ('03', '01'))
     other = make_tree(tmp_path / 'e', f'sub-03_task-rest_{mni}')
-    reading.check_participants({'a': root, 'b': other}, ('03', '01'))
+    check_participants({'a': root, 'b': other}, ('03', '01'))
 
 
 def test_filters_of_fmriprep(tmp_path):
     """Its filter files name datatype and suffix too; a slip is named, not taken for no match."""
     mni = f'space-MNI152NLin6Asym_{BOLD}'
     root = make_tree(tmp_path / 'd', f'sub-01_ses-A_task-rest_acq-mb_{mni}')
-    layout = reading.index(root, (), tmp_path / 'db')
+    layout = index(root, (), tmp_path / 'db')
     filters = {'datatype': 'func', 'suffix': 'bold', 'session': 'A', 'acquisition': ['mb', None]}
-    runs, _ = reading.find_runs(layout, 'x', SPACES, filters | {'reconstruction': None})
+    runs, _ = find_runs(layout, 'x', SPACES, filters | {'reconstruction': None})
     assert len(runs) == 1
     with pytest.raises(BrainfmError, match='sesion'):
-        reading.find_runs(layout, 'x', SPACES, {'sesion': 'A'})
+        find_runs(layout, 'x', SPACES, {'sesion': 'A'})
 
 
 def test_raw_dataset_with_derivatives_inside(tmp_path):
@@ -166,10 +169,10 @@ def test_raw_dataset_with_derivatives_inside(tmp_path):
     raw.mkdir()
     (raw / 'dataset_description.json').write_text('{"Name": "x", "BIDSVersion": "1.8.0"}')
     with pytest.raises(BrainfmError, match='run fMRIPrep first'):
-        reading.find_datasets(raw, {})
+        find_datasets(raw, {})
     nested = make_tree(raw / 'derivatives' / 'fmriprep', f'sub-01_task-rest_{BOLD}')
-    assert reading.find_datasets(raw, {}) == {'fmriprep': nested}
-    assert reading.find_datasets(raw, {'prep': str(nested)}) == {'prep': nested}
+    assert find_datasets(raw, {}) == {'fmriprep': nested}
+    assert find_datasets(raw, {'prep': str(nested)}) == {'prep': nested}
 
 
 def test_nothing_half_written(tmp_path):
@@ -177,7 +180,7 @@ def test_nothing_half_written(tmp_path):
     path = tmp_path / 'table.tsv'
 
     def fail():
-        with writing.atomic(path) as temporary:
+        with atomic(path) as temporary:
             temporary.write_text('half')
             raise KeyError
 
@@ -190,16 +193,16 @@ def test_matrix_reads_back_to_the_bit(tmp_path):
     rng = np.random.default_rng(0)
     matrix = (rng.standard_normal((7, 5)) * 1e4).astype(np.float32)
     matrix[2, 3] = np.nan
-    path = writing.write_matrix(tmp_path / 'm.tsv', matrix, list('abcde'))
+    path = write_matrix(tmp_path / 'm.tsv', matrix, list('abcde'))
     assert path.read_text().splitlines()[3].split('\t')[3] == 'n/a'
-    values, header = writing.read_matrix(path)
+    values, header = read_matrix(path)
     np.testing.assert_array_equal(values, matrix)
     assert header == list('abcde')
 
 
 def test_settings_are_claimed_once(tmp_path):
     """Of many processes one writes the record; others must agree, once there are outputs."""
-    claim = lambda value: writing.claim_settings(tmp_path, 'desc-x', {'a': value}, '*_x.tsv')
+    claim = lambda value: claim_settings(tmp_path, 'desc-x', {'a': value}, '*_x.tsv')
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: claim(1), range(32)))
     files = [path.name for path in (tmp_path / 'logs' / 'settings').iterdir()]

@@ -7,9 +7,11 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from bids_brainfm.bids import writing
+from bids_brainfm.bids.description import write_dataset_files
+from bids_brainfm.bids.files import read_matrix
+from bids_brainfm.bids.freshness import write_sidecar
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.interfaces.cohort_stats import find_series
+from bids_brainfm.outputs.scale_stats import find_series
 from bids_brainfm.signals.cohort_stats import CohortFit, Sketch
 from bids_brainfm.signals.scale import fit_scaling, load_scale_stats, scale, stats_content
 
@@ -215,12 +217,12 @@ def test_fitted_statistics_scale_the_runs_they_are_of(simulated, tmp_path, app, 
     pooled, brain = [], {}
     for path in sorted(out.rglob('*_stat-mean_timeseries.tsv')):
         brain[path] = json.loads(path.with_suffix('.json').read_text())['BrainMean']
-        data = writing.read_matrix(path)[0].astype(float)
+        data = read_matrix(path)[0].astype(float)
         pooled.append((data - data.mean(0)) * 1e4 / brain[path])
     first, third = np.quantile(np.concatenate(pooled), [0.25, 0.75], axis=0)
     np.testing.assert_allclose(about['IQR'], third - first, rtol=2e-3)
     stats = load_scale_stats(files[0], 'Demo424', 424)
-    scaled = scale(writing.read_matrix(path)[0], 'cohort', brain[path], 1.0, stats)
+    scaled = scale(read_matrix(path)[0], 'cohort', brain[path], 1.0, stats)
     assert np.std(scaled) == pytest.approx(0.75, abs=0.1)  # about 0.74 for a normal distribution
 
     # Again makes no other file; both models find their own of them
@@ -284,13 +286,13 @@ def test_broken_series_are_not_counted_silently(simulated, tmp_path, app, capfd)
 
 
 def test_a_recording_in_two_spaces_counts_once(tmp_path):
-    writing.write_dataset_files(tmp_path, '1', {})
+    write_dataset_files(tmp_path, '1', {})
     for space in ('MNI152NLin6Asym', 'fsLR'):
         stem = f'sub-01_task-rest_space-{space}_atlas-A424_stat-mean_timeseries'
         path = tmp_path / 'sub-01' / 'func' / f'{stem}.tsv'
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text('a\n1\n2\n')
-        writing.write_sidecar(path, {})
+        write_sidecar(path, {})
     with pytest.raises(BrainfmError, match='choose one with --space'):
         find_series(tmp_path, {})
     assert len(find_series(tmp_path, {'space': ('fsLR',)})['A424']) == 1

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.signals.contract import Contract, bring, prepare
+from bids_brainfm.signals.contract import Contract, prepare, prepare_input
 from bids_brainfm.signals.scale import scale
 from bids_brainfm.signals.series import ParcelSeries
 
@@ -133,7 +133,7 @@ def test_the_models_units_can_be_undone(scaling):
     series.data[:] = series.data.clip(level - 200, level + 200)
     series.data[20, 1] += 5000  # beyond the bounds of run-robust
     contract = replace(BRAINLM, scaling=scaling, divide_by=5.6)
-    ready = bring(series, contract, np.zeros((P, 3)), 'Toy')
+    ready = prepare_input(series, contract, np.zeros((P, 3)), 'Toy')
     values = ready.data.copy()
     values[100:110] = np.nan
     back = ready.in_bold_units(values)
@@ -152,7 +152,7 @@ def test_the_models_rate_can_be_undone(tr):
     time = np.arange(n) * tr
     data = 9000 + 80 * np.sin(2 * np.pi * time[:, None] * np.linspace(0.01, 0.05, P))
     series = ParcelSeries(data.astype(np.float32), tr, np.ones(P), np.zeros(n, bool), 9000.0)
-    ready = bring(series, BRAINLM, np.zeros((P, 3)), 'Toy')
+    ready = prepare_input(series, BRAINLM, np.zeros((P, 3)), 'Toy')
     back = ready.in_bold_units(ready.data)
     assert back.shape == data.shape
     last = (len(ready.data) - 1) * 0.735
@@ -172,7 +172,7 @@ def test_the_models_rate_can_be_undone(tr):
 def test_parcels_without_a_series_of_their_own_do_not_come_back():
     series = run(300, 0.735)
     series.data[:, 2] = np.nan
-    ready = bring(series, BRAINLM, np.arange(3.0 * P).reshape(P, 3), 'Toy')
+    ready = prepare_input(series, BRAINLM, np.arange(3.0 * P).reshape(P, 3), 'Toy')
     assert ready.own.tolist() == [True, True, False, True, True]
     assert np.isfinite(ready.data).all()
     assert np.isnan(ready.in_bold_units(ready.data)).all(axis=0).tolist() == (~ready.own).tolist()

@@ -193,7 +193,7 @@ def test_job_takes_no_more_threads_than_it_has_cpus(tmp_path, monkeypatch):
     import torch
 
     from bids_brainfm.atlases.atlas import load_atlas
-    from bids_brainfm.interfaces.encode import load_encoder
+    from bids_brainfm.outputs.encoding import load_encoder
     from bids_brainfm.workflows.plan import resolve_models
 
     settings = Settings(

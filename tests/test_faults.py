@@ -20,10 +20,11 @@ from pathlib import Path
 import pytest
 
 from bids_brainfm.atlases.atlas import load_atlas
-from bids_brainfm.atlases.fetch import Resource, fetch, is_present
-from bids_brainfm.bids import reading, writing
+from bids_brainfm.bids.files import TEMPORARY, _machine, atomic, remove_leftovers
+from bids_brainfm.bids.reading import find_runs, index
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.spec import resolve_model
+from bids_brainfm.resources import Resource, fetch, is_present
 
 REPOSITORY = Path(__file__).parents[1]
 SPACE = 'space-MNI152NLin2009cAsym'
@@ -283,15 +284,15 @@ def test_leftovers_are_removed_when_their_process_has_ended(tmp_path):
     """Those of a process that runs stay, and of another machine, which cannot be asked, a day."""
     ended = subprocess.Popen(['true'])
     ended.wait()
-    machine, mine, others = writing._machine(), os.getpid(), 'ffffffff'
+    machine, mine, others = _machine(), os.getpid(), 'ffffffff'
     func = tmp_path / 'sub-01' / 'func'
     func.mkdir(parents=True)
     (tmp_path / 'group' / 'scale').mkdir(parents=True)
     names = {
-        'dead': f'{writing.TEMPORARY}-{machine}-{ended.pid}-abc.tsv',
-        'alive': f'{writing.TEMPORARY}-{machine}-{mine}-abc.tsv',
-        'young': f'{writing.TEMPORARY}-{others}-{ended.pid}-abc.tsv',
-        'old': f'{writing.TEMPORARY}-{others}-{mine}-abc.nii.gz',
+        'dead': f'{TEMPORARY}-{machine}-{ended.pid}-abc.tsv',
+        'alive': f'{TEMPORARY}-{machine}-{mine}-abc.tsv',
+        'young': f'{TEMPORARY}-{others}-{ended.pid}-abc.tsv',
+        'old': f'{TEMPORARY}-{others}-{mine}-abc.nii.gz',
         'strange': '.nfs0123',
     }
     for folder in (tmp_path, func, tmp_path / 'group' / 'scale'):
@@ -299,7 +300,7 @@ def test_leftovers_are_removed_when_their_process_has_ended(tmp_path):
             (folder / name).touch()
             when = time.time() - {'young': 80_000, 'old': 90_000}.get(what, 200_000)
             os.utime(folder / name, (when, when))
-    writing.remove_leftovers(tmp_path, ['01', '02'])
+    remove_leftovers(tmp_path, ['01', '02'])
     stay = sorted(names[what] for what in ('alive', 'young', 'strange'))
     assert sorted(path.name for path in func.iterdir()) == stay
     assert sorted(path.name for path in (tmp_path / 'group' / 'scale').iterdir()) == stay
@@ -308,21 +309,21 @@ def test_leftovers_are_removed_when_their_process_has_ended(tmp_path):
 
 def test_leftover_that_cannot_be_removed_stops_nobody(tmp_path, monkeypatch):
     """As another user's in a shared folder."""
-    left = tmp_path / f'{writing.TEMPORARY}-{writing._machine()}-{2**30}-abc.tsv'
+    left = tmp_path / f'{TEMPORARY}-{_machine()}-{2**30}-abc.tsv'
     left.touch()
 
     def refuse(*_, **__):
         raise PermissionError
 
     monkeypatch.setattr(Path, 'unlink', refuse)
-    writing.remove_leftovers(tmp_path, [])
+    remove_leftovers(tmp_path, [])
     assert left.exists()
 
 
 def test_names_of_temporaries_tell_their_process(tmp_path):
     """What a test of leftovers takes for granted."""
-    with writing.atomic(tmp_path / 'a.nii.gz') as temporary:
-        start = f'{writing.TEMPORARY}-{writing._machine()}-{os.getpid()}-'
+    with atomic(tmp_path / 'a.nii.gz') as temporary:
+        start = f'{TEMPORARY}-{_machine()}-{os.getpid()}-'
         assert temporary.name.startswith(start)
         assert temporary.name.endswith('.nii.gz')
 
@@ -459,8 +460,8 @@ def damage(path, how, share=667):
 
 @pytest.mark.parametrize('how', [0, 0.5, 0.97, 'pages'])
 def test_damaged_index_is_made_again(simulated, tmp_path, how):
-    runs = lambda: reading.find_runs(
-        reading.index(simulated, (), tmp_path), 'x', (SPACE.removeprefix('space-'),), {}
+    runs = lambda: find_runs(
+        index(simulated, (), tmp_path), 'x', (SPACE.removeprefix('space-'),), {}
     )
     whole = runs()
     assert len(whole[0]) == 2
@@ -473,7 +474,7 @@ def test_damaged_index_is_made_again(simulated, tmp_path, how):
 
 def test_half_an_index_is_not_taken_for_an_empty_dataset(simulated, tmp_path):
     """As a process leaves it that was killed between PyBIDS's two commits."""
-    runs = lambda: reading.index(simulated, (), tmp_path).get(suffix='bold')
+    runs = lambda: index(simulated, (), tmp_path).get(suffix='bold')
     found = len(runs())
     (kept,) = tmp_path.rglob('*.sqlite')
     with sqlite3.connect(kept) as database:
@@ -487,7 +488,7 @@ def test_an_index_is_of_its_dataset_and_participants(simulated, dataset, tmp_pat
     shutil.rmtree(dataset / 'sub-02')
     found = lambda root, *labels: {
         str(path)
-        for path in reading.index(root, labels, tmp_path / 'db').get(
+        for path in index(root, labels, tmp_path / 'db').get(
             suffix='bold', extension='.nii.gz', return_type='filename'
         )
     }

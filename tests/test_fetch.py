@@ -9,16 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from bids_brainfm.atlases.fetch import (
-    Resource,
-    fetch,
-    forget,
-    is_present,
-    recorded_sha256,
-    sha256_of,
-)
 from bids_brainfm.cli.models import main
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.resources import Resource, fetch, forget, is_present, recorded_sha256, sha256_of
 
 CONTENT = bytes(range(256)) * 20000  # 5 MB
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -13,16 +13,16 @@ import torch.nn.functional as F
 import yaml
 from safetensors.torch import load_file, save_file
 
-from bids_brainfm.atlases.atlas import home, load_atlas
-from bids_brainfm.atlases.fetch import sha256_of
+from bids_brainfm.atlases.atlas import load_atlas
 from bids_brainfm.cli.run import main
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.interfaces.report import _prediction_text
-from bids_brainfm.interfaces.series import WINDOW_COLUMNS
 from bids_brainfm.models.encoder import Encoder, ascending_y
 from bids_brainfm.models.gradient_table import read_gradients
 from bids_brainfm.models.head import TAKEN, Head
 from bids_brainfm.models.weights import build, initialise, load_checkpoint
+from bids_brainfm.outputs.reporting import _prediction_text
+from bids_brainfm.outputs.series import WINDOW_COLUMNS
+from bids_brainfm.resources import home, sha256_of
 from bids_brainfm.signals.contract import Contract, prepare
 from bids_brainfm.signals.series import read_series
 

@@ -10,8 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / 'bids_brainfm'
 # From the top down; a room imports what is below it. errors.py is below all of them.
 ROOMS = (
-    'cli', 'workflows', 'interfaces', 'reports', 'training', 'analyses', 'models', 'signals',
-    'atlases', 'bids', 'config', 'stopping', 'errors',
+    'cli', 'workflows', 'outputs', 'reports', 'training', 'analyses', 'models', 'signals',
+    'atlases', 'bids', 'resources', 'config', 'stopping', 'errors',
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bids_brainfm.bids.writing import read_matrix
+from bids_brainfm.bids.files import read_matrix
 from bids_brainfm.cli import demo
 
 BOTH = ('--model', 'brainlm-demo', 'brain-jepa-demo')
@@ -64,14 +64,14 @@ def resized(long_runs, tmp_path):
 def both(long_runs, tmp_path_factory):
     """Outputs of both models in one command, with what was read and loaded how often."""
     from bids_brainfm.cli.run import main
-    from bids_brainfm.interfaces import encode
+    from bids_brainfm.outputs import encoding
     from bids_brainfm.signals import parcellate
 
     folder = tmp_path_factory.mktemp('both')
     calls = []
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for module, name in ((encode, 'load_encoder'), (parcellate, 'open_bold')):
+        for module, name in ((encoding, 'load_encoder'), (parcellate, 'open_bold')):
             original = getattr(module, name)
 
             def counted(*args, original=original, name=name):
@@ -368,7 +368,7 @@ def test_own_table_is_used_told_and_held_to(long_runs, tmp_path, app, capsys):
 def test_blocks_are_the_same_everywhere():
     """The command line names them without importing torch, the sidecars describe them."""
     from bids_brainfm.cli import parser
-    from bids_brainfm.interfaces import embedding
     from bids_brainfm.models import masking
+    from bids_brainfm.outputs import embedding
 
     assert parser.BLOCKS == masking.BLOCKS == tuple(embedding.BLOCKS)

@@ -12,8 +12,9 @@ import pandas as pd
 import pytest
 
 from bids_brainfm.analyses.scores import score
-from bids_brainfm.atlases.atlas import home, load_atlas
-from bids_brainfm.bids.writing import read_matrix
+from bids_brainfm.atlases.atlas import load_atlas
+from bids_brainfm.bids.files import read_matrix
+from bids_brainfm.resources import home
 
 SPACE = 'MNI152NLin2009cAsym'
 STEM = f'sub-01_task-rest_space-{SPACE}_atlas-Demo424'
@@ -243,7 +244,7 @@ def test_settings_hold_while_any_output_stands(simulated, done, tmp_path, app, c
 def test_networks_of_a_participant_are_of_all_its_runs(dataset, tmp_path, app):
     """With two runs: the mean of their features, drawn in the report; one alone is the same."""
     from bids_brainfm.analyses.networks import cluster_parcels, fc_features
-    from bids_brainfm.bids.writing import read_relmat
+    from bids_brainfm.bids.files import read_relmat
 
     func = dataset / 'sub-01' / 'func'
     other = dataset / 'sub-02' / 'func'
@@ -629,8 +630,8 @@ def test_parcels_that_were_filled_have_no_features(tmp_path):
     """An embedding of a parcel without signal is that of its neighbour, and finds no network."""
     import h5py
 
-    from bids_brainfm.bids.writing import write_matrix
-    from bids_brainfm.interfaces.networks import Member, Source, features_of
+    from bids_brainfm.bids.files import write_matrix
+    from bids_brainfm.outputs.networks import Member, Source, features_of
 
     member = Member(tmp_path / 'sub-01_task-rest_space-X_atlas-Toy', {})
     relmat = np.array([[1, 0.5, np.nan], [0.5, 1, np.nan], [np.nan] * 3])

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from nibabel.cifti2 import BrainModelAxis, LabelAxis, SeriesAxis
 
-from bids_brainfm.atlases.atlas import home, load_atlas
+from bids_brainfm.atlases.atlas import load_atlas
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.resources import home
 from bids_brainfm.signals.paint import COLOURS, colour, paint_labels, paint_map, paint_series
 from bids_brainfm.signals.parcellate import make_sampler, parcellate
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bids_brainfm.bids.writing import read_matrix
+from bids_brainfm.bids.files import read_matrix
 
 pytestmark = pytest.mark.slow
 

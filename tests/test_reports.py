@@ -466,7 +466,7 @@ def test_browser_shows_the_figures(tmp_path):
 
 def test_methods_of_jobs_side_by_side(tmp_path, monkeypatch):
     """The text has the part that another process adds while this one writes."""
-    from bids_brainfm.bids.writing import write_json
+    from bids_brainfm.bids.files import write_json
     from bids_brainfm.reports import methods
 
     def write_late(path, text, write=methods.write_text):

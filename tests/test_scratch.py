@@ -13,7 +13,7 @@ import pytest
 from bids_brainfm.cli import scratch
 from bids_brainfm.cli.run import run_group
 from bids_brainfm.config import Settings
-from bids_brainfm.interfaces import group
+from bids_brainfm.outputs import contrast
 from bids_brainfm.workflows.plugins import choose_plugin
 
 ROOT = Path(__file__).parents[1]
@@ -84,8 +84,8 @@ def test_group_level_has_a_passing_place(nowhere, tmp_path, monkeypatch):
         places.append(Path(tempfile.gettempdir()))
         return places
 
-    monkeypatch.setattr(group, 'read_maps', lambda *_: None)
-    monkeypatch.setattr(group, 'write_contrasts', write)
+    monkeypatch.setattr(contrast, 'read_maps', lambda *_: None)
+    monkeypatch.setattr(contrast, 'write_contrasts', write)
     settings = Settings(
         bids_dir=tmp_path, output_dir=tmp_path, analysis_level='group',
         contrast=('task', 'nback', 'rest'),

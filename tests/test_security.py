@@ -199,7 +199,7 @@ def test_files_of_an_atlas_are_fetched_beside_its_card_only(tmp_path, capsys, na
 
 def test_a_card_may_name_a_folder_below_its_own(tmp_path):
     """What is refused is leaving, not a path."""
-    from bids_brainfm.atlases.fetch import inside
+    from bids_brainfm.resources import inside
 
     assert inside(tmp_path, 'a/b.nii') == tmp_path / 'a' / 'b.nii'
     assert inside(Path('x/../y'), 'z') == Path('x/../y/z')

@@ -9,13 +9,13 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from bids_brainfm.atlases.fetch import sha256_of
 from bids_brainfm.cli.models import main, model_present
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.cards import load_card
 from bids_brainfm.models.gradient_table import read_gradients, write_gradients
 from bids_brainfm.models.spec import resolve_model
 from bids_brainfm.models.weights import build, initialise, load_checkpoint
+from bids_brainfm.resources import sha256_of
 
 CARDS = Path(__file__).parents[1] / 'bids_brainfm' / 'data' / 'models'
 DEMO = yaml.safe_load((CARDS / 'brain-jepa-demo.yml').read_text())

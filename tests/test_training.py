@@ -16,9 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bids_brainfm.atlases.atlas import home, load_atlas
-from bids_brainfm.bids import writing
+from bids_brainfm.atlases.atlas import load_atlas
+from bids_brainfm.bids.files import write_json, write_matrix, write_table
+from bids_brainfm.bids.freshness import read_sidecar, sidecar_path, write_sidecar
 from bids_brainfm.cli.models import main
+from bids_brainfm.resources import home
 from bids_brainfm.signals.simulate import neural_series
 
 PACKAGE = Path(__file__).parents[1] / 'bids_brainfm'
@@ -36,13 +38,13 @@ def write_cohort(folder: Path, people: int, seed: int = 0, tr: float = TR) -> Pa
         func, stem = folder / f'sub-{label}' / 'func', STEM.format(label)
         coupling = float(np.clip(0.3 + 0.3 * trait, -0.9, 0.9))
         series = 10_000 + 60 * neural_series(atlas.xyz, VOLUMES, TR, coupling, rng)
-        writing.write_matrix(func / f'{stem}_stat-mean_timeseries.tsv', series, list(atlas.names))
+        write_matrix(func / f'{stem}_stat-mean_timeseries.tsv', series, list(atlas.names))
         coverage = {'Node': list(atlas.names), 'coverage': np.ones(atlas.n_parcels)}
-        writing.write_table(func / f'{stem}_stat-coverage_bold.tsv', coverage)
+        write_table(func / f'{stem}_stat-coverage_bold.tsv', coverage)
         sidecar = {'RepetitionTime': tr, 'StartTime': 0, 'FlaggedVolumes': [], 'BrainMean': 9e3}
-        writing.write_sidecar(func / f'{stem}_stat-mean_timeseries.tsv', sidecar)
+        write_sidecar(func / f'{stem}_stat-mean_timeseries.tsv', sidecar)
     about = {'Name': 'test', 'BIDSVersion': '1.10.0', 'DatasetType': 'derivative'}
-    writing.write_json(folder / 'dataset_description.json', about)
+    write_json(folder / 'dataset_description.json', about)
     table = {
         'participant_id': [f'sub-{i + 1:02d}' for i in range(people)],
         'trait': traits.round(4),
@@ -391,7 +393,7 @@ def test_a_recipe_of_another_family_is_refused(mae, jepa, cohort, tmp_path, caps
 def shorten(path):
     """Make of parcel series those of a short run, its sidecar included."""
     path.write_text(''.join(path.read_text().splitlines(keepends=True)[:100]))
-    writing.write_sidecar(path, writing.read_sidecar(writing.sidecar_path(path)))
+    write_sidecar(path, read_sidecar(sidecar_path(path)))
 
 
 def test_short_runs_are_left_out_and_named(mae, cohort, tmp_path, capsys):

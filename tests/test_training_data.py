@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from bids_brainfm.bids import writing
+from bids_brainfm.bids.freshness import write_sidecar
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.training.cohort import (
     CohortRun,
@@ -38,7 +38,7 @@ def write_run(folder, recording, atlas='A424', tr=0.735, space=SPACE, session=''
     func.mkdir(parents=True, exist_ok=True)
     path = func / f'{recording}_{space}_atlas-{atlas}_stat-mean_timeseries.tsv'
     path.write_text('a\n1\n')
-    writing.write_sidecar(path, {'RepetitionTime': tr})
+    write_sidecar(path, {'RepetitionTime': tr})
     return path
 
 

@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from bids_brainfm.analyses.gradients import brain_gradients
-from bids_brainfm.atlases.atlas import home, load_atlas
+from bids_brainfm.atlases.atlas import load_atlas
 from bids_brainfm.models.connectome import connectome
 from bids_brainfm.models.gradient_table import write_gradients
+from bids_brainfm.resources import home
 from bids_brainfm.signals.simulate import neural_series
 
 MODELS = Path(__file__).resolve().parents[1] / 'bids_brainfm' / 'data' / 'models'

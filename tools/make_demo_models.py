@@ -28,10 +28,11 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from bids_brainfm.atlases.atlas import home, load_atlas
-from bids_brainfm.atlases.fetch import sha256_of
-from bids_brainfm.bids import writing
+from bids_brainfm.atlases.atlas import load_atlas
+from bids_brainfm.bids.files import write_json, write_matrix, write_table
+from bids_brainfm.bids.freshness import write_sidecar
 from bids_brainfm.cli.models import main as models
+from bids_brainfm.resources import home, sha256_of
 from bids_brainfm.signals.denoise import denoise, load_preset, read_confounds
 from bids_brainfm.signals.simulate import CORNER_HZ, express, simulate_run
 
@@ -76,16 +77,16 @@ def write_participant(folder: Path, how: Callable, label: str, trait: float, see
     with tempfile.TemporaryDirectory() as scratch:
         confounds, facts = Path(scratch) / 'confounds.tsv', Path(scratch) / 'confounds.json'
         run.confounds.to_csv(confounds, sep='\t', index=False, na_rep='n/a')
-        writing.write_json(facts, run.components)
+        write_json(facts, run.components)
         read = read_confounds(confounds, facts, load_preset('simple'), VOLUMES)
     series = denoise(run.series, read)
     names = list(atlas.names)
     path = func / f'{stem}_stat-mean_timeseries.tsv'
-    writing.write_matrix(path, series, names)
-    writing.write_table(
+    write_matrix(path, series, names)
+    write_table(
         func / f'{stem}_stat-coverage_bold.tsv', {'Node': names, 'coverage': np.ones(len(names))}
     )
-    writing.write_sidecar(
+    write_sidecar(
         path,
         {
             'Description': 'SIMULATED parcel series',
@@ -110,7 +111,7 @@ def write_derivatives(folder: Path, participants: int, seed: int, how: Callable)
     seeds = [int(n) for n in rng.integers(2**31, size=participants)]
     with ProcessPoolExecutor() as pool:
         list(pool.map(partial(write_participant, folder, how), labels, traits, seeds, chunksize=8))
-    writing.write_json(
+    write_json(
         folder / 'dataset_description.json',
         {'Name': 'SIMULATED parcel series', 'BIDSVersion': '1.10.0', 'DatasetType': 'derivative'},
     )

@@ -134,7 +134,7 @@ def group_fc(paths: Iterable[str | Path]) -> np.ndarray:
     BrainfmError
         There is no file, one cannot be read, or they are not of the same parcels.
     """
-    from bids_brainfm.bids.writing import read_relmat
+    from bids_brainfm.bids.files import read_relmat
 
     first = None
     for path in paths:

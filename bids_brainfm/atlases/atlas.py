@@ -1,6 +1,5 @@
 """What an atlas is: its card, its parcels, and its images by space."""
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from bids_brainfm.atlases.faults import Places, fault_of_names
-from bids_brainfm.atlases.fetch import inside
 from bids_brainfm.atlases.images import (
     check_complete,
     check_image,
@@ -18,19 +16,12 @@ from bids_brainfm.atlases.images import (
     read_labels,
 )
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.resources import inside
 
 CARDS = Path(__file__).parents[1] / 'data' / 'atlases'
 DESCRIBED = ('labels', 'coordinates', 'table')  # an atlas cannot be read without these
 ROLES = ('image', *DESCRIBED, 'networks', 'places', 'part')
 MADE_BY = ('warp', 'overlay')
-
-
-def home() -> Path:
-    """Folder of fetched weights and atlases: ``$BIDS_BRAINFM_HOME`` or the user's cache."""
-    if chosen := os.environ.get('BIDS_BRAINFM_HOME'):
-        return Path(chosen)
-    cache = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
-    return Path(cache) / 'bids_brainfm'
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from bids_brainfm.atlases.atlas import Atlas, AtlasImage
-from bids_brainfm.bids.writing import atomic, write_json, write_table
+from bids_brainfm.bids.files import atomic, write_json, write_table
 
 
 def export_atlas(output: Path, atlas: Atlas, image: AtlasImage) -> Path:

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from bids_brainfm.atlases.atlas import AtlasCard, check_lookalike, load_atlas
-from bids_brainfm.atlases.fetch import Resource, fetch, forget
 from bids_brainfm.atlases.images import check_image
-from bids_brainfm.bids.reading import parse_name
+from bids_brainfm.bids.naming import parse_name
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.resources import Resource, fetch, forget
 
 LABEL_IMAGES = ('.nii', '.nii.gz', '.dlabel.nii')
 

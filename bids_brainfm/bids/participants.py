@@ -3,7 +3,7 @@
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from bids_brainfm.bids.reading import read_description
+from bids_brainfm.bids.description import read_description
 from bids_brainfm.errors import BrainfmError
 
 

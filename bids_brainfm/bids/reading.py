@@ -7,144 +7,20 @@ import re
 import shutil
 import sqlite3
 import uuid
-from dataclasses import dataclass, field
 from pathlib import Path
 
+from bids_brainfm.bids.description import is_derivative, read_description
+from bids_brainfm.bids.naming import LONG_NAMES, join_name, parse_name
+from bids_brainfm.bids.run import BoldRun
 from bids_brainfm.errors import BrainfmError
 
 # Entities that name a version of the same recording, not another recording
 VERSION_ENTITIES = ('space', 'cohort', 'res', 'den', 'desc')
-LONG_NAMES = {
-    'acq': 'acquisition',
-    'ce': 'ceagent',
-    'den': 'density',
-    'dir': 'direction',
-    'rec': 'reconstruction',
-    'res': 'resolution',
-    'ses': 'session',
-    'sub': 'subject',
-}
 FMRIPREP_FLAGS = {
     'MNI152NLin6Asym': '--output-spaces MNI152NLin6Asym:res-2',
     'MNI152NLin2009cAsym': '--output-spaces MNI152NLin2009cAsym:res-2',
     'fsLR': '--cifti-output 91k',
 }
-
-
-@dataclass(frozen=True)
-class BoldRun:
-    """One preprocessed run, in the space it is read in, and its companions.
-
-    Attributes
-    ----------
-    name : str
-        The file name up to the task, acquisition and run, e.g. ``sub-01_task-rest_run-01``.
-    entities : dict of str to str
-        BIDS entities by their short names, in the order of the file name.
-    dataset : str
-        Name of the input dataset (BIDS URIs use it).
-    root, bold : Path
-        The input dataset, and the BOLD file in it.
-    mask, sidecar, confounds, confounds_json : Path or None
-        Companions, None where the file does not exist.
-    """
-
-    name: str
-    entities: dict = field(hash=False)
-    dataset: str
-    root: Path
-    bold: Path
-    mask: Path | None
-    sidecar: Path | None
-    confounds: Path | None
-    confounds_json: Path | None
-
-    def __str__(self) -> str:
-        """Return the run's name, for messages."""
-        return self.name
-
-    @property
-    def subject(self) -> str:
-        """Participant's label, without ``sub-``."""
-        return self.entities['sub']
-
-    @property
-    def space(self) -> str:
-        """Label of the template space."""
-        return self.entities['space']
-
-    @property
-    def is_cifti(self) -> bool:
-        """Whether the run is a CIFTI series of grayordinates."""
-        return self.bold.name.endswith('.dtseries.nii')
-
-    def companions(self) -> dict[str, Path]:
-        """Existing files that the outputs of this run depend on, by role."""
-        roles = ('bold', 'mask', 'sidecar', 'confounds', 'confounds_json')
-        return {role: path for role in roles if (path := getattr(self, role)) is not None}
-
-    def uri(self, path: Path) -> str:
-        """BIDS URI of a file of the input dataset."""
-        return f'bids:{self.dataset}:{path.relative_to(self.root).as_posix()}'
-
-
-def parse_name(name: str) -> tuple[dict[str, str], str, str]:
-    """Split a BIDS file name into entities, suffix and extension.
-
-    >>> parse_name('sub-01_task-rest_run-01_space-fsLR_den-91k_bold.dtseries.nii')[0]
-    {'sub': '01', 'task': 'rest', 'run': '01', 'space': 'fsLR', 'den': '91k'}
-    >>> parse_name('sub-01_task-rest_bold.nii.gz')[1:]
-    ('bold', '.nii.gz')
-    """
-    stem, dot, extension = name.partition('.')
-    *pairs, suffix = stem.split('_')
-    entities = dict(pair.split('-', 1) for pair in pairs if '-' in pair)
-    return entities, suffix, dot + extension
-
-
-def join_name(entities: dict[str, str], suffix: str = '', extension: str = '') -> str:
-    """Join entities, in their order, to a file name.
-
-    >>> join_name({'sub': '01', 'task': 'rest'}, 'bold', '.json')
-    'sub-01_task-rest_bold.json'
-    """
-    parts = [f'{key}-{value}' for key, value in entities.items()] + ([suffix] if suffix else [])
-    return '_'.join(parts) + extension
-
-
-def is_derivative(folder: Path) -> bool:
-    """Whether a folder's description says that it holds derivatives."""
-    description = read_description(folder)
-    return description.get('DatasetType') == 'derivative' or bool(generators(description))
-
-
-def generators(description: dict) -> list[dict]:
-    """Programs that a dataset's description names; fMRIPrep 1.x said it in another way."""
-    found = description.get('GeneratedBy') or description.get('PipelineDescription') or []
-    found = [found] if isinstance(found, dict) else found
-    return [entry for entry in found if isinstance(entry, dict)]
-
-
-def read_description(folder: Path) -> dict:
-    """Read ``dataset_description.json``.
-
-    Raises
-    ------
-    BrainfmError
-        The folder or the file is missing, or is not JSON.
-    """
-    path = folder / 'dataset_description.json'
-    if not folder.is_dir():
-        raise BrainfmError(f'The input {folder} is not a folder: check the path.')
-    try:
-        return dict(json.loads(path.read_text()))
-    except FileNotFoundError:
-        raise BrainfmError(
-            f'{path} is missing, so {folder} is not a BIDS dataset: give the folder that '
-            f'fMRIPrep wrote, the one with dataset_description.json in it.'
-        ) from None
-    except (ValueError, TypeError, OSError) as error:
-        raise BrainfmError(f'{path} is not a JSON object ({error}): restore the file.') from None
 
 
 def find_datasets(bids_dir: Path, derivatives: dict[str, str]) -> dict[str, Path]:

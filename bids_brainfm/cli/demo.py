@@ -49,7 +49,8 @@ def write_dataset(folder: Path, participants: int = 3, volumes: int = 490, seed:
     """
     import pandas as pd
 
-    from bids_brainfm.atlases.atlas import home, load_atlas
+    from bids_brainfm.atlases.atlas import load_atlas
+    from bids_brainfm.resources import home
     from bids_brainfm.signals.simulate import express, simulate_run
 
     atlas = load_atlas(ATLAS, home())

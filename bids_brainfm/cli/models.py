@@ -5,15 +5,15 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from bids_brainfm.atlases.atlas import AtlasCard, atlas_names, home, images_here, missing_files
+from bids_brainfm.atlases.atlas import AtlasCard, atlas_names, images_here, missing_files
 from bids_brainfm.atlases.atlas import load_card as load_atlas_card
-from bids_brainfm.atlases.fetch import Resource, fetch, forget, inside
 from bids_brainfm.atlases.obtain import obtain_atlas
 from bids_brainfm.cli import training
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.cards import ModelCard, checkpoint_dir, load_card, model_names
 from bids_brainfm.models.files import WEIGHTS_FILES, is_weights
 from bids_brainfm.models.spec import resolve_model
+from bids_brainfm.resources import Resource, fetch, forget, home, inside
 
 SIZES = ('model_type', 'hidden_size', 'num_hidden_layers')
 

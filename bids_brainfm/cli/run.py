@@ -111,7 +111,7 @@ def check_places(settings: Settings, datasets: dict[str, Path]) -> None:
                 f'outside it.'
             )
     if settings.clean_workdir:
-        from bids_brainfm.atlases.atlas import home
+        from bids_brainfm.resources import home
 
         work = settings.work_dir.resolve()
         kept = [*read, raw, settings.output_dir.resolve()]
@@ -136,7 +136,7 @@ def check_places(settings: Settings, datasets: dict[str, Path]) -> None:
 
 def write_reports(settings: Settings, name: str) -> int:
     """Write the reports again, from what stands in the output folder."""
-    from bids_brainfm.interfaces.report import WriteReport
+    from bids_brainfm.outputs.reporting import report
 
     known = sorted(p.name.removeprefix('sub-') for p in settings.output_dir.glob('sub-*/'))
     subjects = settings.participant_label or known
@@ -148,8 +148,7 @@ def write_reports(settings: Settings, name: str) -> int:
         )
     with scratch.passing(start_log(settings, name)):
         for subject in subjects:
-            node = WriteReport(output=settings.output_dir, subject=subject, software=software())
-            LOGGER.info('Report: %s', node.run().outputs.report)
+            LOGGER.info('Report: %s', report(settings.output_dir, subject, software()))
     return 0
 
 
@@ -157,8 +156,8 @@ def run_group(settings: Settings, name: str) -> int:
     """Fit statistics of the cohort, or subtract the maps of two conditions or groups."""
     from importlib.metadata import version
 
-    from bids_brainfm.interfaces.cohort_stats import find_series, write_scale_stats
-    from bids_brainfm.interfaces.group import read_maps, write_contrasts
+    from bids_brainfm.outputs.contrast import read_maps, write_contrasts
+    from bids_brainfm.outputs.scale_stats import find_series, write_scale_stats
 
     if settings.bids_dir.resolve() != settings.output_dir.resolve():
         raise BrainfmError(
@@ -263,7 +262,7 @@ def start_log(settings: Settings, name: str) -> Path:
     BrainfmError
         The folder cannot be written.
     """
-    from bids_brainfm.bids.writing import write_text
+    from bids_brainfm.bids.files import write_text
 
     folder = settings.output_dir / 'logs' / name
     write_text(folder / 'bids_brainfm.toml', settings.to_toml())
@@ -295,7 +294,8 @@ class _Terminal(logging.Handler):
 
 def carry_out(plan) -> int:
     """Write the dataset's own files, run the graph, and tell how it went."""
-    from bids_brainfm.bids.writing import remove_leftovers, write_dataset_files
+    from bids_brainfm.bids.description import write_dataset_files
+    from bids_brainfm.bids.files import remove_leftovers
     from bids_brainfm.reports.methods import write_methods
     from bids_brainfm.workflows.execution import execute
     from bids_brainfm.workflows.participant import describe, init_participant_wf

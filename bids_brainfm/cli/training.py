@@ -220,7 +220,7 @@ def run(options: argparse.Namespace) -> int:
     os.environ.update(join_slurm(os.environ))
     import torch
 
-    from bids_brainfm.atlases.atlas import home
+    from bids_brainfm.resources import home
     from bids_brainfm.training import job
     from bids_brainfm.training.engine import Interrupted
     from bids_brainfm.training.session import TrainingSettings, is_first_process

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
-from bids_brainfm.atlases.fetch import inside
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.connectome import LABEL as CONNECTOME
+from bids_brainfm.resources import inside
 from bids_brainfm.signals.scale import METHODS
 
 PARCEL_ORDERS = ('atlas', 'ascending-y')

@@ -150,7 +150,7 @@ def find_gradients(text: str, home: Path) -> GradientTable | None:
     BrainfmError
         There is none, there are several, or it has not the content that the card names.
     """
-    from bids_brainfm.atlases.fetch import sha256_of
+    from bids_brainfm.resources import sha256_of
 
     named, checkpoint = split_name(text)
     card = load_card(named)
@@ -187,7 +187,7 @@ def find_gradients(text: str, home: Path) -> GradientTable | None:
 
 def _check_content(card: ModelCard) -> None:
     """Refuse weights beside a card that are not those it describes (fetching checks others)."""
-    from bids_brainfm.atlases.fetch import sha256_of
+    from bids_brainfm.resources import sha256_of
 
     for file in card.weights:
         path, expected = Path(file['name']), file.get('sha256')
@@ -216,9 +216,9 @@ def resolve_model(text: str, home: Path, random_weights: bool = False) -> ModelS
         The card, the checkpoint or the table of gradients is missing, of another family, or not
         what the card describes.
     """
-    from bids_brainfm.atlases.fetch import recorded_sha256, sha256_of
     from bids_brainfm.models.gradient_table import read_gradients
     from bids_brainfm.models.weights import build, load_checkpoint, read_config
+    from bids_brainfm.resources import recorded_sha256, sha256_of
 
     card, checkpoint = find_checkpoint(text, home, random_weights)
     given, digest = split_name(text)[1], None

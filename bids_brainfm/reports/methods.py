@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from bids_brainfm.bids.writing import read_sidecar, write_json, write_text
+from bids_brainfm.bids.files import write_json, write_text
+from bids_brainfm.bids.freshness import read_sidecar
 
 DATA = Path(__file__).parents[1] / 'data' / 'reports'
 

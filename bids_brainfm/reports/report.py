@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from bids_brainfm.bids.writing import write_text
+from bids_brainfm.bids.files import write_text
 from bids_brainfm.reports import fragments
 
 DATA = Path(__file__).parents[1] / 'data' / 'reports'

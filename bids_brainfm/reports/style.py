@@ -14,7 +14,7 @@ from functools import wraps
 
 import numpy as np
 
-from bids_brainfm.bids.writing import write_text
+from bids_brainfm.bids.files import write_text
 
 BLUE, ORANGE, VERMILION = '#0072B2', '#E69F00', '#D55E00'
 SKY, GREEN, YELLOW, PURPLE = '#56B4E9', '#009E73', '#F0E442', '#CC79A7'

@@ -129,7 +129,7 @@ class ModelInput:
         return found
 
 
-def bring(
+def prepare_input(
     series: ParcelSeries,
     contract: Contract,
     xyz: np.ndarray,
@@ -199,7 +199,7 @@ def prepare(
     atlas: str,
     structures: Sequence[str] | None = None,
 ) -> tuple[Windows, np.ndarray]:
-    """Fill, resample, scale and cut one run: :func:`bring`, then :func:`windows_of`.
+    """Fill, resample, scale and cut one run: :func:`prepare_input`, then :func:`windows_of`.
 
     Returns
     -------
@@ -207,7 +207,7 @@ def prepare(
     donors : (P,) int
         For each parcel the parcel that it was filled from, -1 where it has its own series.
     """
-    run = bring(series, contract, xyz, atlas, structures)
+    run = prepare_input(series, contract, xyz, atlas, structures)
     return windows_of(run, contract), run.donors
 
 

@@ -11,7 +11,7 @@ from isal import igzip
 from nibabel.cifti2 import LabelAxis, ScalarAxis, SeriesAxis
 from scipy.sparse import csr_array
 
-from bids_brainfm.bids.writing import atomic
+from bids_brainfm.bids.files import atomic
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.signals.parcellate import labels_of, matching_labels, sampler_of
 from bids_brainfm.signals.stream import load_image, open_bold

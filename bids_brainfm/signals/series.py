@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bids_brainfm.bids import writing
+from bids_brainfm.bids.files import read_matrix
+from bids_brainfm.bids.freshness import read_sidecar
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,10 @@ def read_series(path: Path) -> ParcelSeries:
     """
     import pandas as pd
 
-    data, _ = writing.read_matrix(path)
+    data, _ = read_matrix(path)
     coverage_name = path.name.replace('_stat-mean_timeseries', '_stat-coverage_bold')
     coverage = pd.read_csv(path.with_name(coverage_name), sep='\t')['coverage']
-    sidecar = writing.read_sidecar(path.with_suffix('.json'))
+    sidecar = read_sidecar(path.with_suffix('.json'))
     flagged = np.zeros(len(data), dtype=bool)
     flagged[sidecar['FlaggedVolumes']] = True
     return ParcelSeries(

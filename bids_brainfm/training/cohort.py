@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bids_brainfm.bids import writing
+from bids_brainfm.bids.freshness import is_whole, read_sidecar
+from bids_brainfm.bids.naming import parse_name
 from bids_brainfm.bids.participants import read_column
-from bids_brainfm.bids.reading import parse_name
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.signals.resample import same_rate
 
@@ -87,8 +87,8 @@ def find_cohort(datasets: Sequence[Path], atlas: str, mix_trs: bool = False) -> 
                     f'spaces ({", ".join(path.name for path in found[atlas])}): keep one of them.'
                 )
             (path,) = found[atlas]
-            sidecar = writing.read_sidecar(path.with_suffix('.json'))
-            if not writing.is_whole(path) or 'RepetitionTime' not in sidecar:
+            sidecar = read_sidecar(path.with_suffix('.json'))
+            if not is_whole(path) or 'RepetitionTime' not in sidecar:
                 raise BrainfmError(
                     f'{path} is not whole, or has no sidecar (.json) with a RepetitionTime: run '
                     f'"bids_brainfm" on it again.'

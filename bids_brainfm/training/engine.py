@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bids_brainfm.bids.writing import atomic
+from bids_brainfm.bids.files import atomic
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.training.recipe import Recipe
 from bids_brainfm.training.store import WindowStream, sample_seed

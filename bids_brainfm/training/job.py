@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bids_brainfm.bids import writing
+from bids_brainfm.bids.files import write_json
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.signals.series import read_series
 from bids_brainfm.training.cohort import count_parts
@@ -152,7 +152,7 @@ def finetune(settings: TrainingSettings) -> Path | None:
         'test_baselines': baselines(cohort, session, people),
     }
     write_predictions(settings.output / 'predictions.tsv', tested, targets, head.columns)
-    writing.write_json(settings.output / 'scores.json', plain(facts))
+    write_json(settings.output / 'scores.json', plain(facts))
     return publish(session, plain(facts), 'Probed' if probe else 'Fine-tuned')
 
 

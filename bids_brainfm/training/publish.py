@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bids_brainfm.atlases.fetch import sha256_of
-from bids_brainfm.bids import writing
+from bids_brainfm.bids.files import atomic, write_table
+from bids_brainfm.resources import sha256_of
 from bids_brainfm.training.cohort import Targets
 from bids_brainfm.training.session import Session
 
@@ -58,7 +58,7 @@ def publish(session: Session, facts: dict, how: str) -> Path:
     }
     if gradients:
         content['gradients'] = gradients
-    with writing.atomic(output / 'card.yml') as temporary:
+    with atomic(output / 'card.yml') as temporary:
         temporary.write_text(yaml.safe_dump(plain(content), sort_keys=False, allow_unicode=True))
     return output / 'card.yml'
 
@@ -88,4 +88,4 @@ def write_predictions(path: Path, tested: dict, targets: Targets, columns) -> No
         'real': real,
     }
     table |= {f'predicted_{c}': [row[i] for *_, row in rows] for i, c in enumerate(columns)}
-    writing.write_table(path, table)
+    write_table(path, table)

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from bids_brainfm.atlases.atlas import Atlas, load_atlas
-from bids_brainfm.bids import writing
+from bids_brainfm.bids.files import write_json, write_table
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.cards import ModelCard
 from bids_brainfm.models.spec import ModelSpec, resolve_model
-from bids_brainfm.signals.contract import Contract, bring
+from bids_brainfm.signals.contract import Contract, prepare_input
 from bids_brainfm.signals.series import read_series
 from bids_brainfm.training.cohort import (
     CohortRun,
@@ -171,7 +171,7 @@ class Preparation:
                 f'{run.path} has {series.data.shape[1]} parcels, but {self.atlas} has '
                 f'{len(self.xyz)}: run "bids_brainfm" on it again.'
             )
-        data = bring(series, contract, self.xyz, self.atlas, self.structures).data
+        data = prepare_input(series, contract, self.xyz, self.atlas, self.structures).data
         lacking = contract.window - len(data)
         if lacking > (1 - contract.min_real) * contract.window + 1e-9:
             raise BrainfmError(
@@ -194,7 +194,7 @@ def prepare(settings: TrainingSettings, spec: ModelSpec, atlas: Atlas, cohort: '
     output, series = settings.output, settings.output / 'series'
     new = not (output / SETTINGS).is_file()
     if not (series / INDEX).is_file():
-        writing.write_json(
+        write_json(
             output / SETTINGS,
             {'settings': settings.recorded(), 'software': version('bids_brainfm')},
         )
@@ -202,7 +202,7 @@ def prepare(settings: TrainingSettings, spec: ModelSpec, atlas: Atlas, cohort: '
             'participant_id': [f'sub-{label}' for label in cohort.parts],
             'part': list(cohort.parts.values()),
         }
-        writing.write_table(output / 'participants.tsv', columns)
+        write_table(output / 'participants.tsv', columns)
         structures = atlas.structures and tuple(atlas.structures)
         contract = contract_of(spec.card, settings)
         preparation = Preparation(contract, atlas.xyz, atlas.name, structures)
@@ -220,7 +220,7 @@ def prepare(settings: TrainingSettings, spec: ModelSpec, atlas: Atlas, cohort: '
     if store.left_out:
         path = output / 'left_out.tsv'
         columns = {'run': list(store.left_out), 'reason': list(store.left_out.values())}
-        writing.write_table(path, columns)
+        write_table(path, columns)
         total = len(store.runs) + len(store.left_out)
         print(f'{len(store.left_out)} of {total} runs are left out: {path}')
 

@@ -4,13 +4,13 @@ import logging
 
 import numpy as np
 
-from bids_brainfm.bids import writing
-from bids_brainfm.bids.reading import BoldRun
+from bids_brainfm.bids.run import BoldRun
+from bids_brainfm.bids.settings import claim_settings
 from bids_brainfm.config import Settings
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.interfaces.analysis import AnalysisSettings
-from bids_brainfm.interfaces.embedding import EncodeTask
-from bids_brainfm.interfaces.networks import (
+from bids_brainfm.outputs.context import AnalysisSettings
+from bids_brainfm.outputs.embedding import EncodeTask
+from bids_brainfm.outputs.networks import (
     CONNECTOME,
     NetworkTask,
     Source,
@@ -197,10 +197,10 @@ def networks_to_find(runs, todo, models, networks) -> dict[str, list[BoldRun]]:
 
 def claim_networks(task: NetworkTask) -> None:
     """Hold found networks to one way of finding them."""
-    from bids_brainfm.atlases.fetch import sha256_of
+    from bids_brainfm.resources import sha256_of
 
     own = task.reference and f'sha256 {sha256_of(task.reference)}'
-    writing.claim_settings(
+    claim_settings(
         task.output,
         networks_name(task.name),
         {'clusters': task.clusters, 'reference': own, 'seed': task.seed},

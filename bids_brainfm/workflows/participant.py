@@ -10,17 +10,15 @@ from nipype.interfaces.utility import Merge
 from nipype.pipeline import engine as pe
 from niworkflows.engine.workflows import LiterateWorkflow
 
-from bids_brainfm.interfaces.embedding import BLOCKS, latent_name
-from bids_brainfm.interfaces.encode import EncodeRuns
-from bids_brainfm.interfaces.networks import (
-    MakeNetworks,
+from bids_brainfm.outputs.embedding import BLOCKS, latent_name
+from bids_brainfm.outputs.model_outputs import analyses_of, analysis_name
+from bids_brainfm.outputs.networks import (
     networks_name,
     networks_text,
     source_text,
 )
-from bids_brainfm.interfaces.outputs import analyses_of, analysis_name
-from bids_brainfm.interfaces.report import WriteReport
-from bids_brainfm.interfaces.series import FILL_RULE, MakeSeries
+from bids_brainfm.outputs.series import FILL_RULE
+from bids_brainfm.workflows.nodes import EncodeRuns, MakeNetworks, MakeSeries, WriteReport
 from bids_brainfm.workflows.plan import AtlasPlan, ModelPlan, Plan
 
 # In the form of the citations of atlas cards

@@ -13,21 +13,24 @@ from functools import partial
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
-from bids_brainfm.bids import reading, writing
-from bids_brainfm.bids.reading import BoldRun
+from bids_brainfm.bids.description import generators, read_description
+from bids_brainfm.bids.naming import parse_name
+from bids_brainfm.bids.reading import find_runs, index, read_filters
+from bids_brainfm.bids.run import BoldRun
+from bids_brainfm.bids.settings import claim_settings
 from bids_brainfm.config import Settings
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.interfaces.embedding import EncodeTask, latent_name
-from bids_brainfm.interfaces.encode import encode_step
-from bids_brainfm.interfaces.networks import (
+from bids_brainfm.outputs.embedding import EncodeTask, latent_name
+from bids_brainfm.outputs.encoding import encode_step
+from bids_brainfm.outputs.model_outputs import analyses_of, analysis_name, run_current
+from bids_brainfm.outputs.networks import (
     NetworkTask,
     networks_step,
     remove_stale,
     whole_participant,
 )
-from bids_brainfm.interfaces.outcome import Outcome, read_failures
-from bids_brainfm.interfaces.outputs import analyses_of, analysis_name, run_current
-from bids_brainfm.interfaces.series import SeriesTask, series_current, series_step
+from bids_brainfm.outputs.outcome import Outcome, read_failures
+from bids_brainfm.outputs.series import SeriesTask, series_current, series_step
 from bids_brainfm.signals.scale import STATISTICS, check_stats, kind_of, load_scale_stats
 from bids_brainfm.workflows.asked import (
     analyses_asked,
@@ -137,7 +140,7 @@ def _subject(name: str) -> str:
     >>> _subject('sub-01_task-rest')
     '01'
     """
-    return reading.parse_name(f'{name}_')[0]['sub']
+    return parse_name(f'{name}_')[0]['sub']
 
 
 def find_resources(settings: Settings, home: Path) -> list:
@@ -292,14 +295,14 @@ def make_plan(settings: Settings, datasets: dict[str, Path], work: Path, version
     BrainfmError
         Nothing can be run; the sentence says why.
     """
-    from bids_brainfm.atlases.atlas import home
+    from bids_brainfm.resources import home
 
     place = home()
     cards = find_resources(settings, place)
     tasks = [] if settings.stop_after else resolve_models(settings, place, version)
     database = settings.bids_database_dir or work / 'bids_db'
     layouts = {
-        name: reading.index(root, settings.participant_label, database / name)
+        name: index(root, settings.participant_label, database / name)
         for name, root in datasets.items()
     }
     prepare_output(settings.output_dir)
@@ -336,7 +339,7 @@ def prepare_output(folder: Path) -> None:
             f'permissions, or choose another one.'
         ) from None
     if (folder / 'dataset_description.json').exists():
-        programs = reading.generators(reading.read_description(folder))
+        programs = generators(read_description(folder))
         author = next((p['Name'] for p in programs if 'Name' in p), 'unknown software')
         if author != 'bids_brainfm':
             raise BrainfmError(
@@ -381,7 +384,7 @@ def _plan_atlas(
         atlas.name, atlas_name, home, denoise, settings.min_coverage, output, version
     )
 
-    filters = reading.read_filters(settings.bids_filter_file)
+    filters = read_filters(settings.bids_filter_file)
     for entity, labels in (
         ('session', settings.session_label),
         ('task', settings.task_id),
@@ -391,7 +394,7 @@ def _plan_atlas(
             filters[entity] = labels
     runs = []
     for name, layout in layouts.items():
-        found, without = reading.find_runs(layout, name, spaces, filters)
+        found, without = find_runs(layout, name, spaces, filters)
         runs += found
         failures += [
             Outcome(stem, series_step(atlas.name), sentence) for stem, sentence in without.items()
@@ -438,9 +441,9 @@ def _to_encode(runs, todo, task: EncodeTask) -> list[BoldRun]:
 
 def _claim(settings: Settings, atlas: str, preset, tasks: list[EncodeTask]) -> None:
     """Hold the outputs to one set of settings."""
-    from bids_brainfm.atlases.fetch import sha256_of
+    from bids_brainfm.resources import sha256_of
 
-    writing.claim_settings(
+    claim_settings(
         settings.output_dir,
         f'atlas-{atlas}',
         {
@@ -454,7 +457,7 @@ def _claim(settings: Settings, atlas: str, preset, tasks: list[EncodeTask]) -> N
         contract = dataclasses.asdict(task.contract)
         if contract['stats'] is not None:
             contract['stats'] = f'sha256 {sha256_of(contract["stats"])}'
-        writing.claim_settings(
+        claim_settings(
             settings.output_dir,
             f'desc-{task.spec.label}',
             contract
@@ -470,11 +473,11 @@ def _claim(settings: Settings, atlas: str, preset, tasks: list[EncodeTask]) -> N
         )
         if task.block:
             name = latent_name(task.spec.label)
-            writing.claim_settings(
+            claim_settings(
                 settings.output_dir, name, {'latent_prediction': task.block}, f'*_{name}_*.tsv'
             )
         for analysis in analyses_of(task):
-            writing.claim_settings(
+            claim_settings(
                 settings.output_dir,
                 analysis_name(analysis, task.spec.label),
                 {key: getattr(task.analyses, key) for key in analysis.SETTINGS},

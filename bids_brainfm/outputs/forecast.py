@@ -4,9 +4,9 @@ import numpy as np
 
 from bids_brainfm.analyses.forecast import AR_ORDER, forecast
 from bids_brainfm.analyses.scores import score
-from bids_brainfm.bids import writing
-from bids_brainfm.bids.reading import BoldRun
-from bids_brainfm.interfaces.analysis import Context, said_of_scores, said_of_series, table_path
+from bids_brainfm.bids.files import write_matrix, write_table
+from bids_brainfm.bids.run import BoldRun
+from bids_brainfm.outputs.context import Context, score_metadata, series_metadata, table_path
 from bids_brainfm.signals.resample import same_rate
 
 NAME = 'forecast'
@@ -50,18 +50,18 @@ def write(context: Context) -> None:
     columns = {'step': steps, 'time': steps * data.tr}
     for name, found in scores.items():
         columns |= {f'{name}_{measure}': getattr(found, measure) for measure in MEASURES}
-    writing.write_table(table, columns)
+    write_table(table, columns)
 
     along = table_path(run, task, 'timeseries', 'forecast')
     series = data.in_bold_units(made.along(made.model, len(data.data)))
-    writing.write_matrix(along, series, list(context.atlas.names))
+    write_matrix(along, series, list(context.atlas.names))
     context.write_sidecar(
         along,
         {
             'Description': f'Forecasts by {task.spec.card.name} laid end on end, in BOLD units, a '
             'row a row of the parcel series; n/a where nothing was forecast.',
         }
-        | said_of_series(run, task),
+        | series_metadata(run, task),
     )
     by_step = {n: {m: getattr(s, m) for m in MEASURES} for n, s in scores.items()}
     examples = _examples(context, made)
@@ -85,7 +85,7 @@ def write(context: Context) -> None:
             'PointsHidden': horizon,
             'NumberOfWindows': len(made.target),
             'Seed': asked.seed,
-            'Pooled': said_of_scores(made.scores(context.scored, axis=None)),
+            'Pooled': score_metadata(made.scores(context.scored, axis=None)),
             'ShareFlagged': data.flagged.mean(),
             'Warnings': warnings,
             'step': {'Description': 'Points after the last one that was seen'},

@@ -7,15 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from bids_brainfm.bids import writing
+from bids_brainfm.bids.description import generators, read_description
+from bids_brainfm.bids.files import write_table
+from bids_brainfm.bids.freshness import is_whole, write_sidecar
+from bids_brainfm.bids.naming import LONG_NAMES, own_uri, parse_name
 from bids_brainfm.bids.participants import read_column
-from bids_brainfm.bids.reading import (
-    LONG_NAMES,
-    check_participants,
-    generators,
-    parse_name,
-    read_description,
-)
+from bids_brainfm.bids.reading import check_participants
 from bids_brainfm.errors import BrainfmError
 
 LOGGER = logging.getLogger('bids_brainfm')
@@ -110,7 +107,7 @@ def finished(dataset: Path, pattern: str, filters: dict[str, tuple[str, ...]]) -
         entities = parse_name(path.name)[0]
         if any(labels and entities.get(name) not in labels for name, labels in filters.items()):
             continue
-        if writing.is_whole(path):
+        if is_whole(path):
             found.append((entities, path))
         else:
             LOGGER.warning(
@@ -239,7 +236,7 @@ def write_contrasts(
         parcels = pd.read_csv(of.table, sep='\t', dtype={'name': str})
         table = folder / f'{of.name}_boldmap.tsv'
         columns = {name: getattr(found, name) for name in ('difference', 't', 'p', 'q')}
-        writing.write_table(table, {'Node': list(parcels['name'])} | columns)
+        write_table(table, {'Node': list(parcels['name'])} | columns)
         extension = '.dscalar.nii' if of.image.name.endswith('.dlabel.nii') else '.nii.gz'
         paint_map(table.with_suffix(extension), of.image, found.difference)
         figure = analysis_figures.contrast(
@@ -247,7 +244,7 @@ def write_contrasts(
             found.n_b,
         )  # fmt: skip
         figures.save(figure, table.with_suffix('.svg'))
-        writing.write_sidecar(
+        write_sidecar(
             table,
             {
                 'Description': f'Share of the attention of {of.label} that falls on each parcel: '
@@ -255,7 +252,7 @@ def write_contrasts(
                 'Contrast': {'Of': column, 'Minuend': a, 'Subtrahend': b},
                 'Test': 'paired t-test' if paired else "Welch's t-test",
                 'NumberOfParticipants': {a: found.n_a, b: found.n_b},
-                'Sources': [writing.own_uri(dataset, p) for p in (*of.paths, of.image)],
+                'Sources': [own_uri(dataset, p) for p in (*of.paths, of.image)],
                 'SoftwareVersion': version,
                 'Node': {'Description': 'Parcel of the atlas'},
                 'difference': {'Description': f'{a} minus {b}'},

@@ -5,16 +5,24 @@ from pathlib import Path
 
 import numpy as np
 
-from bids_brainfm.atlases.fetch import sha256_of
-from bids_brainfm.bids import writing
-from bids_brainfm.bids.reading import BoldRun
-from bids_brainfm.interfaces.analysis import AnalysisSettings, source_sidecar
-from bids_brainfm.interfaces.prediction import (
+from bids_brainfm.bids.files import atomic, read_relmat, write_matrix, write_table
+from bids_brainfm.bids.freshness import (
+    input_fingerprints,
+    is_current,
+    is_whole,
+    read_sidecar,
+    write_sidecar,
+)
+from bids_brainfm.bids.naming import derivative_path, own_uri
+from bids_brainfm.bids.run import BoldRun
+from bids_brainfm.models.spec import ModelSpec
+from bids_brainfm.outputs.context import AnalysisSettings, source_sidecar
+from bids_brainfm.outputs.prediction import (
     prediction_current,
     remove_prediction,
     write_prediction,
 )
-from bids_brainfm.interfaces.series import (
+from bids_brainfm.outputs.series import (
     FILL_RULE,
     WINDOW_COLUMNS,
     dimension_names,
@@ -23,7 +31,7 @@ from bids_brainfm.interfaces.series import (
     series_paths,
     window_rows,
 )
-from bids_brainfm.models.spec import ModelSpec
+from bids_brainfm.resources import sha256_of
 from bids_brainfm.signals.contract import Contract
 from bids_brainfm.signals.resample import same_rate
 from bids_brainfm.signals.scale import load_scale_stats, static_share, unusable
@@ -90,14 +98,14 @@ def latent_name(label: str) -> str:
 
 def embedding_path(run: BoldRun, task: EncodeTask) -> Path:
     """Path of the table of embeddings of a run; arrays stand beside it as HDF5."""
-    return writing.derivative_path(
+    return derivative_path(
         task.output, run, 'embedding', '.tsv', atlas=task.atlas, desc=task.spec.label
     )
 
 
 def latent_path(run: BoldRun, task: EncodeTask) -> Path:
     """Path of the table of latent prediction of a run."""
-    return writing.derivative_path(
+    return derivative_path(
         task.output, run, 'boldmap', '.tsv',
         atlas=task.atlas, stat='latenterror', desc=task.spec.label,
     )  # fmt: skip
@@ -114,15 +122,15 @@ def embedding_current(run: BoldRun, task: EncodeTask) -> bool:
 
 def _table_current(run: BoldRun, task: EncodeTask) -> bool:
     path = embedding_path(run, task)
-    if not writing.is_current(path, writing.input_fingerprints(run)):
+    if not is_current(path, input_fingerprints(run)):
         return False
-    written = writing.read_sidecar(path.with_suffix('.json'))['Arrays']
-    whole = not written or writing.is_whole(path.with_suffix('.h5'))
+    written = read_sidecar(path.with_suffix('.json'))['Arrays']
+    whole = not written or is_whole(path.with_suffix('.h5'))
     return whole and set(task.arrays) <= set(written)
 
 
 def _latent_current(run: BoldRun, task: EncodeTask) -> bool:
-    return writing.is_current(latent_path(run, task), writing.input_fingerprints(run))
+    return is_current(latent_path(run, task), input_fingerprints(run))
 
 
 def write_outputs(run: BoldRun, task: EncodeTask, atlas, windows, donors, encoding) -> None:
@@ -138,7 +146,7 @@ def write_outputs(run: BoldRun, task: EncodeTask, atlas, windows, donors, encodi
         See :func:`bids_brainfm.signals.contract.prepare`.
     encoding : Encoding
     """
-    source, common = source_sidecar(run, task), said_by_all(run, task)
+    source, common = source_sidecar(run, task), common_metadata(run, task)
     name, rows = report_name(run, atlas.name), _rows(windows, source)
     if not prediction_current(run, task):
         remove_prediction(run, task)  # what stands is of an earlier input
@@ -161,14 +169,14 @@ def _rows(windows, source: dict) -> list[str]:
     return window_rows(windows.onset, windows.duration, windows.real, flagged)
 
 
-def said_by_all(run: BoldRun, task: EncodeTask) -> dict:
+def common_metadata(run: BoldRun, task: EncodeTask) -> dict:
     """What all sidecars of a run and model say."""
     series = series_paths(task.output, run, task.atlas)['series']
     source = source_sidecar(run, task)
     return {
         'InputFiles': source['InputFiles'],
         'SoftwareVersion': task.version,
-        'Sources': [writing.own_uri(task.output, series), *source['Sources']],
+        'Sources': [own_uri(task.output, series), *source['Sources']],
     }
 
 
@@ -196,7 +204,7 @@ def write_embedding(
     spec, path = task.spec, embedding_path(run, task)
     shares = (windows.onset, windows.duration, windows.real, windows.flagged)
     header = [*WINDOW_COLUMNS, *dimension_names(encoding.summary.shape[1])]
-    writing.write_matrix(path, encoding.summary, header, rows)
+    write_matrix(path, encoding.summary, header, rows)
     if task.arrays:
         write_arrays(path.with_suffix('.h5'), encoding, windows, atlas)
     else:  # those of an earlier input would not belong to this table
@@ -212,7 +220,7 @@ def write_embedding(
     for what, figure in pictures.items():
         figures.save(figure, figure_path(task.output, name, what, spec.label))
     content = _describe(task, atlas, source, windows, encoding.summary.shape[1], filled, order)
-    writing.write_sidecar(path, content | common)
+    write_sidecar(path, content | common)
 
 
 def check_order(run: BoldRun, task: EncodeTask, atlas) -> tuple[dict, object]:
@@ -222,7 +230,7 @@ def check_order(run: BoldRun, task: EncodeTask, atlas) -> tuple[dict, object]:
     from bids_brainfm.reports import figures
 
     gradients = read_gradients(task.spec.gradients.path)
-    relmat = writing.read_relmat(series_paths(task.output, run, atlas.name)['relmat'])
+    relmat = read_relmat(series_paths(task.output, run, atlas.name)['relmat'])
     found = order_check(gradients, relmat, atlas.misorders)
     expected = EXPECTED if task.spec.gradients.sha256 == EXPECTED_OF else None
     facts = {'Correlation': found, 'Expected': expected, 'Warning': order_warning(found)}
@@ -244,11 +252,11 @@ def write_latent(run, task: EncodeTask, atlas, encoding, common: dict, name: str
     for what, values in (('error', error), ('baseline', baseline)):
         columns[what] = _mean(values, axis=2).ravel()
     path, label = latent_path(run, task), task.spec.label
-    writing.write_table(path, columns)
+    write_table(path, columns)
     order, order_label = display_order(atlas.xyz)
     figure = figures.latent_error(error, baseline, order, order_label=order_label)
     figures.save(figure, figure_path(task.output, name, 'latent', label))
-    writing.write_sidecar(
+    write_sidecar(
         path,
         {
             'Description': f'How well {task.spec.card.name} predicts the latents of a block of '
@@ -423,7 +431,7 @@ def write_arrays(path: Path, encoding, windows, atlas) -> None:
     """
     import h5py
 
-    with writing.atomic(path) as temporary, h5py.File(temporary, 'w') as file:
+    with atomic(path) as temporary, h5py.File(temporary, 'w') as file:
         file['onset'] = windows.onset
         file['parcel_names'] = list(atlas.names)
         for name in ('parcels', 'tokens', 'attention'):

@@ -9,17 +9,19 @@ from bids_brainfm.analyses.reconstruct import (
     target_level,
 )
 from bids_brainfm.analyses.scores import score
-from bids_brainfm.bids import writing
-from bids_brainfm.bids.reading import BoldRun
-from bids_brainfm.interfaces.analysis import (
+from bids_brainfm.bids.files import write_matrix
+from bids_brainfm.bids.freshness import write_sidecar
+from bids_brainfm.bids.naming import derivative_path
+from bids_brainfm.bids.run import BoldRun
+from bids_brainfm.outputs.context import (
     Context,
     image_path,
-    said_of_scores,
-    said_of_series,
+    score_metadata,
+    series_metadata,
     source_sidecar,
     table_path,
 )
-from bids_brainfm.interfaces.series import display_order
+from bids_brainfm.outputs.series import display_order
 from bids_brainfm.signals.windows import cover
 
 NAME = 'reconstruction'
@@ -37,7 +39,7 @@ def paths(run: BoldRun, task) -> list:
 def bold_path(run: BoldRun, task):
     """Path of the reconstruction as BOLD."""
     extension = '.dtseries.nii' if run.is_cifti else '.nii.gz'
-    return writing.derivative_path(task.output, run, 'bold', extension, desc=task.spec.label)
+    return derivative_path(task.output, run, 'bold', extension, desc=task.spec.label)
 
 
 def pattern(task) -> str:
@@ -77,7 +79,7 @@ def write(context: Context) -> None:
 
     series = data.in_bold_units(made.model)
     series_table = table_path(run, task, 'timeseries')
-    writing.write_matrix(series_table, series, list(context.atlas.names))
+    write_matrix(series_table, series, list(context.atlas.names))
     context.write_sidecar(series_table, _describe_series(context))
     if asked.bold:
         _write_bold(context, series)
@@ -119,7 +121,7 @@ def _describe_series(context: Context) -> dict:
         'Description': f'Reconstruction by {context.task.spec.card.name} of each parcel, each '
         'sample from windows in which it was hidden; BOLD units, a row a row of the parcel '
         'series. n/a where nothing was reconstructed.',
-        **said_of_series(context.run, context.task),
+        **series_metadata(context.run, context.task),
     } | _masking(context)
 
 
@@ -129,7 +131,7 @@ def _write_bold(context: Context, series: np.ndarray) -> None:
     run, tr = context.run, context.data.series.tr
     path, source = bold_path(run, context.task), source_sidecar(run, context.task)
     paint_series(path, run.bold, context.image, series, tr)
-    writing.write_sidecar(
+    write_sidecar(
         path,
         {
             'Description': f'Reconstruction by {context.task.spec.card.name}: every voxel holds '
@@ -164,7 +166,7 @@ def _describe_scores(context: Context, made, pooled: dict, gain) -> dict:
         'which were interpolated, are not scored.',
         'ShareFlagged': context.data.flagged.mean(),
         'NumberOfPasses': made.n_passes,
-        'Pooled': said_of_scores(pooled),
+        'Pooled': score_metadata(pooled),
         'GainCheck': {
             'Description': 'R2 of the hidden points of the first window when the input is '
             f'multiplied by each gain. It is warned about where another gain gives an R2 above 0 '

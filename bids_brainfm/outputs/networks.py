@@ -10,13 +10,20 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
-from nipype.interfaces.base import BaseInterfaceInputSpec, TraitedSpec, traits
 
-from bids_brainfm.bids import writing
-from bids_brainfm.bids.reading import BoldRun
-from bids_brainfm.interfaces.outcome import Outcome, Step, attempt
-from bids_brainfm.interfaces.series import report_name, series_paths, voxel_size
+from bids_brainfm.bids.files import read_relmat, write_table
+from bids_brainfm.bids.freshness import (
+    input_fingerprints,
+    is_current,
+    is_whole,
+    read_sidecar,
+    write_sidecar,
+)
+from bids_brainfm.bids.naming import derivative_path, own_uri
+from bids_brainfm.bids.run import BoldRun
 from bids_brainfm.models.connectome import LABEL as CONNECTOME
+from bids_brainfm.outputs.outcome import Outcome, attempt
+from bids_brainfm.outputs.series import report_name, series_paths, voxel_size
 from bids_brainfm.reports.report import figure_path
 
 AUTO = 'auto'
@@ -158,7 +165,7 @@ def paths(of: BoldRun, label: str, task: NetworkTask) -> dict[str, Path]:
     """Files of a run or participant and a source of features."""
 
     def path(suffix, extension='.tsv', **entities):
-        return writing.derivative_path(
+        return derivative_path(
             task.output, of, suffix, extension, atlas=task.name, desc=label, **entities
         )
 
@@ -197,7 +204,7 @@ class Member:
     def has(self, source: Source) -> bool:
         """Whether features stand that were made from the same inputs."""
         file = self.file(source.kind, source.label)
-        return writing.is_current(file, self.inputs)
+        return is_current(file, self.inputs)
 
 
 def members_of(runs: list[BoldRun], task: NetworkTask) -> list[tuple[BoldRun, list[Member]]]:
@@ -207,7 +214,7 @@ def members_of(runs: list[BoldRun], task: NetworkTask) -> list[tuple[BoldRun, li
     """
     relmat = lambda run: series_paths(task.output, run, task.name)['relmat']
     stem = lambda path: path.with_name(path.name.removesuffix(ENDINGS[CONNECTOME]))
-    live = {stem(relmat(run)): writing.input_fingerprints(run) for run in runs}
+    live = {stem(relmat(run)): input_fingerprints(run) for run in runs}
     found = [
         (run, [Member(s, inputs)]) for run, (s, inputs) in zip(runs, live.items(), strict=True)
     ]
@@ -215,7 +222,7 @@ def members_of(runs: list[BoldRun], task: NetworkTask) -> list[tuple[BoldRun, li
         pattern = f'**/func/*_space-{space}_atlas-{task.name}{ENDINGS[CONNECTOME]}'
         standing = {}
         for path in sorted((task.output / f'sub-{run.subject}').glob(pattern)):
-            sidecar = writing.read_sidecar(path.with_suffix('.json'))
+            sidecar = read_sidecar(path.with_suffix('.json'))
             if sidecar is not None:
                 standing[stem(path)] = sidecar['InputFiles']
         members = [Member(s, live.get(s, inputs)) for s, inputs in standing.items()]
@@ -234,7 +241,7 @@ def features_of(member: Member, source: Source) -> np.ndarray:
     if source.kind == 'attention':
         table = pd.read_csv(file, sep='\t', na_values='n/a')
         return table.filter(like='patch').to_numpy(float)
-    connectivity = fisher_z(writing.read_relmat(member.file(CONNECTOME)))
+    connectivity = fisher_z(read_relmat(member.file(CONNECTOME)))
     if source.kind == CONNECTOME:
         return connectivity
     with h5py.File(file) as arrays:
@@ -275,8 +282,8 @@ def _inputs(members: list[Member]) -> dict:
 
 def _current(of: BoldRun, label: str, used: list[Member], task: NetworkTask) -> bool:
     files = paths(of, label, task)
-    whole = all(writing.is_whole(path) for path in files.values())
-    return whole and writing.is_current(files['parcels'], _inputs(used))
+    whole = all(is_whole(path) for path in files.values())
+    return whole and is_current(files['parcels'], _inputs(used))
 
 
 def make_networks(runs: list[BoldRun], task: NetworkTask, stop: bool = False) -> list[Outcome]:
@@ -290,15 +297,21 @@ def make_networks(runs: list[BoldRun], task: NetworkTask, stop: bool = False) ->
     stop : bool
         Whether the first failure is raised.
     """
+    from threadpoolctl import threadpool_limits
+
     known: dict = {}
-    return [
-        attempt(
-            task.output, of, networks_step(of, source, task),
-            partial(_find_and_write, of, members, source, task, known), stop,
-        )
-        for of, members in members_of(runs, task)
-        for source in task.sources
-    ]  # fmt: skip
+    with threadpool_limits(1):  # other participants are done beside this one
+        return [
+            attempt(
+                task.output,
+                of,
+                networks_step(of, source, task),
+                partial(_find_and_write, of, members, source, task, known),
+                stop,
+            )
+            for of, members in members_of(runs, task)
+            for source in task.sources
+        ]
 
 
 def _find_and_write(
@@ -322,11 +335,11 @@ def remove_stale(output: Path, run: BoldRun, atlas: str) -> None:
 
     Those who ask for networks get them anew; to others the old ones would look like new.
     """
-    live = writing.input_fingerprints(run)
+    live = input_fingerprints(run)
     for of in (run, whole_participant(run)):
         start = f'{report_name(of, atlas)}_stat-network_desc-'
         for sidecar in (output / f'sub-{run.subject}').glob(f'**/func/{start}*_boldmap.json'):
-            recorded = (writing.read_sidecar(sidecar) or {}).get('InputFiles', {})
+            recorded = (read_sidecar(sidecar) or {}).get('InputFiles', {})
             if all(recorded.get(uri, state) == state for uri, state in live.items()):
                 continue
             label = sidecar.name.removeprefix(start).removesuffix('_boldmap.json')
@@ -420,15 +433,13 @@ def write_networks(
         'Seed': task.seed,
         'InputFiles': _inputs(used),
         'SoftwareVersion': task.version,
-        'Sources': [
-            writing.own_uri(task.output, member.file(source.kind, label)) for member in used
-        ],
+        'Sources': [own_uri(task.output, member.file(source.kind, label)) for member in used],
     }
     clusters, names, knn = found.clusters, found.names, found.knn
     numbers = list(range(1, clusters.n_clusters + 1))
     image = atlas.image_for(of.space, voxel_size(of.bold)).path
     paint_labels(files['image'], image, clusters.labels, names, f'networks {label}')
-    writing.write_table(
+    write_table(
         files['table'],
         {
             'index': numbers,
@@ -436,7 +447,7 @@ def write_networks(
             'parcels': [int((clusters.labels == k).sum()) for k in numbers],
         },
     )
-    writing.write_sidecar(
+    write_sidecar(
         files['table'],
         {
             'Description': f'Clusters of parcels by {label}, in the order of the names of the '
@@ -467,8 +478,8 @@ def write_networks(
     columns['confidence'] = clusters.confidence
     if reference is not None:
         columns['reference'] = list(reference)
-    writing.write_table(files['parcels'], {'Node': list(atlas.names)} | columns)
-    writing.write_sidecar(
+    write_table(files['parcels'], {'Node': list(atlas.names)} | columns)
+    write_sidecar(
         files['parcels'],
         {
             'Description': f'Network of each parcel as found by clustering {label}.',
@@ -490,7 +501,7 @@ def write_networks(
 def _write_knn(path: Path, knn, label: str, common: dict) -> None:
     """Write the scores of the protocol."""
     rows = list(knn.scores.items())
-    writing.write_table(
+    write_table(
         path,
         {
             'features': [name for name, _ in rows],
@@ -499,7 +510,7 @@ def _write_knn(path: Path, knn, label: str, common: dict) -> None:
             'p': [score.p for _, score in rows],
         },
     )
-    writing.write_sidecar(
+    write_sidecar(
         path,
         {
             'Description': 'k-nearest neighbours with held-out parcels (a fifth at a time, '
@@ -521,29 +532,3 @@ def _write_knn(path: Path, knn, label: str, common: dict) -> None:
         }
         | common,
     )
-
-
-class _NetworksInputSpec(BaseInterfaceInputSpec):
-    runs = traits.List(traits.Any(), mandatory=True, desc='BoldRun of each run')
-    task = traits.Any(mandatory=True, desc='NetworkTask')
-    stop = traits.Bool(False, usedefault=True, desc='raise where a run fails')
-    after = traits.List(traits.Any(), desc='what has to be written before')
-
-
-class _NetworksOutputSpec(TraitedSpec):
-    outcomes = traits.Any(desc='list of Outcome')
-
-
-class MakeNetworks(Step):
-    """Write the networks of one participant."""
-
-    input_spec = _NetworksInputSpec
-    output_spec = _NetworksOutputSpec
-
-    def _run_interface(self, runtime):
-        from threadpoolctl import threadpool_limits
-
-        inputs = self.inputs
-        with threadpool_limits(1):  # other participants are done beside this one
-            self._results['outcomes'] = make_networks(inputs.runs, inputs.task, inputs.stop)
-        return runtime

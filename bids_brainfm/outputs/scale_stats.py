@@ -7,10 +7,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from bids_brainfm.bids import writing
-from bids_brainfm.bids.reading import join_name
+from bids_brainfm.bids.files import read_matrix, write_json, write_table
+from bids_brainfm.bids.freshness import read_sidecar
+from bids_brainfm.bids.naming import join_name, own_uri
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.interfaces.group import asked_of, finished
+from bids_brainfm.outputs.contrast import asked_of, finished
 from bids_brainfm.signals.cohort_stats import CohortFit
 from bids_brainfm.signals.scale import ScaleStats, check_stats, stats_content, unusable
 
@@ -96,7 +97,7 @@ def write_scale_stats(
     for atlas, runs in series.items():
         fit, names, denoising, lengths = CohortFit(atlas), [], set(), []
         for entities, path in tqdm(runs, desc=f'Runs of {atlas}', unit='run', disable=None):
-            data, names = writing.read_matrix(path)
+            data, names = read_matrix(path)
             facts_of = _facts(path)
             try:
                 fit.add(entities['sub'], data, facts_of['BrainMean'])
@@ -145,7 +146,7 @@ def _facts(path: Path) -> dict:
     BrainfmError
         It lacks something.
     """
-    sidecar = writing.read_sidecar(path.with_suffix('.json'))
+    sidecar = read_sidecar(path.with_suffix('.json'))
     try:
         complete = bool(sidecar['BrainMean'] and sidecar['Denoising']['Name'])
     except (KeyError, TypeError):
@@ -165,12 +166,12 @@ def _write(dataset: Path, method: str, stats: ScaleStats, facts: dict, table: di
     kind = stats.statistic.replace(' ', '')
     stem = f'atlas-{stats.atlas}_stat-{kind}_desc-{digest}_scale'
     runs = dataset / 'group' / 'scale' / f'{stem}.tsv'
-    writing.write_table(runs, table)
+    write_table(runs, table)
     head = {
         'Description': f'Statistics of the parcels of {stats.atlas} over runs: {WHAT[method]}.',
         'ScalesBy': method,
         'Version': digest,
-        'Runs': writing.own_uri(dataset, runs),
+        'Runs': own_uri(dataset, runs),
         'ParcelsWithout': [facts['Node'][i] for i in unusable(stats)],
     }
-    return writing.write_json(runs.with_suffix('.json'), head | facts | content)
+    return write_json(runs.with_suffix('.json'), head | facts | content)

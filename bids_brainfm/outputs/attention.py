@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from bids_brainfm.bids.reading import BoldRun
-from bids_brainfm.interfaces.analysis import Context, image_path, table_path
+from bids_brainfm.bids.run import BoldRun
+from bids_brainfm.outputs.context import Context, image_path, table_path
 
 NAME = 'networks'
 PICTURES = ('attention',)

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from bids_brainfm.bids import writing
-from bids_brainfm.bids.reading import BoldRun
-from bids_brainfm.interfaces.series import report_name, series_paths, voxel_size
+from bids_brainfm.bids.files import write_table
+from bids_brainfm.bids.freshness import read_sidecar, write_sidecar
+from bids_brainfm.bids.naming import derivative_path
+from bids_brainfm.bids.run import BoldRun
+from bids_brainfm.outputs.series import report_name, series_paths, voxel_size
 
 
 @dataclass(frozen=True)
@@ -115,14 +117,14 @@ class Context:
 
         `exact` tells that the encoder in float32 was used.
         """
-        model = said_of_model(self.task, (self.exact if exact else self.task).precision)
-        writing.write_sidecar(path, content | model | self.common)
+        model = model_metadata(self.task, (self.exact if exact else self.task).precision)
+        write_sidecar(path, content | model | self.common)
 
     def write_map(self, path: Path, columns: dict, values: np.ndarray) -> None:
         """Write a table with a row a parcel, and one of its columns as an image."""
         from bids_brainfm.signals.paint import paint_map
 
-        writing.write_table(path, {'Node': list(self.atlas.names)} | columns)
+        write_table(path, {'Node': list(self.atlas.names)} | columns)
         name = path.name.partition('_stat-')[2].partition('_boldmap')[0].replace('_desc-', ' ')
         paint_map(image_path(self.run, path), self.image, values, name)
 
@@ -130,7 +132,7 @@ class Context:
 def table_path(run: BoldRun, task, suffix: str, stat: str | None = None) -> Path:
     """Path of a table of a run and model."""
     stats = {} if stat is None else {'stat': stat}
-    return writing.derivative_path(
+    return derivative_path(
         task.output, run, suffix, '.tsv', atlas=task.atlas, desc=task.spec.label, **stats
     )
 
@@ -147,21 +149,21 @@ def picture_path(run: BoldRun, task, what: str) -> Path:
     return figure_path(task.output, report_name(run, task.atlas), what, task.spec.label)
 
 
-def said_of_model(task, precision: str) -> dict:
+def model_metadata(task, precision: str) -> dict:
     """What a sidecar says of the model that made a table, and how it was computed."""
     spec = task.spec
     model = {'Name': spec.card.name, 'Trained': spec.trained, 'Weights': spec.weights}
     return {'Model': model, 'Precision': precision, 'Device': task.device}
 
 
-def said_of_series(run: BoldRun, task) -> dict:
+def series_metadata(run: BoldRun, task) -> dict:
     """What a sidecar takes over from the parcel series, for a table with the same rows."""
     source = source_sidecar(run, task)
     names = ('RepetitionTime', 'SamplingFrequency', 'StartTime', 'Atlas')
     return {name: source[name] for name in names}
 
 
-def said_of_scores(pooled: dict) -> dict:
+def score_metadata(pooled: dict) -> dict:
     """Pooled scores (name to Score) as a sidecar has them."""
     return {
         name: {'R2': float(found.r2), 'r': float(found.r), 'MSE': float(found.mse)}
@@ -172,4 +174,4 @@ def said_of_scores(pooled: dict) -> dict:
 def source_sidecar(run: BoldRun, task) -> dict:
     """Sidecar of the run's parcel series."""
     series = series_paths(task.output, run, task.atlas)['series']
-    return writing.read_sidecar(series.with_suffix('.json'))
+    return read_sidecar(series.with_suffix('.json'))

@@ -3,20 +3,20 @@
 import dataclasses
 import logging
 import time
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
-from nipype.interfaces.base import BaseInterfaceInputSpec, TraitedSpec, traits
 
-from bids_brainfm.bids.reading import BoldRun
+from bids_brainfm.bids.run import BoldRun
 from bids_brainfm.config import available_cpus
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.interfaces.embedding import EncodeTask
-from bids_brainfm.interfaces.outcome import Outcome, Step, attempt
-from bids_brainfm.interfaces.outputs import write_run
-from bids_brainfm.interfaces.series import series_paths
 from bids_brainfm.models.spec import SEED
-from bids_brainfm.signals.contract import bring, windows_of
+from bids_brainfm.outputs.embedding import EncodeTask
+from bids_brainfm.outputs.model_outputs import write_run
+from bids_brainfm.outputs.outcome import Outcome, attempt
+from bids_brainfm.outputs.series import series_paths
+from bids_brainfm.signals.contract import prepare_input, windows_of
 from bids_brainfm.signals.series import read_series
 
 LOGGER = logging.getLogger('bids_brainfm')
@@ -57,7 +57,9 @@ def load_encoder(task: EncodeTask, xyz: np.ndarray):
     )
 
 
-def encode_all(runs: list[BoldRun], task: EncodeTask, stop: bool = False) -> list[Outcome]:
+def encode_all(
+    runs: list[BoldRun], task: EncodeTask, stop: bool = False, made: Sequence[Outcome] = ()
+) -> list[Outcome]:
     """Encode runs whose parcel series are written, and write their embeddings.
 
     Parameters
@@ -66,6 +68,8 @@ def encode_all(runs: list[BoldRun], task: EncodeTask, stop: bool = False) -> lis
     task : EncodeTask
     stop : bool
         Whether the first failure is raised.
+    made : sequence of Outcome
+        Of the parcel series that were made now; runs that failed are left out.
 
     Returns
     -------
@@ -74,6 +78,10 @@ def encode_all(runs: list[BoldRun], task: EncodeTask, stop: bool = False) -> lis
     """
     from tqdm import tqdm
 
+    failed = {outcome.run for outcome in made if outcome.error}
+    runs = [run for run in runs if run.name not in failed]
+    if not runs:
+        return []
     step, name = encode_step(task.atlas, task.spec.label), task.spec.card.name
     outcomes: list[Outcome] = []
     started = time.monotonic()
@@ -119,7 +127,9 @@ def _encode(runs: list[BoldRun], task: EncodeTask, progress):
         for run in runs:
             try:
                 series = read_series(series_paths(task.output, run, atlas.name)['series'])
-                data = bring(series, task.contract, atlas.xyz, atlas.name, atlas.structures)
+                data = prepare_input(
+                    series, task.contract, atlas.xyz, atlas.name, atlas.structures
+                )
                 prepared[run] = data, windows_of(data, task.contract)
             except Exception as error:
                 failed.append((run, partial(_fail, _named(error, run, task))))
@@ -168,29 +178,3 @@ def _explain(error: Exception, task: EncodeTask) -> Exception:
             f"GPU's memory: lower --batch-size, or use --precision bfloat16 or --device cpu."
         )
     return error
-
-
-class _EncodeInputSpec(BaseInterfaceInputSpec):
-    runs = traits.List(traits.Any(), mandatory=True, desc='BoldRun of each run')
-    series = traits.List(traits.Any(), desc='Outcome of the parcel series that were made now')
-    task = traits.Any(mandatory=True, desc='EncodeTask')
-    stop = traits.Bool(False, usedefault=True, desc='raise where a run fails')
-
-
-class _EncodeOutputSpec(TraitedSpec):
-    outcomes = traits.Any(desc='list of Outcome')
-
-
-class EncodeRuns(Step):
-    """Write the embeddings of many runs by one model."""
-
-    input_spec = _EncodeInputSpec
-    output_spec = _EncodeOutputSpec
-
-    def _run_interface(self, runtime):
-        failed = {outcome.run for outcome in self.inputs.series or [] if outcome.error}
-        runs = [run for run in self.inputs.runs if run.name not in failed]
-        self._results['outcomes'] = (
-            encode_all(runs, self.inputs.task, self.inputs.stop) if runs else []
-        )
-        return runtime

@@ -2,12 +2,19 @@
 
 from pathlib import Path
 
-from nipype.interfaces.base import BaseInterfaceInputSpec, TraitedSpec, traits
-
-from bids_brainfm.bids.writing import read_sidecar
-from bids_brainfm.interfaces.embedding import latent_name
-from bids_brainfm.interfaces.outcome import Step, read_failures
+from bids_brainfm.bids.freshness import read_sidecar
 from bids_brainfm.models.connectome import LABEL as CONNECTOME
+from bids_brainfm.outputs.embedding import latent_name
+from bids_brainfm.outputs.outcome import read_failures
+
+
+def report(output: Path, subject: str, software: dict[str, str]) -> Path:
+    """Write the report of one participant, from what is in the output folder."""
+    from bids_brainfm.reports.methods import read_methods
+    from bids_brainfm.reports.report import write_report
+
+    runs = collect_runs(output, subject)
+    return write_report(output, subject, runs, read_methods(output), software)
 
 
 def collect_runs(output: Path, subject: str) -> list[dict]:
@@ -247,32 +254,3 @@ def _failed(output: Path, subject: str, listed: list[dict]) -> list[dict]:
             facts = {'name': outcome.run, 'inputs': {}, 'models': [], 'atlas': None}
             alone.append(facts | {'warnings': [], 'failures': [reason]})
     return alone
-
-
-class _ReportInputSpec(BaseInterfaceInputSpec):
-    output = traits.Any(mandatory=True, desc='output dataset')
-    subject = traits.Str(mandatory=True)
-    software = traits.Dict()
-    after = traits.List(traits.Any(), desc='what has to be written before')
-
-
-class _ReportOutputSpec(TraitedSpec):
-    report = traits.Any(desc='path of the report')
-
-
-class WriteReport(Step):
-    """Write the report of one participant."""
-
-    input_spec = _ReportInputSpec
-    output_spec = _ReportOutputSpec
-
-    def _run_interface(self, runtime):
-        from bids_brainfm.reports.methods import read_methods
-        from bids_brainfm.reports.report import write_report
-
-        inputs = self.inputs
-        runs = collect_runs(inputs.output, inputs.subject)
-        self._results['report'] = write_report(
-            inputs.output, inputs.subject, runs, read_methods(inputs.output), inputs.software
-        )
-        return runtime

@@ -4,13 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from nipype.interfaces.base import BaseInterfaceInputSpec, TraitedSpec, traits
 
-from bids_brainfm.bids import writing
-from bids_brainfm.bids.reading import BoldRun, repetition_time
+from bids_brainfm.bids.files import write_matrix, write_table
+from bids_brainfm.bids.freshness import input_fingerprints, is_current, write_sidecar
+from bids_brainfm.bids.naming import derivative_path, own_uri
+from bids_brainfm.bids.reading import repetition_time
+from bids_brainfm.bids.run import BoldRun
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.interfaces.outcome import Step, attempt
 from bids_brainfm.models.connectome import LABEL, connectome, connectome_vector
+from bids_brainfm.outputs.outcome import Outcome, attempt
 
 FILL_RULE = (
     'the series of the nearest parcel (by centroid, and of the same structure where the atlas '
@@ -61,7 +63,7 @@ def series_paths(output: Path, run: BoldRun, atlas: str) -> dict[str, Path]:
     """Paths of the derivatives that come from the parcel series of a run."""
 
     def path(suffix, **entities):
-        return writing.derivative_path(output, run, suffix, '.tsv', atlas=atlas, **entities)
+        return derivative_path(output, run, suffix, '.tsv', atlas=atlas, **entities)
 
     return {
         'coverage': path('bold', stat='coverage'),
@@ -84,14 +86,12 @@ def series_step(atlas: str) -> str:
 
 def series_current(output: Path, run: BoldRun, atlas: str) -> bool:
     """Whether all derivatives of the parcel series stand and fit the inputs."""
-    inputs = writing.input_fingerprints(run)
-    return all(
-        writing.is_current(path, inputs) for path in series_paths(output, run, atlas).values()
-    )
+    inputs = input_fingerprints(run)
+    return all(is_current(path, inputs) for path in series_paths(output, run, atlas).values())
 
 
 @dataclass(frozen=True)
-class Made:
+class SeriesResult:
     """Parcel series of one run, and what is to be told of how they came about.
 
     Attributes
@@ -164,7 +164,13 @@ class Made:
         return sentences
 
 
-def make_series(run: BoldRun, task: SeriesTask) -> None:
+def make_series(run: BoldRun, task: SeriesTask, stop: bool = False) -> Outcome:
+    """Write the parcel series of one run; `stop` raises a failure after it was recorded."""
+    step = series_step(task.name)
+    return attempt(task.output, run, step, lambda: write_series(run, task), stop)
+
+
+def write_series(run: BoldRun, task: SeriesTask) -> None:
     """Parcellate and denoise one run and write what comes from it.
 
     Raises
@@ -177,21 +183,21 @@ def make_series(run: BoldRun, task: SeriesTask) -> None:
     made = compute_series(run, task)
     paths = series_paths(task.output, run, made.atlas.name)
     sources = [run.uri(path) for path in run.companions().values()]
-    sources.append(writing.own_uri(task.output, export_atlas(task.output, made.atlas, made.image)))
+    sources.append(own_uri(task.output, export_atlas(task.output, made.atlas, made.image)))
     _write_tables(paths, made)
     _draw(made, task)
-    series_uri = writing.own_uri(task.output, paths['series'])
+    series_uri = own_uri(task.output, paths['series'])
     for name, content in _describe(made, task.min_coverage).items():
         own = [] if name in ('series', 'coverage') else [series_uri]
         common = {
             'Sources': own + sources,
-            'InputFiles': writing.input_fingerprints(run),
+            'InputFiles': input_fingerprints(run),
             'SoftwareVersion': task.version,
         }
-        writing.write_sidecar(paths[name], content | common)
+        write_sidecar(paths[name], content | common)
 
 
-def compute_series(run: BoldRun, task: SeriesTask) -> Made:
+def compute_series(run: BoldRun, task: SeriesTask) -> SeriesResult:
     """Parcellate and denoise one run.
 
     Raises
@@ -222,7 +228,7 @@ def compute_series(run: BoldRun, task: SeriesTask) -> Made:
     data = denoise(found.data, confounds)
     covered = (found.coverage >= task.min_coverage) & np.isfinite(data).all(axis=0)
     series = np.where(covered, data, np.nan).astype(np.float32)
-    return Made(
+    return SeriesResult(
         run=run,
         tr=tr,
         atlas=atlas,
@@ -237,7 +243,7 @@ def compute_series(run: BoldRun, task: SeriesTask) -> Made:
     )
 
 
-def _describe(made: Made, min_coverage: float) -> dict[str, dict]:
+def _describe(made: SeriesResult, min_coverage: float) -> dict[str, dict]:
     """Sidecars of the tables, by the names of :func:`series_paths`, but for their sources."""
     atlas, warnings = made.atlas, made.warnings(min_coverage)
     return {
@@ -299,21 +305,21 @@ def _describe(made: Made, min_coverage: float) -> dict[str, dict]:
     }
 
 
-def _write_tables(paths: dict[str, Path], made: Made) -> None:
+def _write_tables(paths: dict[str, Path], made: SeriesResult) -> None:
     names = list(made.atlas.names)
-    writing.write_table(paths['coverage'], {'Node': names, 'coverage': made.found.coverage})
-    writing.write_matrix(paths['relmat'], made.relmat, ['Node', *names], names)
+    write_table(paths['coverage'], {'Node': names, 'coverage': made.found.coverage})
+    write_matrix(paths['relmat'], made.relmat, ['Node', *names], names)
     vector = connectome_vector(made.relmat)
     share_flagged = made.flagged.mean() if made.assessed else np.nan
     index = window_rows(
         [made.dummy * made.tr], [len(made.series) * made.tr], [1.0], [share_flagged]
     )
     header = [*WINDOW_COLUMNS, *dimension_names(len(vector))]
-    writing.write_matrix(paths['connectome'], vector[None], header, index)
-    writing.write_matrix(paths['series'], made.series, names)
+    write_matrix(paths['connectome'], vector[None], header, index)
+    write_matrix(paths['series'], made.series, names)
 
 
-def _draw(made: Made, task: SeriesTask) -> None:
+def _draw(made: SeriesResult, task: SeriesTask) -> None:
     from bids_brainfm.reports import figures
     from bids_brainfm.reports.report import figure_path
 
@@ -370,31 +376,3 @@ def voxel_size(bold: Path) -> float | None:
 
 def _some(names: list[str], most: int = 5) -> str:
     return ', '.join(names[:most]) + (f' and {len(names) - most} more' * (len(names) > most))
-
-
-class _SeriesInputSpec(BaseInterfaceInputSpec):
-    run = traits.Any(mandatory=True, desc='BoldRun')
-    task = traits.Any(mandatory=True, desc='SeriesTask')
-    stop = traits.Bool(False, usedefault=True, desc='raise where a run fails')
-
-
-class _SeriesOutputSpec(TraitedSpec):
-    outcome = traits.Any(desc='Outcome')
-
-
-class MakeSeries(Step):
-    """Write the parcel series of one run."""
-
-    input_spec = _SeriesInputSpec
-    output_spec = _SeriesOutputSpec
-
-    def _run_interface(self, runtime):
-        run, task = self.inputs.run, self.inputs.task
-        self._results['outcome'] = attempt(
-            task.output,
-            run,
-            series_step(task.name),
-            lambda: make_series(run, task),
-            self.inputs.stop,
-        )
-        return runtime

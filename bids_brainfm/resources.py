@@ -1,4 +1,4 @@
-"""Bring files of known content to their place: by download, or out of a folder."""
+"""Fetched files: where they are kept, how they get there, and their checksums."""
 
 import contextlib
 import hashlib
@@ -12,6 +12,14 @@ from bids_brainfm.errors import BrainfmError
 
 BLOCK = 1 << 20
 TIMEOUT_S = 30
+
+
+def home() -> Path:
+    """Folder of fetched weights and atlases: ``$BIDS_BRAINFM_HOME`` or the user's cache."""
+    if chosen := os.environ.get('BIDS_BRAINFM_HOME'):
+        return Path(chosen)
+    cache = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+    return Path(cache) / 'bids_brainfm'
 
 
 @dataclass(frozen=True)

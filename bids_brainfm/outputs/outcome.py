@@ -8,11 +8,8 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from nipype.interfaces.base import SimpleInterface
-
-from bids_brainfm import stopping
-from bids_brainfm.bids.reading import BoldRun
-from bids_brainfm.bids.writing import write_text
+from bids_brainfm.bids.files import write_text
+from bids_brainfm.bids.run import BoldRun
 from bids_brainfm.errors import BrainfmError
 
 
@@ -45,19 +42,6 @@ class Outcome:
             path.unlink(missing_ok=True)
         else:
             write_text(path, f'{self.error}\n{details}')
-
-
-class Step(SimpleInterface):
-    """What all our nodes have in common."""
-
-    # What is done is known from the outputs, which may have been deleted, not from the work folder
-    _always_run = True
-
-    def run(self, *args, **kwargs):
-        """Run as Nipype does, but do not let it take a wish to stop for a fault of this node."""
-        result = super().run(*args, **kwargs)
-        stopping.check()
-        return result
 
 
 def attempt(output: Path, run: BoldRun, step: str, work, stop: bool = False) -> Outcome:

@@ -2,20 +2,20 @@
 
 import dataclasses
 
-from bids_brainfm.bids import writing
-from bids_brainfm.bids.reading import BoldRun
-from bids_brainfm.interfaces import attention, forecasting, perturbation, reconstruction
-from bids_brainfm.interfaces.analysis import Context, picture_path
-from bids_brainfm.interfaces.embedding import (
+from bids_brainfm.bids.freshness import input_fingerprints, is_current, is_whole, sidecar_path
+from bids_brainfm.bids.run import BoldRun
+from bids_brainfm.outputs import attention, forecast, perturbation, reconstruction
+from bids_brainfm.outputs.context import Context, picture_path
+from bids_brainfm.outputs.embedding import (
     EncodeTask,
+    common_metadata,
     embedding_current,
-    said_by_all,
     write_outputs,
 )
 
 # Each is a module of the same form: NAME (of --outputs), PICTURES (for the report), SETTINGS (of
 # AnalysisSettings, that a dataset holds one set of), paths, pattern, text and write.
-ANALYSES = (attention, reconstruction, forecasting, perturbation)
+ANALYSES = (attention, reconstruction, forecast, perturbation)
 
 
 def analyses_of(task: EncodeTask) -> list:
@@ -37,9 +37,9 @@ def run_current(run: BoldRun, task: EncodeTask) -> bool:
 
 def _analysis_current(analysis, run: BoldRun, task: EncodeTask) -> bool:
     first, *others = analysis.paths(run, task)
-    inputs = writing.input_fingerprints(run)
-    whole = all(writing.is_whole(path) for path in others)
-    return whole and writing.is_current(first, inputs)
+    inputs = input_fingerprints(run)
+    whole = all(is_whole(path) for path in others)
+    return whole and is_current(first, inputs)
 
 
 def write_run(
@@ -61,7 +61,7 @@ def write_run(
         As the task says, and in float32.
     """
     write_outputs(run, task, atlas, windows, data.donors, encoding)
-    common = said_by_all(run, task)
+    common = common_metadata(run, task)
     context = Context(run, task, atlas, data, encoder, exact, encoding, common)
     asked = analyses_of(task)
     for analysis in ANALYSES:
@@ -77,7 +77,7 @@ def remove(analysis, run: BoldRun, task: EncodeTask) -> None:
     """Remove the files of an analysis, those included that are not asked for now."""
     whole = dataclasses.replace(task, analyses=dataclasses.replace(task.analyses, bold=True))
     files = analysis.paths(run, whole)
-    sidecars = [writing.sidecar_path(path) for path in files]
+    sidecars = [sidecar_path(path) for path in files]
     pictures = [picture_path(run, task, what) for what in analysis.PICTURES]
     for path in (*sidecars, *files, *pictures):
         path.unlink(missing_ok=True)

@@ -3,9 +3,9 @@
 import numpy as np
 
 from bids_brainfm.analyses.perturb import ENOUGH, perturb
-from bids_brainfm.bids.reading import BoldRun
+from bids_brainfm.bids.run import BoldRun
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.interfaces.analysis import Context, image_path, table_path
+from bids_brainfm.outputs.context import Context, image_path, table_path
 from bids_brainfm.signals.windows import cover
 
 NAME = 'perturbation'

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from bids_brainfm.bids import writing
-from bids_brainfm.bids.reading import BoldRun
-from bids_brainfm.interfaces.analysis import said_of_model, table_path
-from bids_brainfm.interfaces.series import WINDOW_COLUMNS
+from bids_brainfm.bids.files import write_matrix
+from bids_brainfm.bids.freshness import input_fingerprints, is_current, write_sidecar
+from bids_brainfm.bids.run import BoldRun
+from bids_brainfm.outputs.context import model_metadata, table_path
+from bids_brainfm.outputs.series import WINDOW_COLUMNS
 
 
 def prediction_path(run: BoldRun, task) -> Path:
@@ -17,7 +18,7 @@ def prediction_path(run: BoldRun, task) -> Path:
 
 def prediction_current(run: BoldRun, task) -> bool:
     """Whether the predictions of a run stand and fit the inputs."""
-    return writing.is_current(prediction_path(run, task), writing.input_fingerprints(run))
+    return is_current(prediction_path(run, task), input_fingerprints(run))
 
 
 def remove_prediction(run: BoldRun, task) -> None:
@@ -40,14 +41,14 @@ def write_prediction(
     prediction : (W, C) float32
         In the target's units, or probabilities of the classes.
     rows : list of str
-        First columns of the W rows, see :func:`bids_brainfm.interfaces.series.window_rows`.
+        First columns of the W rows, see :func:`bids_brainfm.outputs.series.window_rows`.
     common : dict
         What all sidecars of the run say.
     """
     card, columns, path = task.spec.card, task.spec.predicted, prediction_path(run, task)
     head, training = card.config['head'], card.training or {}
     classes, target = head.get('classes'), head['target']
-    writing.write_matrix(path, prediction, [*WINDOW_COLUMNS, *columns], rows)
+    write_matrix(path, prediction, [*WINDOW_COLUMNS, *columns], rows)
     if classes:
         said = [f'Probability that {target} is {name}' for name in classes]
     else:
@@ -64,7 +65,7 @@ def write_prediction(
         'TestScores': training.get('test'),
         'TestBaselines': training.get('test_baselines'),
     }
-    writing.write_sidecar(
+    write_sidecar(
         path,
-        WINDOW_COLUMNS | described | content | said_of_model(task, task.precision) | common,
+        WINDOW_COLUMNS | described | content | model_metadata(task, task.precision) | common,
     )

@@ -1,0 +1,191 @@
+"""Write the files of a shared output folder: tables, JSON, and how nothing half-written stays.
+
+Many processes write one output folder, and any of them may be killed. So a file is written under
+a temporary name and renamed when it is whole, and a data file's sidecar comes after it: where the
+sidecar stands, the data are complete. What a killed process leaves under a temporary name is
+removed by the next one.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import platform
+import time
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from bids_brainfm.errors import BrainfmError
+
+TEMPORARY = '.brainfm'  # begins the names of temporary files
+
+
+@contextlib.contextmanager
+def atomic(path: Path):
+    """Yield a temporary path beside `path` and rename it when the block ends well.
+
+    Raises
+    ------
+    BrainfmError
+        The folder cannot be written, or the disk is full.
+    """
+    path = Path(path)
+    owner = f'{_machine()}-{os.getpid()}'
+    # same extension, since writers such as h5py and matplotlib look at it
+    extension = ''.join(path.suffixes[-2:])
+    temporary = path.with_name(f'{TEMPORARY}-{owner}-{uuid.uuid4().hex}{extension}')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        if temporary.exists():
+            temporary.replace(path)
+    except OSError as error:
+        raise BrainfmError(
+            f'{path} cannot be written ({error.strerror or error}): check the permissions and the '
+            f'free space of the output folder.'
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@functools.cache
+def _machine() -> str:
+    """Name of what gives processes their numbers: a machine, its boot, the container in it."""
+    parts = [platform.node()]
+    with contextlib.suppress(OSError):  # not on Linux
+        parts.append(Path('/proc/sys/kernel/random/boot_id').read_text())
+        parts.append(str(Path('/proc/self/ns/pid').readlink()))
+    return hashlib.sha256('\n'.join(parts).encode()).hexdigest()[:8]
+
+
+def remove_leftovers(output: Path, subjects: Iterable[str]) -> None:
+    """Remove the temporary files of processes that were killed.
+
+    Parameters
+    ----------
+    output : Path
+    subjects : iterable of str
+        Participants whose folders are looked through, beside what belongs to all.
+    """
+    name = f'{TEMPORARY}-*'
+    for folder in (output, *(output / 'logs' / part for part in ('', 'settings', 'methods'))):
+        _remove_dead(folder.glob(name))
+    folders = ('sourcedata', 'group', *(f'sub-{label}' for label in subjects))
+    for folder in folders:
+        _remove_dead((output / folder).rglob(name))
+
+
+def _remove_dead(temporaries: Iterable[Path]) -> None:
+    """Remove those whose process has ended; elsewhere, where that cannot be told, after a day."""
+    for path in temporaries:
+        _, machine, process, _ = path.name.split('-', 3)
+        with contextlib.suppress(OSError):  # gone, or another user's: no reason not to go on
+            if machine == _machine():
+                dead = not _runs(int(process))
+            else:
+                dead = time.time() - path.stat().st_mtime > 86_400
+            if dead:
+                path.unlink()
+
+
+def _runs(process: int) -> bool:
+    with contextlib.suppress(OSError):  # where there is /proc
+        state = Path(f'/proc/{process}/stat').read_text().rpartition(')')[2].split()[0]
+        return state not in 'XZ'  # dead, though nobody has asked for its exit code
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write text, unless the file says just that already (its date is then kept)."""
+    path = Path(path)
+    if path.is_file() and path.read_text() == text:
+        return path
+    with atomic(path) as temporary:
+        temporary.write_text(text)
+    return path
+
+
+def write_json(path: Path, content: dict) -> Path:
+    """Write a sidecar; entries that are None are left out."""
+    known = {key: value for key, value in content.items() if value is not None}
+    return write_text(path, json.dumps(known, indent=2, default=_plain) + '\n')
+
+
+def _plain(value):
+    """What JSON cannot write by itself."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    return str(value)
+
+
+def write_table(path: Path, columns: dict) -> Path:
+    """Write a TSV, with ``n/a`` for NaN and floats that read back to the same float32.
+
+    Parameters
+    ----------
+    path : Path
+    columns : dict of str to sequence
+        Heading to values, all of one length.
+    """
+    import pandas as pd
+
+    with atomic(path) as temporary:
+        pd.DataFrame(columns).to_csv(
+            temporary, sep='\t', index=False, na_rep='n/a', float_format='%.9g'
+        )
+    return Path(path)
+
+
+def write_matrix(path: Path, matrix: np.ndarray, header: list[str], index: list | None = None):
+    """Write a wide float table as TSV; quicker than :func:`write_table` for many columns.
+
+    Parameters
+    ----------
+    path : Path
+    matrix : (R, C) array
+    header : list of str
+        C headings, or C + 1 where there is an index.
+    index : list, optional
+        First entry of each row, already text.
+    """
+    row_format = '\t'.join(['%.9g'] * matrix.shape[1])
+    with atomic(path) as temporary, temporary.open('w') as file:
+        file.write('\t'.join(header) + '\n')
+        for i, row in enumerate(matrix):
+            text = (row_format % tuple(row.tolist())).replace('nan', 'n/a')
+            file.write(f'{index[i]}\t{text}\n' if index is not None else f'{text}\n')
+    return Path(path)
+
+
+def read_matrix(path: Path) -> tuple[np.ndarray, list[str]]:
+    """Read a TSV of numbers.
+
+    Returns
+    -------
+    values : (R, C) float32
+        NaN where the table says ``n/a``.
+    header : list of str
+    """
+    import pandas as pd
+
+    frame = pd.read_csv(path, sep='\t', na_values='n/a', dtype=np.float32)
+    return frame.to_numpy(), list(frame.columns)
+
+
+def read_relmat(path: Path) -> np.ndarray:
+    """Read a square table between parcels, (P, P) float32; the first column is their names."""
+    import pandas as pd
+
+    return pd.read_csv(path, sep='\t', na_values='n/a', index_col=0).to_numpy(np.float32)

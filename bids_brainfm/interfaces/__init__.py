@@ -1,1 +1,0 @@
-"""Nipype nodes: unpack inputs, call the rooms below, write files."""

@@ -1,0 +1,1 @@
+"""What is written: one module per product, plain functions from derivatives to files."""
