@@ -10,42 +10,48 @@ Example: python benchmarks/analyses.py --sizes 111m --samples 490
 import argparse
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import torch
 
 from bids_brainfm.analyses.forecast import forecast
-from bids_brainfm.analyses.networks import cluster_parcels, fc_features, knn_protocol
+from bids_brainfm.analyses.knn import knn_protocol
+from bids_brainfm.analyses.networks import cluster_parcels, fc_features
 from bids_brainfm.analyses.perturb import perturb
 from bids_brainfm.analyses.reconstruct import gain_check, reconstruct
 from bids_brainfm.models.cards import load_card
-from bids_brainfm.models.connectome import connectome
-from bids_brainfm.models.encoder import Encoder, resolve_device
+from bids_brainfm.models.encoder import Encoder, resolve_device, set_positions
 from bids_brainfm.models.weights import build, initialise
+from bids_brainfm.signals.connectome import connectome
 
 
 class Recorder(Encoder):
     """An encoder that keeps what it was asked to reconstruct."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.asked = []
+        self.asked: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
-    def reconstruct(self, *args, **kwargs):
+    def reconstruct(self, *args: Any, **kwargs: Any) -> np.ndarray:
         self.asked.append((args, kwargs))
         return super().reconstruct(*args, **kwargs)
 
 
-def seconds(work) -> float:
+def seconds(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
 
 
-def measure(size: str, samples: int, shams: int, repeats: int, device) -> None:
+def measure(size: str, samples: int, shams: int, repeats: int, device: torch.device) -> None:
     card = load_card(f'brainlm-{size}')
     rng = np.random.default_rng(0)
     xyz = rng.normal(0, 40, (424, 3))
-    encoder = Recorder(initialise(build(card.config), 0), xyz=xyz, device=device)
+    network = initialise(build(card.config), 0)
+    set_positions(network, xyz)
+    encoder = Recorder(network, device=device)
     data = rng.standard_normal((samples, 424)).astype(np.float32) / card.divide_by
     window = np.ascontiguousarray(data[: card.window].T)
     ratio, target = card.config['mask_ratio'], np.arange(424) == 7

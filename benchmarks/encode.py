@@ -11,14 +11,16 @@ Example: python benchmarks/encode.py --sizes 111m --precisions float32
 import argparse
 import statistics
 import time
+from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from bids_brainfm.models import brain_jepa, layers
-from bids_brainfm.models.encoder import Encoder, resolve_device
+from bids_brainfm.models.encoder import Encoder, resolve_device, set_positions
 from bids_brainfm.models.masking import BLOCKS
 from bids_brainfm.models.weights import build, initialise
 
@@ -29,6 +31,7 @@ DECODER = {
     'decoder_num_attention_heads': 4,
     'decoder_intermediate_size': 1024,
 }
+Attention = layers.Attention | brain_jepa.Attention
 COMMON = WINDOW | DECODER | {'layer_norm_eps': 1e-12}
 
 
@@ -67,23 +70,24 @@ CONFIGS = {
 }
 
 
-def products(encoder: Encoder, windows: np.ndarray) -> list:
+def products(encoder: Encoder, windows: np.ndarray) -> list[Callable[[], object]]:
     """Record the matrix products of one pass; return one function per product."""
-    calls, hooks, buffers = [], [], {}
+    calls: list[Callable[[], object]] = []
+    hooks, buffers = [], {}
 
-    def buffer(name, like, weight):
+    def buffer(name: str | int, like: Tensor, weight: Tensor) -> Tensor:
         """One tensor per role and shape, so that the products find it in the cache."""
         key = name, like.shape
         if key not in buffers:
             buffers[key] = torch.randn_like(like, dtype=weight.dtype)
         return buffers[key]
 
-    def linear(module, inputs, output):
+    def linear(module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         x, out = buffer('x', inputs[0], module.weight), buffer('out', output, module.weight)
         x, out, weight = x.flatten(0, -2), out.flatten(0, -2), module.weight.t()
         calls.append(lambda: torch.mm(x, weight, out=out))
 
-    def attention(module, inputs, output):
+    def attention(module: Attention, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         weight = next(module.parameters())
         if isinstance(module, brain_jepa.Attention):
             q, k, v = module.split(buffer('qkv', inputs[0].repeat(1, 1, 3), weight))
@@ -91,7 +95,7 @@ def products(encoder: Encoder, windows: np.ndarray) -> list:
             q, k, v = (module.split(buffer(i, inputs[0], weight)) for i in range(3))
         calls.append(lambda: F.scaled_dot_product_attention(q, k, v))
 
-    for module in encoder.network.modules():
+    for module in cast(nn.Module, encoder.network).modules():
         if isinstance(module, nn.Linear):
             hooks.append(module.register_forward_hook(linear))
         elif isinstance(module, (layers.Attention, brain_jepa.Attention)):
@@ -107,7 +111,7 @@ def measure(
 ) -> dict[str, float]:
     """Return median seconds of encoding, of the products alone, and with latent prediction."""
 
-    def run_products():
+    def run_products() -> None:
         for product in calls:
             product()
         if encoder.device.type == 'cuda':
@@ -116,10 +120,13 @@ def measure(
     with torch.inference_mode():
         calls = products(encoder, windows)
         run_products()
-        jobs = {'encode': lambda: encoder.encode(windows), 'products': run_products}
+        jobs: dict[str, Callable[[], object]] = {
+            'encode': lambda: encoder.encode(windows),
+            'products': run_products,
+        }
         if predicting:
             jobs['predict'] = lambda: predicting.encode(windows)
-        taken = {name: [] for name in jobs}
+        taken: dict[str, list[float]] = {name: [] for name in jobs}
         for _ in range(repeats):
             for name, job in jobs.items():
                 start = time.perf_counter()
@@ -158,12 +165,12 @@ def main() -> None:
     for size in args.sizes:
         for precision in args.precisions:
             network = initialise(build(CONFIGS[size]), seed=0)
-            if hasattr(network, 'set_gradients'):
-                network.set_gradients(gradients)
-            windows = rng.standard_normal((args.windows, *network.window_shape), dtype=np.float32)
-            encoder, predicting = Encoder(network, None, xyz, device, precision, size), None
-            if args.block and hasattr(network, 'latent_error'):
-                predicting = Encoder(network, None, xyz, device, precision, size, args.block)
+            set_positions(network, xyz, None, gradients)
+            shape = (args.windows, *network.capabilities.window)
+            windows = rng.standard_normal(shape, dtype=np.float32)
+            encoder, predicting = Encoder(network, None, device, precision, size), None
+            if args.block and network.capabilities.predicts_latents:
+                predicting = Encoder(network, None, device, precision, size, args.block)
             taken = measure(encoder, predicting, windows, args.repeats)
             row = [f'{taken[name] / args.windows:.4f}' for name in ('encode', 'products')]
             row.append(f'{taken["encode"] / taken["products"]:.3f}')

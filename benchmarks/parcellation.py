@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,10 @@ SHAPE, N_PARCELS, TR = (91, 109, 91), 424, 0.735
 AFFINE = np.array([[2.0, 0, 0, -90], [0, 2, 0, -126], [0, 0, 2, -72], [0, 0, 0, 1]])
 WAYS = ('inflate', 'ours', 'nilearn')
 
+Work = Callable[[], np.ndarray | None]
 
-def synthesise(folder, volumes):
+
+def synthesise(folder: Path, volumes: int) -> dict[str, Path]:
     """Write atlas, mask and both runs into a folder; files that exist are kept."""
     import nibabel as nib
     from isal import igzip
@@ -75,13 +78,13 @@ def synthesise(folder, volumes):
     return runs
 
 
-def inflate(bold, folder):
+def inflate(bold: Path, folder: Path) -> Work:
     """Read the gzip stream to its end."""
     from isal import igzip
 
     buffer = bytearray(4 << 20)
 
-    def work():
+    def work() -> None:
         with igzip.open(bold, 'rb') as stream:
             while stream.readinto(buffer):
                 pass
@@ -89,7 +92,7 @@ def inflate(bold, folder):
     return work
 
 
-def ours(bold, folder):
+def ours(bold: Path, folder: Path) -> Work:
     """Parcel means by this package."""
     from bids_brainfm.signals.parcellate import parcellate
 
@@ -97,7 +100,7 @@ def ours(bold, folder):
     return lambda: parcellate(bold, atlas, N_PARCELS, mask).data
 
 
-def nilearn(bold, folder):
+def nilearn(bold: Path, folder: Path) -> Work:
     """Parcel means by nilearn."""
     from nilearn.maskers import NiftiLabelsMasker
 
@@ -105,7 +108,7 @@ def nilearn(bold, folder):
     return lambda: masker.fit_transform(str(bold))
 
 
-def peak_mb():
+def peak_mb() -> float:
     """Peak resident memory of this process in MB."""
     try:  # ru_maxrss also counts the parent up to the moment Python starts
         status = Path('/proc/self/status').read_text()
@@ -114,7 +117,7 @@ def peak_mb():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measure(way, bold, folder):
+def measure(way: str, bold: Path, folder: Path) -> None:
     """In a process of its own: do the work, save its result, print time and memory."""
     work = {'inflate': inflate, 'ours': ours, 'nilearn': nilearn}[way](bold, folder)
     start = time.perf_counter()
@@ -125,9 +128,9 @@ def measure(way, bold, folder):
     print(json.dumps({'work': seconds, 'peak': peak_mb()}))
 
 
-def compare(bold, folder, repeats):
+def compare(bold: Path, folder: Path, repeats: int) -> dict[str, dict[str, float]]:
     """Medians over interleaved repeats of each way."""
-    rows = {way: [] for way in WAYS}
+    rows: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for _ in range(repeats):
         for way in WAYS:
             start = time.perf_counter()
@@ -149,7 +152,7 @@ def compare(bold, folder, repeats):
     }
 
 
-def report(name, bold, folder, repeats):
+def report(name: str, bold: Path, folder: Path, repeats: int) -> None:
     """Print one run's table."""
     found = compare(bold, folder, repeats)
     print(f'\n{name} ({bold.stat().st_size / 1e6:.0f} MB on disk)')
@@ -170,7 +173,7 @@ def report(name, bold, folder, repeats):
     print(f'{"largest relative difference":32}{np.abs(a / b - 1).max():8.0e}')
 
 
-def main():
+def main() -> None:
     """Synthesise, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--volumes', type=int, default=300)
@@ -180,7 +183,8 @@ def main():
     options = parser.parse_args()
     if options.measure:
         way, bold = options.measure
-        return measure(way, Path(bold), options.keep)
+        measure(way, Path(bold), options.keep)
+        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
         for name, bold in synthesise(folder, options.volumes).items():

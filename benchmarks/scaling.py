@@ -41,7 +41,9 @@ def write_noise(folder: Path, atlas_name: str) -> None:
         write_sidecar(Path(f'{stem}_stat-mean_timeseries.tsv'), facts)
 
 
-def start(data: Path, out: Path, model: str, processes: int, steps: int, batch: int):
+def start(
+    data: Path, out: Path, model: str, processes: int, steps: int, batch: int
+) -> subprocess.Popen:
     """Start a training."""
     launch = ['torch.distributed.run', '--standalone', '--nproc-per-node', str(processes), '-m']
     return subprocess.Popen(
@@ -53,7 +55,7 @@ def start(data: Path, out: Path, model: str, processes: int, steps: int, batch: 
     )  # fmt: skip
 
 
-def speed(outs: list[Path], runs: list) -> float:
+def speed(outs: list[Path], runs: list[subprocess.Popen]) -> float:
     """Windows per second of trainings that run side by side, added up; the median step counts."""
     for run in runs:
         assert run.wait() == 0

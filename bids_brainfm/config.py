@@ -4,8 +4,10 @@ import dataclasses
 import json
 import os
 import tomllib
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bids_brainfm.errors import BrainfmError
 
@@ -34,8 +36,9 @@ class Settings:
 
     Every field but the first two has a default, and the name of its command line option.
     Labels are without their prefix (``01``, not ``sub-01``). ``mem`` is in GB, ``stride`` in
-    samples at the model's TR, ``forecast_points`` too. None stands for what the model or the
-    analysis has as its default; ``scale_stats`` is empty where statistics are to be fitted.
+    samples at the model's TR. None stands for what the model has as its default; ``scale_stats``
+    is empty where statistics are to be fitted. ``options`` are those of the products
+    (:mod:`bids_brainfm.outputs.registry`) that were given, by name.
     """
 
     bids_dir: Path
@@ -60,21 +63,11 @@ class Settings:
     stride: int | None = None
     short_runs: str = 'refuse'
     tokens: bool = False
-    latent_prediction: str | None = None
     random_weights: bool = False
 
     outputs: tuple[str, ...] = ('embeddings',)
-    mask_ratio: float | None = None
-    aggregate: str | None = None
-    write_bold: bool = False
-    forecast_points: int | None = None
-    forecast_mode: str | None = None
-    network_clusters: str | None = None
-    reference_networks: tuple[Path, ...] = ()
-    perturb: str | None = None
-    perturb_sd: float | None = None
     random_seed: int = 0
-    contrast: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
     stop_after: str | None = None
 
     device: str = 'auto'
@@ -93,8 +86,10 @@ class Settings:
     offline: bool = False
     verbose: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Bring what TOML and the command line give into the declared types."""
+        settled = {name: _settle(value) for name, value in self.options.items()}
+        object.__setattr__(self, 'options', {k: v for k, v in settled.items() if v is not None})
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             if value is None:
@@ -113,35 +108,34 @@ class Settings:
     def to_toml(self) -> str:
         """TOML text that :func:`read_toml` reads back to equal settings."""
         lines = []
-        for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
+        declared = [item.name for item in dataclasses.fields(self) if item.name != 'options']
+        values = {name: getattr(self, name) for name in declared} | self.options
+        for name, value in values.items():
             if value is None:
                 continue
+            text = json.dumps(value, default=str)  # JSON's strings and lists are TOML's
             if isinstance(value, dict):
-                pairs = ', '.join(f'{json.dumps(k)} = {json.dumps(v)}' for k, v in value.items())
-                text = f'{{{pairs}}}'
-            else:
-                # JSON's strings and lists are TOML's, and a path is a string
-                text = json.dumps(value, default=str)
-            lines.append(f'{item.name} = {text}')
+                pairs = (f'{json.dumps(k)} = {json.dumps(v)}' for k, v in value.items())
+                text = f'{{{", ".join(pairs)}}}'
+            lines.append(f'{name} = {text}')
         return '\n'.join(lines) + '\n'
 
 
-def read_toml(path: Path) -> dict:
-    """Settings found in a TOML file, to be overridden by the command line.
+def _settle(value: Any) -> Any:
+    """Make paths in the value of an option absolute."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_settle, value)) or None
+    return value.absolute() if isinstance(value, Path) else value
 
-    Raises
-    ------
-    BrainfmError
-        The file is missing, is not TOML, or names a setting that does not exist.
-    """
+
+def read_toml(path: Path, options: Collection[str]) -> dict[str, Any]:
+    """Settings found in a TOML file; names that are neither settings nor `options` are refused."""
     try:
         found = tomllib.loads(Path(path).read_text())
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise BrainfmError(f'--config-file {path} cannot be read: {error}.') from None
-    known = {item.name for item in dataclasses.fields(Settings)}
-    unknown = sorted(set(found) - known)
-    if unknown:
+    known = {item.name for item in dataclasses.fields(Settings)} - {'options'} | set(options)
+    if unknown := sorted(set(found) - known):
         raise BrainfmError(
             f'--config-file {path} has the unknown setting {", ".join(unknown)}; '
             f'the settings are: {", ".join(sorted(known))}.'

@@ -6,15 +6,17 @@ an interface raises for a fault of that interface, and goes on with the next one
 
 import contextlib
 import signal
+from collections.abc import Iterator
+from types import FrameType
 
 _received: list[int] = []
 
 
 @contextlib.contextmanager
-def listening():
+def listening() -> Iterator[None]:
     """Take SIGINT and SIGTERM as a wish to stop, unless they are ignored here (as by nohup)."""
 
-    def stop(number, _):
+    def stop(number: int, _: FrameType | None) -> None:
         _received.append(number)
         raise KeyboardInterrupt
 
@@ -32,13 +34,7 @@ def listening():
 
 
 def check() -> None:
-    """Stop here if that was wished for.
-
-    Raises
-    ------
-    KeyboardInterrupt
-        A signal came.
-    """
+    """Raise KeyboardInterrupt if a signal came."""
     if _received:
         raise KeyboardInterrupt
 

@@ -17,7 +17,7 @@ from bids_brainfm.analyses.scores import score
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.brainlm_legacy import BrainLMLegacy
 from bids_brainfm.models.brainlm_vitmae import BrainLMViT
-from bids_brainfm.models.encoder import Encoder
+from bids_brainfm.models.encoder import Encoder, set_positions
 from bids_brainfm.models.masking import keep_lowest, leave_out, masked_tokens
 from bids_brainfm.models.weights import initialise
 
@@ -47,9 +47,11 @@ def network_of(family, **sizes):
     return initialise(kind(config | sizes), 0)
 
 
-def encoder_of(network, order=None):
-    xyz = np.random.default_rng(5).normal(0, 30, (network.window_shape[0], 3))
-    return Encoder(network, order=order, xyz=xyz)
+def encoder_of(network, order=None, xyz=None, precision='float32'):
+    if xyz is None:
+        xyz = np.random.default_rng(5).normal(0, 30, (network.capabilities.window[0], 3))
+    set_positions(network, xyz, order)
+    return Encoder(network, order=order, precision=precision)
 
 
 def double(family, answer):
@@ -57,10 +59,10 @@ def double(family, answer):
     kind, config = FAMILIES[family]
 
     class Double(kind):
-        def encode(self, signal, *place, keep=None, blank=None, return_attention=False):
+        def encode(self, signal, keep=None, blank=None, return_attention=False):
             return signal, None
 
-        def decode(self, hidden, *place, keep=None):
+        def decode(self, hidden, keep=None):
             return answer(hidden)
 
     return encoder_of(initialise(Double(config), 0))
@@ -237,7 +239,7 @@ def test_the_whole_run_is_reconstructed(samples):
     data = run_of(samples)
     made = reconstruct(copies('vit'), data, 0.75)
     np.testing.assert_array_equal(made.model, data)
-    assert all(np.isfinite(values).all() for values in made.ways.values())
+    assert all(np.isfinite(values).all() for values in made.predictions.values())
     assert 0.5 < made.hidden.mean() < 0.9
 
 
@@ -262,8 +264,8 @@ def test_parcels_come_back_in_atlas_order():
     for family in FAMILIES:
         network = network_of(family)
         xyz = np.random.default_rng(5).normal(0, 30, (P, 3))
-        ordered = reconstruct(Encoder(network, order=order, xyz=xyz), data, 0.5)
-        plain = reconstruct(Encoder(network, xyz=xyz[order]), data[:, order], 0.5)
+        ordered = reconstruct(encoder_of(network, order, xyz), data, 0.5)
+        plain = reconstruct(encoder_of(network, xyz=xyz[order]), data[:, order], 0.5)
         for name in ('model', 'hidden', 'interpolation'):
             found, expected = getattr(ordered, name), getattr(plain, name)
             assert np.array_equal(found[:, order], expected)
@@ -378,8 +380,8 @@ def test_the_future_is_not_seen(family, mode):
     data = data.copy()
     data[before.samples[0]] += 5
     after = forecast(encoder, data, 10, mode)
-    for name, values in before.ways.items():
-        np.testing.assert_array_equal(values, after.ways[name], err_msg=name)
+    for name, values in before.predictions.items():
+        np.testing.assert_array_equal(values, after.predictions[name], err_msg=name)
     data[:20] += 5
     assert not np.allclose(forecast(encoder, data, 10, mode).model, before.model, atol=1e-3)
 
@@ -480,13 +482,11 @@ def test_parcels_that_share_a_token_are_told_apart_from_those_that_do_not_change
 def test_order_of_rows_does_not_move_the_target():
     """Rows are shown in another order, and the network still moves what follows in that order."""
     order = np.random.default_rng(0).permutation(P)
-    network = neighbour('legacy').network
-    xyz = np.zeros((P, 3))
+    encoder = encoder_of(neighbour('legacy').network, order)
     window = run_of().T
     target = np.arange(P) == order[4]
     found = perturb(
-        Encoder(network, order=order, xyz=xyz), window, target, window.mean(1), window.std(1),
-        2.0, 0.2, shams=0,
+        encoder, window, target, window.mean(1), window.std(1), 2.0, 0.2, shams=0,
     )  # fmt: skip
     moved = np.flatnonzero(np.abs(np.nan_to_num(found.change)) > 0.1)
     assert moved.tolist() == [order[5]]
@@ -509,7 +509,7 @@ def test_what_was_not_recorded_does_not_count():
 def test_sham_targets_are_the_target_moved_along_the_rows(family):
     order = np.random.default_rng(1).permutation(P)
     network = network_of(family)
-    encoder = Encoder(network, order=order, xyz=np.zeros((P, 3)))
+    encoder = encoder_of(network, order)
     target = np.zeros(P, bool)
     target[order[[2, 3, 6]]] = True  # rows 2, 3 and 6
     eligible = np.arange(P) != order[9]
@@ -561,7 +561,7 @@ def test_encoder_reconstructs_as_the_network_does(family):
     encoder, windows = encoder_of(network), np.stack([run_of(seed=s).T for s in range(3)])
     keep = keep_lowest(torch.rand(3, network.tokens), 0.5)
     with torch.inference_mode():
-        expected = network.reconstruct(torch.from_numpy(windows), *encoder._place, keep=keep)
+        expected = network.reconstruct(torch.from_numpy(windows), keep)
     np.testing.assert_allclose(encoder.reconstruct(windows, keep), expected, atol=1e-5)
     np.testing.assert_allclose(
         encoder.reconstruct(windows, keep[0])[1],
@@ -574,9 +574,8 @@ def test_bfloat16_reconstructs_nearly_the_same():
     for family in FAMILIES:
         windows = run_of().T[None]
         keep = torch.arange(0, network_of(family).tokens, 2)
-        xyz = np.random.default_rng(5).normal(0, 30, (P, 3))
         exact, coarse = (
-            Encoder(network_of(family), xyz=xyz, precision=p).reconstruct(windows, keep)
+            encoder_of(network_of(family), precision=p).reconstruct(windows, keep)
             for p in ('float32', 'bfloat16')
         )
         assert coarse.dtype == np.float32

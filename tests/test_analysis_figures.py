@@ -12,16 +12,36 @@ import pytest
 from matplotlib.text import Text
 from PIL import Image
 
-from bids_brainfm.reports import analysis_figures as pictures
-from bids_brainfm.reports.style import save
+from bids_brainfm.reports.figures.attention import attention
+from bids_brainfm.reports.figures.brain import VIEWS
+from bids_brainfm.reports.figures.contrast import contrast
+from bids_brainfm.reports.figures.forecast import forecast
+from bids_brainfm.reports.figures.networks import knn, networks
+from bids_brainfm.reports.figures.perturbation import perturbation
+from bids_brainfm.reports.figures.reconstruction import gain, r2_map, reconstruction
+from bids_brainfm.reports.style import BLUE, save
 
+DRAWINGS = (
+    attention,
+    contrast,
+    forecast,
+    gain,
+    knn,
+    networks,
+    perturbation,
+    r2_map,
+    reconstruction,
+)
 P, T, K = 450, 500, 20
 NAMES = [f'parcel {number}' for number in range(P)]
 STEPS = 0.72 * np.arange(1, 21)
 
 
-def score(accuracy, balanced=0.2, p=None):
+def score(accuracy, balanced=0.2, p=np.nan):
     return SimpleNamespace(accuracy=accuracy, balanced_accuracy=balanced, p=p)
+
+
+NULL = {'spatial null': score(0.4)}
 
 
 @pytest.fixture(scope='module')
@@ -47,7 +67,7 @@ def ordinary(xyz):
     mse = np.linspace(0.2, 1, 20)
     ways = {
         name: {'mse': mse * factor, 'r2': 1 - mse * factor, 'r': 1 - mse}
-        for name, factor in (('model', 1), ('persistence', 2), ('mean', 1.2), ('AR', 0.999))
+        for name, factor in (('model', 1), ('persistence', 2), ('mean', 1.2), ('ar', 0.999))
     }
     origins = [(t + STEPS, np.zeros(20), np.linspace(0.1, 1, 20)) for t in (0, 20, 40)]
     example = {'name': 'x', 'time': np.arange(T), 'observed': series[:, 0], 'origins': origins}
@@ -56,12 +76,21 @@ def ordinary(xyz):
     names = [f'network {number // 2}' for number in range(K)]
     reference = np.array([*names, 'not found'])[rng.integers(0, K + 1, P)]
     return {
-        'reconstruction': (series, rng.random((T, P)) < 0.75, rebuilt, 2.0, value, NAMES),
+        'reconstruction': (
+            series,
+            rng.random((T, P)) < 0.75,
+            rebuilt,
+            2.0,
+            value,
+            NAMES,
+            np.arange(P),
+            'atlas order',
+        ),
         'r2_map': (xyz, {'model': value, 'mean': value - 0.1, 'interpolation': value - 5}),
         'gain': (2.0 ** np.arange(-3, 5), np.linspace(-3, 0.5, 8), True),
         'forecast': (STEPS, ways, [example] * 3),
         'networks': (xyz, labels, names, reference, rng.random(P), {'ARI': 0.4}),
-        'knn': ({'features': score(0.6, p=0.01), 'xyz': score(0.5)}, rng.random(1000)),
+        'knn': ({'features': score(0.6, p=0.01), 'xyz': score(0.5), **NULL}, rng.random(1000)),
         'attention': (xyz, np.exp(value), np.exp(rng.normal(0, 1, (P, 10))), 'A note. ' * 40),
         'perturbation': (xyz, change, target, rng.random(P), np.full(P, 0.1), NAMES, 2.0),
         'contrast': (xyz, value, rng.random(P), 'task', 'rest', 20, 21),
@@ -72,7 +101,7 @@ def degenerate(xyz):
     """Arguments of every picture without any value, and with the same value everywhere."""
     xyz = xyz[::9]
     nan, zero, one = np.full(50, np.nan), np.zeros(50), np.ones(50)
-    none = np.zeros(50, bool)
+    none, order = np.zeros(50, bool), (np.arange(50), '')
     nothing = {'mse': np.full(1, np.nan), 'r2': np.full(1, np.nan), 'r': np.full(1, np.nan)}
     flat = {'mse': np.ones(1), 'r2': np.full(1, -9.0), 'r': np.zeros(1)}
     blank, level = np.full((30, 50), np.nan), np.ones((30, 50))
@@ -80,22 +109,22 @@ def degenerate(xyz):
     lost = score(np.nan, np.nan, np.nan)
     example = {'name': 'x', 'time': np.arange(9), 'observed': nan[:9], 'origins': []}
     return [
-        ('reconstruction', (blank, hidden, blank, 2.0, nan, NAMES), 'None of 50 parcels'),
-        ('reconstruction', (level, ~hidden, level, 2.0, zero, NAMES), 'Median R² 0.00 over 50'),
+        ('reconstruction', (blank, hidden, blank, 2.0, nan, NAMES, *order), 'None of 50 parcels'),
+        ('reconstruction', (level, ~hidden, level, 2.0, zero, NAMES, *order), 'R² 0.00 over 50'),
         ('r2_map', (xyz, {'model': nan, 'mean': zero}), 'No parcel has an R²'),
         ('r2_map', (xyz, {'model': zero, 'mean': zero}), 'above mean in 0 of 50 parcels'),
-        ('r2_map', (xyz, {'model': one}), 'above 0 in 50 of 50 parcels'),
+        ('r2_map', (xyz, {'model': one, 'mean': zero}), 'above mean in 50 of 50 parcels'),
         ('gain', (np.ones(1), np.full(1, np.nan), False), 'R² could not be computed'),
         ('gain', (np.ones(1), np.full(1, -5.0), False), '1 of 1 points lie below -1'),
         ('forecast', (np.ones(1), {'model': nothing}, []), 'No step'),
         ('forecast', (np.ones(1), {'model': flat, 'mean': flat}, [example]), 'at 0 of 1 steps'),
         ('networks', (xyz, zero, [], None, nan, None), 'No network was found in 50 parcels'),
         ('networks', (xyz, one, ['a'], None, 3 * one, None), '1 cluster in 50 of 50'),
-        ('knn', ({'features': lost}, nan), 'features: no parcel could be told'),
-        ('knn', ({'features': score(0.0, 0.0, 1.0)}, zero), 'not above the spatial null'),
+        ('knn', ({'features': lost, **NULL}, nan), 'features: no parcel could be told'),
+        ('knn', ({'features': score(0.0, 0.0, 1.0), **NULL}, zero), 'not above the spatial null'),
         ('attention', (xyz, nan, np.full((50, 3), np.nan), None), 'No parcel of 50'),
         ('attention', (xyz, one, np.ones((50, 1)), None), 'All 50 parcels get the same share'),
-        ('attention', (xyz, zero, None, None), 'All 50 parcels get the same share'),
+        ('attention', (xyz, zero, np.zeros((50, 2)), None), 'All 50 parcels get the same share'),
         ('perturbation', (xyz, nan, none, nan, nan, NAMES, -1), 'no other parcel could be'),
         ('perturbation', (xyz, zero, none, one, zero, NAMES, 0.5), '0 of 50 others change'),
         ('contrast', (xyz, nan, nan, 'a', 'b', 2, 2), 'could be compared in no parcel'),
@@ -104,7 +133,8 @@ def degenerate(xyz):
 
 
 def draw(name, arguments):
-    return getattr(pictures, name)(*arguments)
+    (drawing,) = (drawing for drawing in DRAWINGS if drawing.__name__ == name)
+    return drawing(*arguments)
 
 
 def title(figure):
@@ -125,7 +155,7 @@ def panel(figure, label):
 
 def views(figure):
     """Axes of the glass brains by the name written below them."""
-    names = {name for _, _, name, _ in pictures.VIEWS.values()}
+    names = {name for _, _, name, _ in VIEWS.values()}
     found = {}
     for axes in figure.axes:
         for text in axes.texts:
@@ -184,10 +214,10 @@ def test_no_backend_is_chosen_or_changed(chosen):
     code = """
 import warnings
 import matplotlib, numpy as np
-from bids_brainfm.reports import analysis_figures as pictures
+from bids_brainfm.reports.figures.contrast import contrast
 warnings.simplefilter('error')
 before = dict.__getitem__(matplotlib.rcParams, 'backend')
-pictures.contrast(np.zeros((3, 3)), np.ones(3), np.ones(3), 'a', 'b', 2, 2)
+contrast(np.zeros((3, 3)), np.ones(3), np.ones(3), 'a', 'b', 2, 2)
 assert dict.__getitem__(matplotlib.rcParams, 'backend') is before, before
 """
     env = {key: os.environ[key] for key in ('PATH', 'HOME') if key in os.environ}
@@ -201,7 +231,7 @@ assert dict.__getitem__(matplotlib.rcParams, 'backend') is before, before
 def test_left_is_left(xyz):
     """A left parcel is at the L of the view from above and in the left view only."""
     places = np.array([[-40.0, -30, 20], [40, 30, 10]])
-    figure = pictures.contrast(places, np.array([1.0, -2]), np.ones(2), 'a', 'b', 2, 2)
+    figure = contrast(places, np.array([1.0, -2]), np.ones(2), 'a', 'b', 2, 2)
     figure.draw_without_rendering()
     seen = views(figure)
 
@@ -240,7 +270,7 @@ def test_brains_mark_missing_ringed_and_target_parcels(xyz):
     p = np.ones(P)
     p[[30, 400, 401]] = 0.05
     p[5] = 0.01
-    figure = pictures.perturbation(xyz, change, target, p, np.ones(P), NAMES, -1.5)
+    figure = perturbation(xyz, change, target, p, np.ones(P), NAMES, -1.5)
     assert '2 parcels held at -1.5 SD: 3 of 447 others change' in title(figure)
     assert '22 expected by chance' in title(figure)
     assert '1 without a value (grey)' in title(figure)
@@ -270,8 +300,8 @@ def test_reconstruction_shows_best_median_and_worst():
     hidden = np.zeros((60, 6), bool)
     hidden[20:40] = True
     hidden[50:, 3] = True
-    figure = pictures.reconstruction(
-        original, hidden, 0.5 * original, 2.0, r2, NAMES, [5, 4, 3, 2, 1, 0], start=8.0
+    figure = reconstruction(
+        original, hidden, 0.5 * original, 2.0, r2, NAMES, [5, 4, 3, 2, 1, 0], 'back', start=8.0
     )
     assert 'Median R² 0.20 over 5 of 6 parcels' in title(figure)
     assert f'{130 / 360:.0%} of the points hidden' in title(figure)
@@ -300,8 +330,15 @@ def test_reconstruction_shows_best_median_and_worst():
 @pytest.mark.parametrize('count', [1, 2])
 def test_reconstruction_of_few_parcels_repeats_none(count):
     series = np.random.default_rng(0).normal(0, 1, (20, count))
-    figure = pictures.reconstruction(
-        series, np.zeros((20, count), bool), series, 1.0, np.arange(count), NAMES
+    figure = reconstruction(
+        series,
+        np.zeros((20, count), bool),
+        series,
+        1.0,
+        np.arange(count),
+        NAMES,
+        np.arange(count),
+        'atlas order',
     )
     said = [axes.get_title('left').split(':')[0] for axes in figure.axes[:count]]
     assert said == ['best parcel', 'worst parcel'][:count]
@@ -313,7 +350,7 @@ def test_r2_map_counts_parcels_above_each_baseline(xyz):
     ours, mean, line = rng.normal(0.2, 0.5, (3, P))
     ours[:2], line[1:3], line[10:14] = np.nan, np.nan, -40
     both = np.isfinite(ours) & np.isfinite(line)
-    figure = pictures.r2_map(xyz, {'model': ours, 'mean': mean, 'interpolation': line})
+    figure = r2_map(xyz, {'model': ours, 'mean': mean, 'interpolation': line})
     first, second = (int((ours > other)[both].sum()) for other in (mean, line))
     assert (
         f'above mean in {first} and above interpolation in {second} of {P - 3} parcels'
@@ -331,7 +368,7 @@ def test_r2_map_counts_parcels_above_each_baseline(xyz):
 def test_gain_counts_what_it_cuts_off():
     gains = np.array([4.0, 0.5, 1.0, 2.0, 8.0])
     r2 = np.array([0.5, -1.5, 0.1, 0.3, -7.0])
-    figure = pictures.gain(gains, r2, True)
+    figure = gain(gains, r2, True)
     assert 'R² is 0.50 at gain 4, against 0.10 at gain 1: the input is not' in title(figure)
     assert '2 of 5 points lie below -1' in title(figure)
     axes = panel(figure, 'gain on the input (1: as it is)')
@@ -340,9 +377,9 @@ def test_gain_counts_what_it_cuts_off():
         [0.5, 8.0]
     ]
     assert axes.lines[0].get_xdata() == [1, 1]
-    calm = pictures.gain(gains, 0.3 - np.log(gains) ** 2 / 9, False)
+    calm = gain(gains, 0.3 - np.log(gains) ** 2 / 9, False)
     assert title(calm) == 'R² is highest at gain 1, 0.30'
-    useless = pictures.gain(gains, -1 / gains, False)
+    useless = gain(gains, -1 / gains, False)
     assert title(useless).startswith('At no gain is the model nearer than the mean: R² is -0.12')
 
 
@@ -351,13 +388,13 @@ def test_forecast_counts_steps_and_draws_every_fan():
     ways = {
         'model': {'mse': mse, 'r2': 1 - mse, 'r': 1 - mse},
         'mean': {'mse': [1, 0.5, 1], 'r2': [0, 0, -8], 'r': [np.nan] * 3},
-        'AR': {'mse': [0.2, 0.6, 1.0], 'r2': [0.8, 0.4, 0], 'r': [0.9, 0.7, 0.5]},
+        'ar': {'mse': [0.2, 0.6, 1.0], 'r2': [0.8, 0.4, 0], 'r': [0.9, 0.7, 0.5]},
     }
     time = np.arange(30.0)
     spread = np.array([1.0, 2, 3])
     origins = [(time[at : at + 3], np.full(3, 5.0), spread) for at in (10, 13)]
     example = {'name': 'V1', 'time': time, 'observed': np.sin(time), 'origins': origins}
-    figure = pictures.forecast(np.array([1.0, 2, 3]), ways, [example])
+    figure = forecast(np.array([1.0, 2, 3]), ways, [example])
     assert title(figure) == 'The model has the lowest error at 2 of 3 steps'
     fans = figure.axes[0]
     assert fans.get_title('left') == 'V1'
@@ -369,7 +406,7 @@ def test_forecast_counts_steps_and_draws_every_fan():
     assert panels['R² (cut off at -1)'].get_ylim()[0] == -1
     ours, *others = panels['MSE'].lines
     assert np.array_equal(ours.get_ydata(), mse)
-    assert ours.get_color() == pictures.BLUE
+    assert ours.get_color() == BLUE
     assert all(ours.get_linewidth() > other.get_linewidth() for other in others)
 
 
@@ -378,9 +415,7 @@ def test_networks_have_one_colour_in_both_maps(xyz):
     names = ['visual', 'default', 'visual']
     reference = np.array(['default', 'visual', 'limbic', 'n/a', ''])[np.arange(P) % 5]
     confidence = np.where(labels > 0, 0.75, np.nan)
-    figure = pictures.networks(
-        xyz, labels, names, reference, confidence, {'NMI': 0.5, 'ARI': 0.25}
-    )
+    figure = networks(xyz, labels, names, reference, confidence, {'NMI': 0.5, 'ARI': 0.25})
     assert f'3 clusters in {(labels > 0).sum()} of {P} parcels' in title(figure)
     assert 'NMI 0.50, ARI 0.25' in title(figure)
     shown = words(figure)
@@ -407,7 +442,7 @@ def test_networks_have_one_colour_in_both_maps(xyz):
     assert second.sum() > first.sum() + 0.5
     assert len(found.get_offsets()) == (labels > 0).sum()
     assert len(theirs.get_offsets()) == np.isin(reference, ['default', 'visual', 'limbic']).sum()
-    alone = pictures.networks(xyz, labels, names, None, confidence, None)
+    alone = networks(xyz, labels, names, None, confidence, None)
     assert len(views(alone)['from above']) == 1
 
 
@@ -419,14 +454,18 @@ def test_networks_have_one_colour_in_both_maps(xyz):
 )  # fmt: skip
 def test_knn_states_accuracy_and_p(p, said):
     null = np.tile([0.3, 0.5], 20)
-    scores = {'features': score(0.62, 0.55, p), 'xyz': score(0.5, 0.4, np.nan)}
-    figure = pictures.knn(scores, null)
+    scores = {
+        'features': score(0.62, 0.55, p),
+        'xyz': score(0.5, 0.4),
+        'spatial null': score(0.4, 0.3),
+    }
+    figure = knn(scores, null)
     assert title(figure) == f'Accuracy of features 0.62, {said}'
     (axes,) = figure.axes
     ticks = [tick.get_text() for tick in axes.get_xticklabels()]
     assert ticks == ['features', 'xyz', 'spatial null']
-    heights = [bar.get_height() for bar in axes.patches[:5]]
-    assert heights == pytest.approx([0.62, 0.55, 0.5, 0.4, 0.4])
+    heights = [bar.get_height() for bar in axes.patches[:6]]
+    assert heights == pytest.approx([0.62, 0.55, 0.5, 0.4, 0.4, 0.3])
     assert np.allclose(axes.collections[0].get_offsets()[:, 1], null)
 
 
@@ -435,15 +474,13 @@ def test_attention_says_who_gets_most_and_prints_the_note(xyz):
     values[:45] = 4.0
     values[-1] = np.nan
     profile = np.tile([0.01, 0.02, 0.03], (P, 1))
-    figure = pictures.attention(xyz, values, profile, 'A token spans 16 parcels.')
+    figure = attention(xyz, values, profile, 'A token spans 16 parcels.')
     share = 4 * 45 / (4 * 45 + 0.5 * (P - 46))
     assert f'45 of {P - 1} parcels get more than an equal share' in title(figure)
     assert f'the 45 that get most hold {share:.0%}' in title(figure)
     assert 'A token spans 16 parcels.' in words(figure)
     patches = panel(figure, 'time patch')
     assert patches.lines[0].get_ydata() == pytest.approx([0.5, 1, 1.5])
-    alone = pictures.attention(xyz, values, None, None)
-    assert not [axes for axes in alone.axes if axes.get_xlabel() == 'time patch']
 
 
 def test_contrast_counts_both_directions(xyz):
@@ -451,7 +488,7 @@ def test_contrast_counts_both_directions(xyz):
     difference[20] = np.nan
     q = np.where(np.abs(difference) > 0.9, 0.01, 0.5)
     q[-1] = 0.05  # not below
-    figure = pictures.contrast(xyz, difference, q, 'task', 'rest', 12, 14)
+    figure = contrast(xyz, difference, q, 'task', 'rest', 12, 14)
     above = (difference[:-1] > 0.9).sum()
     below = (difference < -0.9).sum()
     assert (

@@ -102,14 +102,14 @@ def test_embedding_is_what_python_gives(done):
     from bids_brainfm.models.encoder import Encoder, ascending_y
     from bids_brainfm.models.weights import build, load_checkpoint
     from bids_brainfm.resources import home
-    from bids_brainfm.signals.contract import Contract, prepare
+    from bids_brainfm.signals.contract import Contract, prepare_input, windows_of
     from bids_brainfm.signals.series import read_series
 
     func = done[0] / 'sub-01' / 'func'
     card, atlas = load_card('brainlm-demo'), load_atlas('Demo424', home())
     series = read_series(func / f'{STEM}_stat-mean_timeseries.tsv')
     contract = Contract(card.tr, card.window, card.scaling, card.divide_by)
-    windows, _ = prepare(series, contract, atlas.xyz, atlas.name)
+    windows = windows_of(prepare_input(series, contract, atlas.xyz, atlas.name), contract)
     network = build(card.config)
     load_checkpoint(network, card.weights[0]['name'])
     encoding = Encoder(network, order=ascending_y(atlas.xyz)).encode(windows.data)

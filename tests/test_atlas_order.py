@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bids_brainfm.atlases.atlas import load_atlas, load_card, missing_files
+from bids_brainfm.atlases.atlas import load_atlas
+from bids_brainfm.atlases.cards import load_card, missing_files
 from bids_brainfm.atlases.export import export_atlas
 from bids_brainfm.atlases.images import label_centres
 from bids_brainfm.atlases.obtain import obtain_atlas, overlay_labels
@@ -284,10 +285,18 @@ def test_lookalike_under_the_right_name(card, usb, tmp_path):
     ('old', 'new', 'sentence'),
     [
         ("'*-rh': 1", "'*-rh': 2", 'the order of 7 names for 6 parcels'),
-        ('by: overlay', 'by: magic', r'how small17\.nii\.gz is made: by \(warp or overlay\)'),
-        ('subcortex.nii]', 'absent.nii]', r'how small17\.nii\.gz is made: .* of \(files of the'),
-        (', provenance: two parts', '', r'how small17\.nii\.gz is made: .* provenance'),
-        ('parcels: [1, 2], ', '', r'must state the parcels \(first, last\) of subcortex\.nii'),
+        ('by: overlay', 'by: magic', r"small17\.nii\.gz: by 'magic' is not one of warp, overlay"),
+        (
+            'subcortex.nii]',
+            'absent.nii]',
+            r'small17\.nii\.gz is made of .*absent\.nii, but',
+        ),
+        (', provenance: two parts', '', r'small17\.nii\.gz lacks provenance'),
+        (
+            'parcels: [1, 2], ',
+            '',
+            r'subcortex\.nii: a part must state the parcels',
+        ),
     ],
 )
 def test_bad_card(card, old, new, sentence):

@@ -9,18 +9,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from bids_brainfm.atlases import atlas as atlases
-from bids_brainfm.atlases.atlas import (
-    CARDS,
-    Atlas,
-    hemisphere,
-    images_here,
-    load_atlas,
-    load_card,
-    missing_files,
-)
+from bids_brainfm.atlases.atlas import Atlas, hemisphere, load_atlas
+from bids_brainfm.atlases.cards import images_here, load_card, missing_files
 from bids_brainfm.atlases.obtain import obtain_atlas, warp_labels
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.resources import home
+from bids_brainfm.validation import DATA
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / 'shared' / 'atlases'
@@ -67,10 +61,10 @@ def save_labels(card, change):
 
 def test_home_is_read_when_asked(monkeypatch, tmp_path):
     monkeypatch.setenv('BIDS_BRAINFM_HOME', str(tmp_path / 'a'))
-    assert atlases.home() == tmp_path / 'a'
+    assert home() == tmp_path / 'a'
     monkeypatch.delenv('BIDS_BRAINFM_HOME')
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'b'))
-    assert atlases.home() == tmp_path / 'b' / 'bids_brainfm'
+    assert home() == tmp_path / 'b' / 'bids_brainfm'
     assert list(tmp_path.iterdir()) == []
 
 
@@ -184,14 +178,12 @@ def test_image_that_nobody_supplied_is_warped(tmp_path, monkeypatch):
 
     folder = tmp_path / 'templateflow' / 'tpl-MNI152NLin2009cAsym'
     folder.mkdir(parents=True)
-    write_itk_composite(folder / WARP['transform'], (0, 0, 0))
+    write_itk_composite(folder / WARP.transform, (0, 0, 0))
     obtain_atlas(card, home, source)
     assert missing_files(card, home) == []
     image = load_atlas('A424', home).image_for('MNI152NLin2009cAsym', 2)
     assert image.path.name == 'tpl-MNI152NLin2009cAsym_atlas-A424_res-02_dseg.nii.gz'
-    assert image.provenance == (
-        f'A424+2mm.nii.gz warped nearest-neighbour with {WARP["transform"]}'
-    )
+    assert image.provenance == (f'A424+2mm.nii.gz warped nearest-neighbour with {WARP.transform}')
     assert nib.load(image.path).shape == (97, 115, 97)
     made = image.path.stat().st_mtime_ns
     obtain_atlas(card, home, source)
@@ -258,10 +250,10 @@ def test_own_atlas_refusals(own_atlas):
     ('old', 'new', 'sentence'),
     [
         ('parcels: 4', 'parcels: 5', 'must list the parcels 1 to 5'),
-        ('role: table', 'role: words', 'the role words'),
+        ('role: table', 'role: words', "role 'words' is not one of image, labels"),
         (', resolution: 10', '', 'must state space and resolution'),
-        ('licence: CC0', 'license: CC0', 'cannot be used'),
-        ('name: Mine', ': : :', 'cannot be used'),
+        ('licence: CC0', 'license: CC0', 'lacks licence and has the unknown key license'),
+        ('name: Mine', ': : :', 'is not a YAML mapping'),
     ],
 )
 def test_bad_card(own_atlas, old, new, sentence):
@@ -271,7 +263,7 @@ def test_bad_card(own_atlas, old, new, sentence):
 
 
 def test_unknown_atlas_names_the_known():
-    with pytest.raises(BrainfmError, match='choose A424, Demo424, Schaefer2018Tian2020'):
+    with pytest.raises(BrainfmError, match='atlas card A425: choose A424, Demo424, Schaefer2018'):
         load_card('A425')
 
 
@@ -296,8 +288,8 @@ def test_demo_atlas_is_what_its_script_makes(tmp_path):
     spec.loader.exec_module(module)
     module.main(tmp_path)
     table, image = 'Demo424_dseg.tsv', 'Demo424_dseg.nii.gz'
-    assert (tmp_path / table).read_bytes() == (CARDS / table).read_bytes()
-    made, kept = ((folder / image).read_bytes() for folder in (tmp_path, CARDS))
+    assert (tmp_path / table).read_bytes() == (DATA / 'atlases' / table).read_bytes()
+    made, kept = ((folder / image).read_bytes() for folder in (tmp_path, DATA / 'atlases'))
     # The inflated bytes: the deflated ones depend on the zlib that Python was built with.
     assert gzip.decompress(made) == gzip.decompress(kept)
     assert kept[4:8] == bytes(4)  # no time stamp

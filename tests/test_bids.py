@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bids_brainfm.bids.dataset import check_participants, claim_settings, iterate_records
 from bids_brainfm.bids.files import atomic, read_matrix, write_matrix
+from bids_brainfm.bids.inputs import find_datasets
+from bids_brainfm.bids.inputs.fmriprep import find_runs
+from bids_brainfm.bids.inputs.index import index
 from bids_brainfm.bids.naming import parse_name
-from bids_brainfm.bids.reading import check_participants, find_datasets, find_runs, index
-from bids_brainfm.bids.settings import claim_settings
 from bids_brainfm.errors import BrainfmError
 
 SPACES = ('MNI152NLin6Asym', 'fsLR', 'MNI152NLin2009cAsym')
@@ -202,7 +204,9 @@ def test_matrix_reads_back_to_the_bit(tmp_path):
 
 def test_settings_are_claimed_once(tmp_path):
     """Of many processes one writes the record; others must agree, once there are outputs."""
-    claim = lambda value: claim_settings(tmp_path, 'desc-x', {'a': value}, '*_x.tsv')
+    claim = lambda value: claim_settings(
+        tmp_path, 'desc-x', {'a': value}, iterate_records(tmp_path, 'x')
+    )
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: claim(1), range(32)))
     files = [path.name for path in (tmp_path / 'logs' / 'settings').iterdir()]

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from bids_brainfm.cli.parser import BLOCKS as OFFERED
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models import brain_jepa, files, weights
-from bids_brainfm.models.brain_jepa import time_table, token_error
+from bids_brainfm.models.brain_jepa import time_table
 from bids_brainfm.models.encoder import Encoder, encode_runs
-from bids_brainfm.models.masking import BLOCKS, spatiotemporal_block
+from bids_brainfm.models.masking import BLOCKS, spatiotemporal_block, token_error
+from bids_brainfm.outputs import registry
 
 PARCELS, TIMES, PATCH, COLUMNS = 9, 24, 4, 5
 PATCHES = TIMES // PATCH
@@ -63,7 +63,7 @@ def network_of(seed=0, spread=0.2):
     for name, parameter in network.named_parameters():
         if not name.endswith('emb_h'):
             parameter.data += spread * torch.randn(parameter.shape, generator=generator)
-    network.set_gradients(table_of())
+    network.set_positions(table_of())
     return network
 
 
@@ -160,8 +160,8 @@ def test_order_of_tokens(kind):
     network = network_of()
     parcel, time = torch.meshgrid(torch.arange(PARCELS), torch.arange(TIMES), indexing='ij')
     signal = (parcel if kind == 'parcel' else time // PATCH)[None].float()
-    positions = network.encoder.pos_embed_proj(network.gradients)
-    content = network.encoder.embed(signal, network.gradients)[0] - positions
+    positions = network.encoder.pos_embed_proj(network.positions)
+    content = network.encoder.embed(signal, network.positions)[0] - positions
     grid = content.unflatten(0, (PARCELS, PATCHES))
     alike, apart = (1, 0) if kind == 'parcel' else (0, 1)
     assert grid.diff(dim=alike).abs().max() < 1e-5
@@ -182,18 +182,18 @@ def test_time_half():
 def test_parcel_half_is_stretched_over_all_parcels(seed):
     """Conformance 3."""
     network = network_of(seed, spread=seed + 1)
-    code = network.target_encoder.pos_embed_proj(network.gradients)
+    code = network.target_encoder.pos_embed_proj(network.positions)
     time, place = code.view(PARCELS, PATCHES, 2, -1).unbind(2)
     assert (time == time[:1]).all()
     assert (place == place[:, :1]).all()
     assert (place.min(), place.max()) == (-1, 1)
-    drawn = network.target_encoder.pos_embed_proj.predictor_pos_embed_proj(network.gradients)
+    drawn = network.target_encoder.pos_embed_proj.predictor_pos_embed_proj(network.positions)
     low, high = drawn.min(), drawn.max()  # of all channels together
     assert torch.allclose(place[:, 0], (2 * drawn - low - high) / (high - low), atol=1e-5)
     far = table_of()
     far[0] *= 10  # the extremes are this parcel's then, and all others move
-    network.set_gradients(far)
-    moved = network.target_encoder.pos_embed_proj(network.gradients)
+    network.set_positions(far)
+    moved = network.target_encoder.pos_embed_proj(network.positions)
     moved = moved.view(PARCELS, PATCHES, 2, -1)[:, :, 1]
     assert ((moved - place).abs().amax((1, 2)) > 0.05).all()
 
@@ -210,14 +210,14 @@ def test_gradients_are_needed_and_checked():
         with pytest.raises(BrainfmError, match='has no table of brain gradients'):
             use()
     with pytest.raises(BrainfmError, match=r'gradients is 9×4, .* takes 9 parcels × 5 gradients'):
-        network.set_gradients(table_of()[:, :4])
+        network.set_positions(table_of()[:, :4])
     wrong = table_of()
     wrong[2, 1] = np.nan
     for table in (wrong, np.zeros((PARCELS, COLUMNS))):
         with pytest.raises(BrainfmError, match='NaN or infinite values, or the same'):
-            network.set_gradients(table)
-    network.set_gradients(table_of())
-    assert 'gradients' not in network.state_dict()
+            network.set_positions(table)
+    network.set_positions(table_of())
+    assert 'positions' not in network.state_dict()
     assert network.encode(signal_of(1))[0].isfinite().all()
 
 
@@ -260,17 +260,17 @@ def test_networks_are_those_of_pytorch():
     rows = torch.arange(2)[:, None]
 
     target_encoder = network.target_encoder
-    x = tokens_of_pytorch(target_encoder, signal, network.gradients)
+    x = tokens_of_pytorch(target_encoder, signal, network.positions)
     hidden = target_encoder.norm(layers_of_pytorch(target_encoder.blocks, x))
     assert torch.allclose(network.encode(signal)[0], hidden, atol=1e-4)
 
     encoder = network.encoder
-    x = tokens_of_pytorch(encoder, signal, network.gradients)[rows, context_idx]
+    x = tokens_of_pytorch(encoder, signal, network.positions)[rows, context_idx]
     context = encoder.norm(layers_of_pytorch(encoder.blocks, x))
     assert torch.allclose(network.context(signal, context_idx), context, atol=1e-4)
 
     predictor = network.predictor
-    position = predictor.predictor_2dpe_proj(network.gradients)
+    position = predictor.predictor_2dpe_proj(network.positions)
     seen = predictor.predictor_embed(context) + position[context_idx]
     x = torch.cat([seen, predictor.mask_token + position[target_idx]], 1)
     x = predictor.predictor_norm(layers_of_pytorch(predictor.predictor_blocks, x))
@@ -292,7 +292,7 @@ def test_attention_received(monkeypatch):
     network, signal = network_of(), signal_of(2)
     received = network.encode(signal, return_attention=True)[1]
     *blocks, last = network.target_encoder.blocks
-    x = network.target_encoder.embed(signal, network.gradients)
+    x = network.target_encoder.embed(signal, network.positions)
     query, key, _ = last.attn.split(last.attn.qkv(last.norm1(layers_of_pytorch(blocks, x))))
     attention = (query @ key.mT / 8**0.5).softmax(-1)
     assert torch.allclose(received, attention.mean((1, 2)), atol=1e-6)
@@ -387,7 +387,7 @@ def test_blocks_of_small_windows():
 
 
 def test_blocks_are_those_on_offer():
-    assert OFFERED == BLOCKS
+    assert registry.BLOCKS == BLOCKS
 
 
 # --- weights ---------------------------------------------------------------------------------
@@ -551,7 +551,7 @@ def test_initialisation_is_the_official_one_and_repeats():
 
 
 def encoder_of(block='cross-time', precision='float32', order=None):
-    return Encoder(network_of(), order, None, 'cpu', precision, 'a JEPA', block)
+    return Encoder(network_of(), order, 'cpu', precision, 'a JEPA', block)
 
 
 def given(encoding):
@@ -651,6 +651,6 @@ def test_bfloat16_is_for_the_layers():
 @torch.inference_mode()
 def test_bfloat16_leaves_signals_and_places_alone():
     network, signal = network_of(), 1 + 0.01 * signal_of(1)
-    exact = network.encoder.embed(signal, network.gradients)
+    exact = network.encoder.embed(signal, network.positions)
     with torch.autocast('cpu', torch.bfloat16):
-        assert torch.equal(network.encoder.embed(signal, network.gradients), exact)
+        assert torch.equal(network.encoder.embed(signal, network.positions), exact)

@@ -11,9 +11,9 @@ from bids_brainfm.bids.description import write_dataset_files
 from bids_brainfm.bids.files import read_matrix
 from bids_brainfm.bids.freshness import write_sidecar
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.outputs.scale_stats import find_series
+from bids_brainfm.outputs.scale_stats import find
 from bids_brainfm.signals.cohort_stats import CohortFit, Sketch
-from bids_brainfm.signals.scale import fit_scaling, load_scale_stats, scale, stats_content
+from bids_brainfm.signals.scale import fit_scaling, load_scale_stats, stats_content
 
 
 def heavy_tailed(seed, shape, size=80.0):
@@ -143,7 +143,7 @@ def test_files_are_read_back_as_they_were_fitted(tmp_path):
         file.write_text(json.dumps(stats_content(stats), allow_nan=False))
         back = load_scale_stats(file, 'A', 6)
         assert back.statistic == stats.statistic
-        for found, fitted in zip(back.columns, stats.columns, strict=True):
+        for found, fitted in zip(back.columns.values(), stats.columns.values(), strict=True):
             np.testing.assert_allclose(found, fitted, rtol=1e-8)
         assert np.isnan(back.iqr[1])
     file.write_text(json.dumps(stats_content(stats) | {'FormatVersion': 2}))
@@ -222,7 +222,8 @@ def test_fitted_statistics_scale_the_runs_they_are_of(simulated, tmp_path, app, 
     first, third = np.quantile(np.concatenate(pooled), [0.25, 0.75], axis=0)
     np.testing.assert_allclose(about['IQR'], third - first, rtol=2e-3)
     stats = load_scale_stats(files[0], 'Demo424', 424)
-    scaled = scale(read_matrix(path)[0], 'cohort', brain[path], 1.0, stats)
+    series = read_matrix(path)[0]
+    scaled = fit_scaling(series, 'cohort', brain[path], 1.0, stats).apply(series)
     assert np.std(scaled) == pytest.approx(0.75, abs=0.1)  # about 0.74 for a normal distribution
 
     # Again makes no other file; both models find their own of them
@@ -286,7 +287,7 @@ def test_broken_series_are_not_counted_silently(simulated, tmp_path, app, capfd)
 
 
 def test_a_recording_in_two_spaces_counts_once(tmp_path):
-    write_dataset_files(tmp_path, '1', {})
+    write_dataset_files(tmp_path, '1', {}, ())
     for space in ('MNI152NLin6Asym', 'fsLR'):
         stem = f'sub-01_task-rest_space-{space}_atlas-A424_stat-mean_timeseries'
         path = tmp_path / 'sub-01' / 'func' / f'{stem}.tsv'
@@ -294,5 +295,5 @@ def test_a_recording_in_two_spaces_counts_once(tmp_path):
         path.write_text('a\n1\n2\n')
         write_sidecar(path, {})
     with pytest.raises(BrainfmError, match='choose one with --space'):
-        find_series(tmp_path, {})
-    assert len(find_series(tmp_path, {'space': ('fsLR',)})['A424']) == 1
+        find(tmp_path, {}, None)
+    assert len(find(tmp_path, {'space': ('fsLR',)}, None)['A424']) == 1

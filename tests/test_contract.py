@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.signals.contract import Contract, prepare, prepare_input
-from bids_brainfm.signals.scale import scale
+from bids_brainfm.signals.contract import Contract, prepare_input
+from bids_brainfm.signals.contract import windows_of as cut_windows
+from bids_brainfm.signals.scale import fit_scaling
 from bids_brainfm.signals.series import ParcelSeries
 
 BRAINLM = Contract(tr=0.735, window=200, scaling='run-robust')
@@ -27,7 +28,8 @@ def run(n, tr):
 
 
 def windows_of(n, tr, contract, **changes):
-    return prepare(run(n, tr), replace(contract, **changes), np.zeros((P, 3)), 'Toy')[0]
+    contract = replace(contract, **changes)
+    return cut_windows(prepare_input(run(n, tr), contract, np.zeros((P, 3)), 'Toy'), contract)
 
 
 @pytest.mark.parametrize(
@@ -92,8 +94,8 @@ def test_official_scales_the_whole_run_and_then_picks():
     """490 volumes: those that are not picked count in the mean and the SD."""
     series = run(490, 0.735)
     series.data[480:] += 5000
-    windows, _ = prepare(series, OFFICIAL, np.zeros((P, 3)), 'Toy')
-    z = scale(series.data, 'global-z', 9000.0)
+    windows = cut_windows(prepare_input(series, OFFICIAL, np.zeros((P, 3)), 'Toy'), OFFICIAL)
+    z = fit_scaling(series.data, 'global-z', 9000.0).apply(series.data)
     np.testing.assert_array_equal(windows.data[0, :, 80], z[241])
     np.testing.assert_array_equal(windows.data[0, :, 159], z[479])
     assert windows.tr == pytest.approx(0.735 * 479 / 159)
@@ -119,10 +121,10 @@ def test_a_run_without_subcortex_is_refused_by_name():
     series.data[:, :2] = np.nan
     structures = ('subcortex', 'subcortex', 'cortex', 'cortex', 'cortex')
     with pytest.raises(BrainfmError, match='none of the 2 subcortex parcels of Toy'):
-        prepare(series, BRAIN_JEPA, np.zeros((P, 3)), 'Toy', structures)
+        prepare_input(series, BRAIN_JEPA, np.zeros((P, 3)), 'Toy', structures)
     series.data[:, 1] = series.data[:, 2] + 1
-    _, donors = prepare(series, BRAIN_JEPA, np.zeros((P, 3)), 'Toy', structures)
-    assert donors.tolist() == [1, -1, -1, -1, -1]
+    ready = prepare_input(series, BRAIN_JEPA, np.zeros((P, 3)), 'Toy', structures)
+    assert ready.donors.tolist() == [1, -1, -1, -1, -1]
 
 
 @pytest.mark.parametrize('scaling', ['none', 'run-robust', 'global-z', 'parcel-z'])

@@ -255,13 +255,13 @@ def test_a_users_own_file(tmp_path):
 @pytest.mark.parametrize(
     ('text', 'match'),
     [
-        ('colums: [csf]', "unknown key 'colums'"),
-        ('columns: csf', "'columns' must be a list"),
+        ('kolumns: [csf]', 'unknown key kolumns; the keys are name,'),
+        ('columns: csf', "columns 'csf' is not a list"),
         ('columns: ["csf("]', 'not a regular expression'),
-        ('outliers: {std_dvars: high}', 'must be numbers'),
-        ('components: {masks: WM}', "the one key 'mask'"),
-        ('- csf', 'must hold the keys'),
-        ('columns: [', 'cannot be read'),
+        ('outliers: {std_dvars: high}', "outliers 'high' is not a number"),
+        ('components: {masks: WM}', 'the one key mask'),
+        ('- csf', 'is not a YAML mapping .it is a list'),
+        ('columns: [', 'is not a YAML mapping'),
     ],
 )
 def test_malformed_presets_are_refused(tmp_path, text, match):
@@ -271,5 +271,5 @@ def test_malformed_presets_are_refused(tmp_path, text, match):
 
 
 def test_unknown_presets_are_refused(tmp_path):
-    refused("no denoising preset '24P'; choose one of 36P, acompcor", load_preset, '24P')
+    refused('no denoising preset 24P: choose 36P, acompcor', load_preset, '24P')
     refused('does not exist', load_preset, tmp_path / 'absent.yml')

@@ -89,19 +89,22 @@ def settings_with(tmp_path, text):
     ],
 )
 def test_plugin_file_that_cannot_be_used(tmp_path, text, word):
+    settings = settings_with(tmp_path, text)
     with pytest.raises(BrainfmError, match=word):
-        from_file(settings_with(tmp_path, text), None)
+        from_file(settings, settings.use_plugin, None)
 
 
 def test_plugin_file_of_one_process(tmp_path):
-    plugin = from_file(settings_with(tmp_path, 'plugin: Linear\n'), None)
+    settings = settings_with(tmp_path, 'plugin: Linear\n')
+    plugin = from_file(settings, settings.use_plugin, None)
     assert type(plugin).__name__ == 'LinearPlugin'
 
 
 def test_plugin_file_of_workers_keeps_to_the_options(tmp_path):
     """What the file does not say is as without it: CPUs, memory, processes that start clean."""
     settings = settings_with(tmp_path, 'plugin: MultiProc\nplugin_args: {memory_gb: 3}\n')
-    plugin = from_file(dataclasses.replace(settings, nprocs=1, mem=1.0), None)
+    settings = dataclasses.replace(settings, nprocs=1, mem=1.0)
+    plugin = from_file(settings, settings.use_plugin, None)
     assert (plugin.processors, plugin.memory_gb) == (1, 3)
     assert plugin.plugin_args['mp_context'] == 'forkserver'
 
@@ -127,7 +130,8 @@ def slurm(tmp_path, monkeypatch):
 def plugin_of(tmp_path):
     """The plugin that the example of the documentation makes."""
     text = 'plugin: SLURM\nplugin_args:\n  sbatch_args: --time=60 --mem=8G\n'
-    return from_file(settings_with(tmp_path, text), None)
+    settings = settings_with(tmp_path, text)
+    return from_file(settings, settings.use_plugin, None)
 
 
 def test_jobs_of_a_cluster(tmp_path, slurm, monkeypatch):
@@ -192,9 +196,8 @@ def test_job_takes_no_more_threads_than_it_has_cpus(tmp_path, monkeypatch):
     """The command counted the CPUs of another machine."""
     import torch
 
-    from bids_brainfm.atlases.atlas import load_atlas
-    from bids_brainfm.outputs.encoding import load_encoder
-    from bids_brainfm.workflows.plan import resolve_models
+    from bids_brainfm.outputs.encoding import load
+    from bids_brainfm.workflows.resolve import resolve_models
 
     settings = Settings(
         bids_dir=tmp_path, output_dir=tmp_path, model='brainlm-demo', omp_nthreads=64
@@ -203,6 +206,6 @@ def test_job_takes_no_more_threads_than_it_has_cpus(tmp_path, monkeypatch):
     monkeypatch.setenv('SLURM_CPUS_PER_TASK', '1')
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    load_encoder(task, load_atlas('Demo424', tmp_path).xyz)
+    load(task)
     assert torch.get_num_threads() == 1
     torch.set_num_threads(before)

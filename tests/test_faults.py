@@ -21,7 +21,8 @@ import pytest
 
 from bids_brainfm.atlases.atlas import load_atlas
 from bids_brainfm.bids.files import TEMPORARY, _machine, atomic, remove_leftovers
-from bids_brainfm.bids.reading import find_runs, index
+from bids_brainfm.bids.inputs.fmriprep import find_runs
+from bids_brainfm.bids.inputs.index import index
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.spec import resolve_model
 from bids_brainfm.resources import Resource, fetch, is_present

@@ -13,9 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bids_brainfm.models.brain_jepa import token_error
 from bids_brainfm.models.gradient_table import read_gradients
-from bids_brainfm.models.masking import keep_lowest, keep_visible, masked_loss, masked_tokens
+from bids_brainfm.models.masking import (
+    keep_lowest,
+    keep_visible,
+    masked_loss,
+    masked_tokens,
+    token_error,
+)
 from bids_brainfm.models.weights import build, load_checkpoint, read_config
 from bids_brainfm.training.pretraining import LatentPrediction, MaskedAutoencoding
 
@@ -39,18 +44,18 @@ def load(folder):
     return network, load_file(folder / 'expected.safetensors')
 
 
-def unmasked(network, *inputs):
+def unmasked(network, signal):
     """Answers with every token in its place."""
     found = {}
     hook = network.vit.layernorm.register_forward_pre_hook(
         lambda module, args: found.update(pre_norm_hidden_state=args[0])
     )
-    hidden, attention = network.encode(*inputs, return_attention=True)
+    hidden, attention = network.encode(signal, return_attention=True)
     hook.remove()
     return found | {
         'last_hidden_state': hidden,
         'last_layer_cls_attention_head_mean': attention,
-        'reconstruction': network.decode(hidden, *inputs[1:]),
+        'reconstruction': network.decode(hidden),
     }
 
 
@@ -88,15 +93,16 @@ def vitmae_answers(network, expected):
 
 
 def legacy_answers(network, expected):
-    signal, xyz, found = expected['input'], expected['xyz'], {}
-    for name, answer in unmasked(network, signal, xyz).items():
+    signal, found = expected['input'], {}
+    network.set_positions(expected['xyz'][0])
+    for name, answer in unmasked(network, signal).items():
         found[f'unmasked.{name}'] = answer
     noise = expected.get('noise', expected.get('masked.noise'))
     if noise is not None:
         keep = keep_lowest(noise, network.config['mask_ratio'])
         tokens = masked_tokens(keep, network.tokens)
-        latent, _ = network.encode(signal, xyz, keep)
-        prediction = network.decode(latent, xyz, keep)
+        latent, _ = network.encode(signal, keep)
+        prediction = network.decode(latent, keep)
         found['masked.latent'] = latent
         found['masked.mask'] = tokens
         found['masked.reconstruction'] = prediction
@@ -158,7 +164,7 @@ def test_legacy(folder):
 def test_jepa(folder):
     network, expected = load(folder)
     (table,) = folder.glob('*gradient*.csv')
-    network.set_gradients(read_gradients(table))
+    network.set_positions(read_gradients(table))
     compare(jepa_answers(network, expected), expected)
 
 
@@ -169,12 +175,13 @@ def test_brainlm_is_trained_by_its_loss(folder):
     noise, config = expected.get('noise', expected.get('masked.noise')), network.config
     if noise is None or 'masked.loss' not in expected:
         pytest.skip('no loss of random masking in this case')
+    if 'xyz' in expected:
+        network.set_positions(expected['xyz'][0])
     objective = MaskedAutoencoding(
         network,
         config['mask_ratio'],
         loss=config['loss_fn'],
         normalise=config.get('norm_pix_loss', False),
-        xyz=expected.get('xyz'),
     )
     keep = keep_lowest(noise, config['mask_ratio'])
     total, count, _ = objective(expected['input'], keep)
@@ -186,7 +193,7 @@ def test_brainlm_is_trained_by_its_loss(folder):
 def test_jepa_is_trained_by_its_loss(folder):
     network, expected = load(folder)
     (table,) = folder.glob('*gradient*.csv')
-    network.set_gradients(read_gradients(table))
+    network.set_positions(read_gradients(table))
     target = expected['target_mask']
     total, count, _ = LatentPrediction(network, 'fixed')(
         expected['input'].flatten(0, 1),

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from bids_brainfm.analyses.gradients import brain_gradients, group_fc
-from bids_brainfm.analyses.order import order_check
 from bids_brainfm.atlases.atlas import load_atlas
 from bids_brainfm.bids.files import write_matrix
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.models.connectome import connectome
 from bids_brainfm.models.gradient_table import read_gradients, write_gradients
 from bids_brainfm.resources import home
+from bids_brainfm.signals.connectome import connectome
+from bids_brainfm.signals.order import order_check
 from bids_brainfm.signals.simulate import simulate_run
 
 DATA = Path(__file__).parents[1] / 'bids_brainfm' / 'data' / 'models'

@@ -20,10 +20,10 @@ from bids_brainfm.models.encoder import Encoder, ascending_y
 from bids_brainfm.models.gradient_table import read_gradients
 from bids_brainfm.models.head import TAKEN, Head
 from bids_brainfm.models.weights import build, initialise, load_checkpoint
-from bids_brainfm.outputs.reporting import _prediction_text
-from bids_brainfm.outputs.series import WINDOW_COLUMNS
+from bids_brainfm.outputs import prediction
+from bids_brainfm.outputs.words import WINDOW_COLUMNS
 from bids_brainfm.resources import home, sha256_of
-from bids_brainfm.signals.contract import Contract, prepare
+from bids_brainfm.signals.contract import Contract, prepare_input, windows_of
 from bids_brainfm.signals.series import read_series
 
 CARDS = Path(__file__).parents[1] / 'bids_brainfm' / 'data' / 'models'
@@ -274,7 +274,7 @@ def test_predictions_are_those_by_hand(done, cards, name):
     contract = Contract(
         card['tr'], card['window'], card['scaling'], card['divide_by'], short_runs='pad'
     )
-    windows, _ = prepare(series, contract, atlas.xyz, atlas.name)
+    windows = windows_of(prepare_input(series, contract, atlas.xyz, atlas.name), contract)
     state = load_file(cards / f'{name}.safetensors')
     network = build(config_of(name))
     network.load_state_dict({k: v for k, v in state.items() if k[:5] != 'head.'}, assign=True)
@@ -282,13 +282,13 @@ def test_predictions_are_those_by_hand(done, cards, name):
     if name == 'brainlm-demo':
         data = data[:, ascending_y(atlas.xyz)]
     else:
-        network.set_gradients(read_gradients(cards / 'brain-jepa-demo_gradients.csv'))
+        network.set_positions(read_gradients(cards / 'brain-jepa-demo_gradients.csv'))
     with torch.inference_mode():
         hidden = network.encode(torch.from_numpy(np.ascontiguousarray(data)))[0]
     head = HEADS[name]
     pooled = hidden[:, 0] if head['pooling'] == 'class-token' else hidden.mean(1)
     # tensors of the file in the order of the network's
-    order = Head(head, network.width, network.has_class_token).state_dict()
+    order = Head(head, network.capabilities.width, network.capabilities.class_token).state_dict()
     outputs = outputs_by_hand(head['kind'], {k: state[f'head.{k}'] for k in order}, pooled)
     wanted = F.softmax(outputs, -1) if head['task'] == 'classification' else outputs * 12.5 + 43
     columns = ['age'] if name == 'brainlm-demo' else ['sex_F', 'sex_M', 'sex_X']
@@ -346,7 +346,7 @@ def test_report_shows_predictions_and_how_good_they_are(done):
 def test_scores_in_any_form_are_told(tested, baselines, said):
     """A card that someone wrote by hand must not break the report."""
     found = {'Target': 'age', 'NumberOfWindows': 1, 'RunPrediction': {'age': 43.21}}
-    facts = _prediction_text(found | {'TestScores': tested, 'TestBaselines': baselines})
+    facts = prediction.facts(found | {'TestScores': tested, 'TestBaselines': baselines})
     assert facts == {'Predicted age': '43.21 (mean of 1 window)', 'Held-out participants': said}
 
 

@@ -71,7 +71,7 @@ def both(long_runs, tmp_path_factory):
     calls = []
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for module, name in ((encoding, 'load_encoder'), (parcellate, 'open_bold')):
+        for module, name in ((encoding, 'load'), (parcellate, 'open_bold')):
             original = getattr(module, name)
 
             def counted(*args, original=original, name=name):
@@ -103,7 +103,7 @@ def test_both_models_share_one_reading(both):
     """The BOLD file is opened once per atlas, and each model is loaded once."""
     out, calls = both
     assert calls.count('open_bold') == 1
-    assert calls.count('load_encoder') == 2
+    assert calls.count('load') == 2
     for label in ('brainlmdemo', 'brainjepademo'):
         assert one(out, f'_desc-{label}_embedding.tsv').is_file()
 
@@ -187,7 +187,8 @@ def test_second_run_does_nothing_and_a_missing_map_is_made(both, long_runs, tmp_
     assert app(long_runs, out, *BOTH) == 0  # without --tokens: those that stand stay
     after = {path: path.stat().st_mtime_ns for path in out.glob('sub-01/func/*')}
     assert after.keys() == before.keys()
-    assert {path for path in after if after[path] != before[path]} == {lost}
+    changed = {path for path in after if after[path] != before[path]}
+    assert changed == {lost, lost.with_suffix('.json')}
 
 
 def test_arrays_come_when_asked_for_and_come_back(long_runs, tmp_path, app):
@@ -316,7 +317,7 @@ def test_cohort_statistics_of_temporal_means(long_runs, both, tmp_path, app, cap
 def test_statistics_of_several_atlases(tmp_path):
     """Each model takes the file of its atlas and way of scaling; doubles and gaps are told."""
     from bids_brainfm.errors import BrainfmError
-    from bids_brainfm.workflows.plan import _stats_of
+    from bids_brainfm.workflows.resolve import _stats_of
 
     means = {'Statistic': 'temporal mean', 'Median': [0.0], 'IQR': [1.0]}
     series = {'Median': [0.0], 'IQR': [1.0], 'Lower': [-1.0], 'Upper': [1.0]}
@@ -367,8 +368,7 @@ def test_own_table_is_used_told_and_held_to(long_runs, tmp_path, app, capsys):
 
 def test_blocks_are_the_same_everywhere():
     """The command line names them without importing torch, the sidecars describe them."""
-    from bids_brainfm.cli import parser
     from bids_brainfm.models import masking
-    from bids_brainfm.outputs import embedding
+    from bids_brainfm.outputs import prediction_error, registry
 
-    assert parser.BLOCKS == masking.BLOCKS == tuple(embedding.BLOCKS)
+    assert registry.BLOCKS == masking.BLOCKS == tuple(prediction_error.DESCRIBED)

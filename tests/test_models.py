@@ -26,6 +26,7 @@ from bids_brainfm.models.encoder import (
     encode_runs,
     resolve_device,
     resolve_precision,
+    set_positions,
 )
 from bids_brainfm.models.masking import keep_lowest, keep_visible, masked_loss, masked_tokens
 
@@ -90,7 +91,13 @@ def xyz():
 
 def encoder_of(name, xyz, precision='float32'):
     order = None if name == 'legacy' else ascending_y(xyz)
-    return Encoder(network_of(name), order, xyz, 'cpu', precision, name)
+    return Encoder(placed(name, xyz, order), order, 'cpu', precision, name)
+
+
+def placed(name, xyz, order=None):
+    network = network_of(name)
+    set_positions(network, xyz, order)
+    return network
 
 
 # --- sizes -----------------------------------------------------------------------------------
@@ -231,23 +238,20 @@ def test_vit_does_not_mind_the_order_of_tokens():
 
 @torch.inference_mode()
 def test_legacy_minds_the_order_of_tokens(xyz):
-    network, signal = network_of('legacy'), torch.from_numpy(windows_of(1))
-    place = torch.from_numpy(xyz)[None]
-    plain, _ = network.encode(signal, place)
-    identity, _ = network.encode(signal, place, torch.arange(4240)[None])
+    network, signal = placed('legacy', xyz), torch.from_numpy(windows_of(1))
+    plain, _ = network.encode(signal)
+    identity, _ = network.encode(signal, torch.arange(4240)[None])
     shuffle = torch.randperm(4240, generator=torch.Generator().manual_seed(0))[None]
-    shuffled, _ = network.encode(signal, place, shuffle)
+    shuffled, _ = network.encode(signal, shuffle)
     assert torch.equal(plain, identity)
     assert (plain[:, 0] - shuffled[:, 0]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize('name', SMALL)
 def test_gradients_reach_every_used_weight(name, xyz):
-    network = network_of(name)
-    place = (torch.from_numpy(xyz)[None],) if name == 'legacy' else ()
-    n_tokens = network.tokens if name == 'legacy' else network.grid.tokens
-    keep = keep_lowest(torch.rand(1, n_tokens), 0.5)
-    network.reconstruct(torch.from_numpy(windows_of(1)), *place, keep).square().mean().backward()
+    network = placed(name, xyz)
+    keep = keep_lowest(torch.rand(1, network.tokens), 0.5)
+    network.reconstruct(torch.from_numpy(windows_of(1)), keep).square().mean().backward()
     idle = {n for n, p in network.named_parameters() if p.requires_grad and p.grad is None}
     unused = {'decoder.decoder_pred.weight', 'decoder.decoder_pred.bias'}
     assert idle == (unused if name == 'legacy' else set())
@@ -449,8 +453,8 @@ def test_order_moves_rows_of_the_input(xyz):
     order, windows = ascending_y(xyz), windows_of(1)
     sorted_rows = windows[:, order]
     for name in ('vit16', 'legacy'):
-        ordered = Encoder(network_of(name), order, xyz).encode(windows, tokens=True)
-        plain = Encoder(network_of(name), None, xyz[order]).encode(sorted_rows, tokens=True)
+        ordered = Encoder(placed(name, xyz, order), order).encode(windows, tokens=True)
+        plain = Encoder(placed(name, xyz[order])).encode(sorted_rows, tokens=True)
         assert np.array_equal(ordered.summary, plain.summary)
     # and what belongs to a parcel comes back in atlas order
     assert np.array_equal(ordered.parcels[:, order], plain.parcels)
@@ -474,9 +478,13 @@ def test_encoder_refuses_what_does_not_fit(xyz):
     with pytest.raises(BrainfmError, match=r'424 parcels × 200 time points, .* have shape'):
         encoder_of('vit16', xyz).encode(windows_of(1)[:, :100])
     with pytest.raises(BrainfmError, match='needs the coordinates of its 424 parcels'):
-        Encoder(network_of('legacy'), None, None)
+        Encoder(network_of('legacy')).encode(windows_of(1))
+    with pytest.raises(BrainfmError, match=r'coordinates of its 424 parcels .* got \(423, 3\)'):
+        placed('legacy', xyz[1:])
+    with pytest.raises(BrainfmError, match='the model has no weights yet'):
+        Encoder(weights.build(SMALL['vit16']))
     with pytest.raises(BrainfmError, match='not a permutation of 424'):
-        Encoder(network_of('vit16'), np.zeros(424, int), xyz)
+        Encoder(network_of('vit16'), np.zeros(424, int))
 
 
 @pytest.mark.parametrize(

@@ -3,17 +3,16 @@
 import numpy as np
 import pytest
 
+from bids_brainfm.analyses.knn import SHUFFLES, knn_protocol
 from bids_brainfm.analyses.networks import (
-    SHUFFLES,
     agreement,
     cluster_parcels,
     fc_features,
-    knn_protocol,
     match_networks,
 )
 from bids_brainfm.analyses.nulls import moran_basis, moran_surrogate
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.models.connectome import connectome
+from bids_brainfm.signals.connectome import connectome
 
 NETWORKS = ('Cont', 'Default', 'DorsAttn', 'Limbic', 'SalVentAttn', 'SomMot', 'Vis')
 ROWS = ['features', 'majority', 'xyz', 'shuffled', 'spatial null']

@@ -7,10 +7,10 @@ import pandas as pd
 import pytest
 from test_gradients import HCP, brainspace_table
 
-from bids_brainfm.analyses.order import EXPECTED, MARGIN, order_check, order_warning
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.models.connectome import connectome
 from bids_brainfm.models.gradient_table import read_gradients
+from bids_brainfm.signals.connectome import connectome
+from bids_brainfm.signals.order import EXPECTED, MARGIN, order_check, order_warning
 
 SEVEN = '7-network order'
 

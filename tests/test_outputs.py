@@ -631,13 +631,18 @@ def test_parcels_that_were_filled_have_no_features(tmp_path):
     import h5py
 
     from bids_brainfm.bids.files import write_matrix
-    from bids_brainfm.outputs.networks import Member, Source, features_of
+    from bids_brainfm.bids.run import BoldRun
+    from bids_brainfm.outputs.networks import NetworksTask, features_of
+    from bids_brainfm.outputs.tasks import Place
 
-    member = Member(tmp_path / 'sub-01_task-rest_space-X_atlas-Toy', {})
+    entities = {'sub': '01', 'task': 'rest', 'space': 'X'}
+    run = BoldRun('sub-01_task-rest', entities, 'x', tmp_path, tmp_path / 'bold.nii.gz')
+    place = Place(tmp_path, 'Toy', 'jepa')
+    task = NetworksTask(place, None, 'parcels', None, '')
     relmat = np.array([[1, 0.5, np.nan], [0.5, 1, np.nan], [np.nan] * 3])
     names = ['a', 'b', 'c']
-    write_matrix(member.file('connectome'), relmat, ['Node', *names], names)
-    with h5py.File(member.file('parcels', 'jepa'), 'w') as file:
+    write_matrix(place.of_series.table(run, 'connectome'), relmat, ['Node', *names], names)
+    with h5py.File(task.features_file(run), 'w') as file:
         file['parcels'] = np.stack([np.zeros((3, 2)), np.ones((3, 2))])
-    features = features_of(member, Source('jepa', 'parcels'))
+    features = features_of(run, task)
     np.testing.assert_array_equal(features, [[0.5, 0.5], [0.5, 0.5], [np.nan, np.nan]])

@@ -1,5 +1,8 @@
 """What networks are pretrained for, and what their fine-tuning is compared with."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -20,12 +23,15 @@ from bids_brainfm.training.finetuning import (
     outputs_by_participant,
     scores_of,
 )
+from bids_brainfm.training.job import objective_for
 from bids_brainfm.training.masking import REGIONS
 from bids_brainfm.training.pretraining import (
     LatentPrediction,
     MaskedAutoencoding,
     effective_rank,
 )
+from bids_brainfm.training.recipe import load_recipe
+from bids_brainfm.training.session import TrainingSettings
 
 PARCELS, TIMES, PATCH = 9, 24, 4
 LAYERS = {
@@ -75,7 +81,7 @@ def network_of(family, seed=0):
         if name not in network.position_tables():
             parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
     if family == 'jepa':
-        network.set_gradients(torch.randn(PARCELS, 5, generator=generator))
+        network.set_positions(torch.randn(PARCELS, 5, generator=generator))
     return network
 
 
@@ -85,11 +91,11 @@ def signal_of(n, seed=0):
 
 
 def autoencoding(family, ratio=0.5, **options):
+    network = network_of(family)
     if family == 'legacy':
-        options['xyz'] = 50 * torch.randn(
-            1, PARCELS, 3, generator=torch.Generator().manual_seed(1)
-        )
-    return MaskedAutoencoding(network_of(family), ratio, **options)
+        generator = torch.Generator().manual_seed(1)
+        network.set_positions(50 * torch.randn(PARCELS, 3, generator=generator))
+    return MaskedAutoencoding(network, ratio, **options)
 
 
 def alone(tensor):
@@ -110,7 +116,7 @@ def test_a_batch_may_be_taken_in_parts(family, loss, normalise):
     with torch.no_grad():
         total, count, facts = objective(signal, keep)
         parts = [objective(signal[i : i + 2], keep[i : i + 2]) for i in (0, 2, 4)]
-        made = objective._reconstruct(signal, keep)
+        made = objective.network.reconstruct(signal, keep)
     assert facts == {}
     assert sum(int(part[1]) for part in parts) == int(count)
     torch.testing.assert_close(sum(part[0] for part in parts), total)
@@ -194,7 +200,7 @@ def test_all_that_reconstructs_learns(family):
     total, *_ = objective(signal_of(2), objective.draw([0, 1])['keep'])
     total.backward()
     tables = objective.network.position_tables()
-    for name, parameter in objective.trained.named_parameters():
+    for name, parameter in objective.network.named_parameters():
         unused = family == 'legacy' and name.startswith('decoder.decoder_pred.')
         if name not in tables and not unused and not name.endswith('key.bias'):
             assert parameter.grad.abs().max() > 0, name
@@ -203,7 +209,7 @@ def test_all_that_reconstructs_learns(family):
 class Double(nn.Module):
     """Stands for a network; what it reconstructs is given."""
 
-    window_shape = (PARCELS, TIMES)
+    unused = ()
     tokens = PARCELS * TIMES // PATCH
 
     def __init__(self, answer):
@@ -519,6 +525,41 @@ def test_effective_rank():
     turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)))[0]
     turned = turn.double() @ torch.diag(10 * shares) @ turn.double().T
     assert effective_rank(turned) == pytest.approx(2**1.5, rel=1e-5)
+
+
+# --- which objective -------------------------------------------------------------------------
+
+
+def objective_of(family, recipe, **capabilities):
+    """The objective of a network that can do something else than its family."""
+    network = network_of(family)
+    network.capabilities = replace(network.capabilities, **capabilities)
+    settings = TrainingSettings('m', Path(), (), Path())
+    return objective_for(settings, load_recipe(recipe), network)
+
+
+def test_objective_follows_from_capabilities_and_recipe():
+    assert isinstance(objective_of('vit', 'brainlm-vit'), MaskedAutoencoding)
+    assert isinstance(objective_of('jepa', 'official'), LatentPrediction)
+    assert isinstance(objective_of('jepa', 'fixed', reconstructs=True), LatentPrediction)
+    both = objective_of('jepa', 'brainlm-vit', reconstructs=True, mask_ratio=0.4)
+    assert isinstance(both, MaskedAutoencoding)
+    assert both.ratio == 0.4
+
+
+@pytest.mark.parametrize(
+    ('family', 'recipe', 'capabilities', 'said'),
+    [
+        ('vit', 'brainlm-vit', {'reconstructs': False}, 'vit_mae neither reconstructs nor'),
+        ('vit', 'fixed', {}, 'takes a recipe without masks and momentum, such as brainlm-vit'),
+        ('jepa', 'brainlm-vit', {}, 'takes a recipe with masks and momentum, such as fixed'),
+        ('vit', 'brainlm-vit', {'mask_ratio': None}, 'vit_mae does not say .* give --mask-ratio'),
+        ('jepa', 'fixed', {'patches': None}, 'brain_jepa has tokens that span several parcels'),
+    ],
+)
+def test_what_a_network_cannot_be_pretrained_for(family, recipe, capabilities, said):
+    with pytest.raises(BrainfmError, match=said):
+        objective_of(family, recipe, **capabilities)
 
 
 # --- fine-tuning -----------------------------------------------------------------------------

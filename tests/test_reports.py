@@ -3,17 +3,33 @@
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
-from bids_brainfm.analyses.order import order_check
-from bids_brainfm.reports import figures, fragments
-from bids_brainfm.reports.report import figure_path, write_report
+from bids_brainfm.reports import fragments
+from bids_brainfm.reports.figures.connectome import connectivity
+from bids_brainfm.reports.figures.embedding import embedding, principal_components, windows
+from bids_brainfm.reports.figures.order import order_check as draw_order_check
+from bids_brainfm.reports.figures.prediction_error import latent_error
+from bids_brainfm.reports.figures.series import carpet, coverage
+from bids_brainfm.reports.fragments import ModelFacts, RunFacts, Source
+from bids_brainfm.reports.report import Figure, figure_path, write_report
+from bids_brainfm.reports.style import save
+from bids_brainfm.signals.order import order_check
 
 P, T = 424, 200
 RUN = 'sub-01_task-rest_run-{}_space-MNI152NLin6Asym_atlas-A424'
+ORDER = np.arange(P), 'atlas order'
+FIGURES = {
+    'carpet': Figure('Carpet', "A parcel's row"),
+    'coverage': Figure('Coverage'),
+    'connectivity': Figure('Connectivity'),
+    'windows': Figure('Windows', 'R² < 0 & {title}, {x}'),
+    'embedding': Figure('Embedding'),
+}
 
 
 @pytest.fixture(scope='module')
@@ -46,13 +62,13 @@ def draw_all(a):
     """Every picture once, by the name it has in the specification."""
     onset = 20.0 * np.arange(6)
     return {
-        'carpet': figures.carpet(a['before'], a['after'], 2.0, a['flagged'], np.arange(P)[::-1]),
-        'coverage': figures.coverage(a['xyz'], a['coverage'], 0.5),
-        'connectivity': figures.connectivity(a['relmat']),
-        'windows': figures.windows(
-            onset, [20.0] * 5 + [10.0], [1.0] * 5 + [0.5], [0.1] * 6, 130.0, np.ones(65), 2.0
+        'carpet': carpet(
+            a['before'], a['after'], 2.0, a['flagged'], np.arange(P)[::-1], 'backwards'
         ),
-        'embedding': figures.embedding(a['embedding'], onset),
+        'coverage': coverage(a['xyz'], a['coverage'], 0.5),
+        'connectivity': connectivity(a['relmat'], *ORDER),
+        'windows': windows(onset, [20.0] * 5 + [10.0], [1.0] * 5 + [0.5], [0.1] * 6, 130.0),
+        'embedding': embedding(a['embedding'], onset),
     }
 
 
@@ -65,31 +81,25 @@ def words(figure):
 
 def a_run(name, **changes):
     """One run as `write_report` takes it."""
-    model = {
-        'label': 'demo',
-        'name': 'Demo',
-        'trained': True,
-        'licence': 'Apache-2.0',
-        'citation': 'Someone 2026',
-        'windows': 6,
-        'facts': {'Scaling': 'run-robust'},
-    }
-    run = {
-        'name': name,
-        'inputs': {'BOLD': f'{name}_bold.nii.gz'},
-        'models': [model],
-        'atlas': {'name': 'A424', 'licence': 'GPL-3', 'citation': 'Others 2020'},
-        'warnings': [],
-        'failures': [],
-    }
-    return run | changes
+    model = ModelFacts(
+        name='Demo',
+        licence='Apache-2.0',
+        citation='Someone 2026',
+        label='demo',
+        trained=True,
+        windows=6,
+        facts={'Scaling': 'run-robust'},
+    )
+    inputs = {'BOLD': f'{name}_bold.nii.gz'}
+    run = RunFacts(name, inputs, [model], Source('A424', 'GPL-3', 'Others 2020'))
+    return replace(run, **changes)
 
 
 def write_figures(out, names, pictures):
     """The same pictures for every run."""
     for what, figure in pictures.items():
         model = 'demo' if what in ('windows', 'embedding') else None
-        first = figures.save(figure, figure_path(out, names[0], what, model))
+        first = save(figure, figure_path(out, names[0], what, model))
         for name in names[1:]:
             shutil.copy(first, figure_path(out, name, what, model))
 
@@ -122,11 +132,13 @@ def report(arrays, tmp_path_factory):
     names = [RUN.format(run) for run in (10, 1, 2)]
     write_figures(out, names, draw_all(arrays))
     runs = [a_run(name) for name in names]
-    runs[1]['warnings'] = ['Two parcels <script>alert(1)</script> are missing.']
-    runs[1]['inputs'] = {'BOLD': '"><img src=x onerror=alert(2)>'}
+    runs[1].warnings.append('Two parcels <script>alert(1)</script> are missing.')
+    runs[1].inputs['BOLD'] = '"><img src=x onerror=alert(2)>'
     failed = {'models': [], 'atlas': None, 'failures': ['The file ends early: copy it again.']}
     runs.append(a_run('sub-01_task-rest_run-3', **failed))
-    path = write_report(out, 'sub-01', runs, '# Methods\n\nDone & done.', {'bids_brainfm': '1'})
+    path = write_report(
+        out, 'sub-01', runs, FIGURES, '# Methods\n\nDone & done.', {'bids_brainfm': '1'}
+    )
     text = path.read_text(encoding='utf-8')
     return out, text, Page(text)
 
@@ -179,6 +191,14 @@ def test_runs_come_in_numerical_order_each_with_its_model(report):
     assert all('run-1_' in name for name in figures_shown[:5])
 
 
+def test_titles_and_captions_are_plain_text(report):
+    """Neither HTML nor nireports' own braces in them mean anything."""
+    _, text, page = report
+    assert ' '.join(page.text).count('R² < 0 & {title}, {x}') == 3
+    assert text.count("A parcel's row") == 3
+    assert text.count('<h4>Windows</h4>') == 3
+
+
 def test_labels_are_escaped(report):
     _, text, page = report
     assert 'alert(1)' in ' '.join(page.text)
@@ -195,14 +215,14 @@ def test_only_the_page_is_written_and_the_second_run_changes_nothing(report, arr
     write_figures(out, names, draw_all(arrays))
     assert {path: path.read_bytes() for path in files} == before
     pieces = [a_run(name) for name in names]
-    first = write_report(out / 'again', '01', pieces).read_bytes()
-    assert write_report(out / 'again', '01', pieces[::-1]).read_bytes() == first
+    first = write_report(out / 'again', '01', pieces, FIGURES).read_bytes()
+    assert write_report(out / 'again', '01', pieces[::-1], FIGURES).read_bytes() == first
     assert str(out) not in text
 
 
 def test_report_without_a_figure_says_why(tmp_path):
     run = a_run('sub-02_task-rest', models=[], atlas=None, failures=['No BOLD <here>.'], inputs={})
-    text = write_report(tmp_path, '02', [run]).read_text(encoding='utf-8')
+    text = write_report(tmp_path, '02', [run], FIGURES).read_text(encoding='utf-8')
     assert text.count('No BOLD &lt;here&gt;.') == 2
     assert '<img' not in text
 
@@ -210,8 +230,8 @@ def test_report_without_a_figure_says_why(tmp_path):
 def test_sessions_and_models_make_blocks(tmp_path):
     names = [f'sub-01_ses-{s}_task-rest_atlas-A424' for s in ('b', 'a')]
     runs = [a_run(name) for name in names]
-    runs[0]['models'].append(runs[0]['models'][0] | {'label': 'other', 'name': 'Other'})
-    text = write_report(tmp_path, '01', runs).read_text(encoding='utf-8')
+    runs[0].models.append(replace(runs[0].models[0], label='other', name='Other'))
+    text = write_report(tmp_path, '01', runs, FIGURES).read_text(encoding='utf-8')
     blocks = [re.sub('<[^>]+>', '', h) for h in re.findall(r'<h3 class="run.*?</h3>', text)]
     assert [block.replace(', task rest, atlas A424', '') for block in blocks] == [
         'session a', 'session a, model demo',
@@ -223,11 +243,11 @@ def test_untrained_and_clean_are_said_plainly():
     clean = a_run(RUN.format(1))
     assert 'Untrained' not in fragments.summary('01', [clean], {})
     assert 'None: every run was written' in fragments.warnings([clean])
-    raw = a_run(RUN.format(1), models=[clean['models'][0] | {'trained': False}])
+    raw = a_run(RUN.format(1), models=[replace(clean.models[0], trained=False)])
     assert fragments.summary('01', [raw], {}).startswith(
         '<div class="notice failure"><p>Untrained'
     )
-    assert 'random weights' in fragments.model(raw['models'][0])
+    assert 'random weights' in fragments.model(raw.models[0])
 
 
 def test_svgs_are_small_and_well_formed(report):
@@ -246,8 +266,8 @@ def test_palette_keeps_the_pixels(arrays, tmp_path):
 
     from PIL import Image
 
-    figure = figures.connectivity(arrays['relmat'])
-    path = figures.save(figure, tmp_path / 'small.svg')
+    figure = connectivity(arrays['relmat'], *ORDER)
+    path = save(figure, tmp_path / 'small.svg')
     figure.savefig(tmp_path / 'large.svg')
 
     def pixels(path):
@@ -266,20 +286,20 @@ def test_palette_keeps_the_pixels(arrays, tmp_path):
 
 def test_carpet_counts_what_it_shows(arrays):
     shown = words(
-        figures.carpet(arrays['before'], arrays['after'], 2.0, arrays['flagged'], start=8.0)
+        carpet(arrays['before'], arrays['after'], 2.0, arrays['flagged'], *ORDER, start=8.0)
     )
     assert '1 of 200 volumes flagged' in shown
     assert '2 without usable signal' in shown
     left = np.nanmedian(arrays['after'].var(0) / arrays['before'].var(0))
     assert f'{left:.0%} of the variance left' in shown
-    same = figures.carpet(arrays['before'], arrays['before'], 2.0, arrays['flagged'])
+    same = carpet(arrays['before'], arrays['before'], 2.0, arrays['flagged'], *ORDER)
     assert 'unchanged' in words(same)
 
 
 def test_carpet_follows_the_order(arrays):
     """The parcel put first lies in the first row of both panels."""
     few = np.tile(np.arange(T, dtype=float)[:, None], (1, 3)) * [1, -1, 1]
-    figure = figures.carpet(few, few, 1.0, np.zeros(T, bool), [1, 0, 2])
+    figure = carpet(few, few, 1.0, np.zeros(T, bool), [1, 0, 2], 'mixed')
     for axes in figure.axes[1:3]:
         picture = np.asarray(axes.images[0].get_array())
         assert picture[0, 0] > 0 > picture[1, 0]
@@ -289,18 +309,20 @@ def test_carpet_has_room_for_its_panels(arrays, tmp_path):
     """With and without missing parcels the two panels fill most of the picture."""
     whole = np.nan_to_num(arrays['before'])
     for series in (arrays['before'], whole):
-        figure = figures.carpet(series, series, 2.0, arrays['flagged'])
-        figures.save(figure, tmp_path / 'carpet.svg')
+        figure = carpet(series, series, 2.0, arrays['flagged'], *ORDER)
+        save(figure, tmp_path / 'carpet.svg')
         assert sum(axes.get_position().height for axes in figure.axes[1:3]) > 0.5
 
 
 def test_carpet_survives_nothing_but_missing_parcels():
     nothing = np.full((20, 4), np.nan)
-    assert '4 without' in words(figures.carpet(nothing, nothing, 1.0, np.zeros(20, bool)))
+    assert '4 without' in words(
+        carpet(nothing, nothing, 1.0, np.zeros(20, bool), np.arange(4), 'any')
+    )
 
 
 def test_coverage_counts_low_parcels(arrays):
-    figure = figures.coverage(arrays['xyz'], arrays['coverage'], 0.5)
+    figure = coverage(arrays['xyz'], arrays['coverage'], 0.5)
     assert '2 of 424 parcels below 50%' in words(figure)
     rings = figure.axes[0].collections[-1].get_offsets()
     assert np.allclose(rings, arrays['xyz'][[3, 200]][:, [1, 2]])
@@ -310,13 +332,13 @@ def test_coverage_counts_low_parcels(arrays):
     ('run', 'said'), [(130.0, '30 s in no window'), (100.0, 'nothing left over')]
 )
 def test_windows_say_what_is_left_over(run, said):
-    figure = figures.windows([0.0, 50.0], [50.0, 50.0], [1.0, 1.0], [0.0, 0.0], run)
+    figure = windows([0.0, 50.0], [50.0, 50.0], [1.0, 1.0], [0.0, 0.0], run)
     assert said in words(figure)
     assert 'none' in words(figure)
 
 
 def test_padded_window_is_drawn_to_its_full_length():
-    lanes = figures.windows([0.0], [100.0], [0.5], [0.25], 100.0).axes[0]
+    lanes = windows([0.0], [100.0], [0.5], [0.25], 100.0).axes[0]
     recorded, padded = lanes.patches
     assert (recorded.get_x(), recorded.get_width()) == (0, 100)
     assert (padded.get_x(), padded.get_width()) == (100, 100)
@@ -324,24 +346,24 @@ def test_padded_window_is_drawn_to_its_full_length():
 
 @pytest.mark.parametrize(('count', 'said'), [(1, 'One window'), (2, 'Two windows')])
 def test_few_windows_show_their_values(arrays, count, said):
-    figure = figures.embedding(arrays['embedding'][:count], np.arange(count))
+    figure = embedding(arrays['embedding'][:count], np.arange(count))
     assert said in words(figure)
     drawn = [line for line in figure.axes[0].lines if len(line.get_ydata()) == 64]
     assert np.array_equal(drawn[0].get_ydata(), arrays['embedding'][0])
 
 
 def test_embedding_explains_the_variance(arrays):
-    scores, explained = figures.principal_components(arrays['embedding'])
+    scores, explained = principal_components(arrays['embedding'])
     centred = arrays['embedding'] - arrays['embedding'].mean(0)
     values = np.linalg.eigvalsh(centred @ centred.T)[::-1]
     assert np.allclose(explained, values / values.sum(), atol=1e-12)
     assert np.allclose((scores**2).sum(0), values, atol=1e-9)
-    alike = figures.embedding(np.ones((4, 8)), np.arange(4))
+    alike = embedding(np.ones((4, 8)), np.arange(4))
     assert 'All windows have the same embedding' in words(alike)
 
 
 def test_missing_parcels_are_grey_in_the_matrix(arrays):
-    figure = figures.connectivity(arrays['relmat'])
+    figure = connectivity(arrays['relmat'], *ORDER)
     assert '2 without signal' in words(figure)
     image = figure.axes[0].images[0]
     colours = image.cmap(image.norm(image.get_array()))
@@ -359,7 +381,7 @@ def order(arrays):
 def test_order_check_shows_every_reading(order):
     gradients, fc = order
     found = order_check(gradients, fc, {'backwards': np.arange(P)[::-1]})
-    figure = figures.order_check(found, gradients, fc)
+    figure = draw_order_check(found, gradients, fc)
     shown = words(figure)
     assert 'The connectivity fits the order as read' in shown
     pairs = (P - 2) * (P - 3) // 2
@@ -380,11 +402,11 @@ def test_order_check_names_doubt_and_what_is_expected(order):
     shuffled = fc[np.ix_(rows, rows)]
     found = order_check(gradients, shuffled, {'7-network order': rows})
     expected = {'right order': 0.41, '7-network order': 0.16}
-    shown = words(figures.order_check(found, gradients, shuffled, expected))
+    shown = words(draw_order_check(found, gradients, shuffled, expected))
     assert 'does not bear out' in shown
     assert 'right order: 0.41' in shown
     assert '7-network order: 0.16' in shown
-    assert 'expected' not in words(figures.order_check(found, gradients, shuffled))
+    assert 'expected' not in words(draw_order_check(found, gradients, shuffled))
 
 
 @pytest.mark.parametrize('count', [1, 3])
@@ -394,7 +416,7 @@ def test_latent_error_counts_what_the_model_gained(count):
     baseline[:, 1::2, 7:] = 0.4
     error = 0.5 * baseline
     error[:, [1, 39]] *= 3
-    figure = figures.latent_error(error, baseline, np.arange(40)[::-1], order_label='backwards')
+    figure = latent_error(error, baseline, np.arange(40)[::-1], order_label='backwards')
     assert '18 of 20 parcels below the baseline' in words(figure)
     assert ('mean of 3 windows' in words(figure)) == (count > 1)
     drawn = np.asarray(figure.axes[0].images[0].get_array().filled(np.nan))
@@ -415,13 +437,13 @@ def test_model_figures_are_small_and_the_same_again(order, tmp_path):
     error = rng.random((4, 450, 10))
     found = order_check(gradients, fc, {})
     draw = {
-        'order': lambda: figures.order_check(found, gradients, fc),
-        'latent': lambda: figures.latent_error(error, error + 0.1),
+        'order': lambda: draw_order_check(found, gradients, fc),
+        'latent': lambda: latent_error(error, error + 0.1, np.arange(450), 'atlas order'),
     }
     for name, figure in draw.items():
-        first = figures.save(figure(), tmp_path / f'{name}.svg').read_bytes()
+        first = save(figure(), tmp_path / f'{name}.svg').read_bytes()
         assert len(first) < 400_000
-        assert figures.save(figure(), tmp_path / f'{name}.svg').read_bytes() == first
+        assert save(figure(), tmp_path / f'{name}.svg').read_bytes() == first
 
 
 def test_pictures_leave_no_global_state(arrays):
@@ -430,7 +452,7 @@ def test_pictures_leave_no_global_state(arrays):
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    figures.coverage(arrays['xyz'], arrays['coverage'], 0.5)
+    coverage(arrays['xyz'], arrays['coverage'], 0.5)
     assert dict(matplotlib.rcParams) == before
     if 'matplotlib.pyplot' in sys.modules:
         assert not sys.modules['matplotlib.pyplot'].get_fignums()
@@ -445,8 +467,8 @@ def test_browser_shows_the_figures(tmp_path):
     from PIL import Image
 
     picture = Figure(figsize=(4, 2), facecolor='#FF00FF')
-    figures.save(picture, figure_path(tmp_path / 'here', RUN.format(1), 'carpet'))
-    write_report(tmp_path / 'here', '01', [a_run(RUN.format(1))])
+    save(picture, figure_path(tmp_path / 'here', RUN.format(1), 'carpet'))
+    write_report(tmp_path / 'here', '01', [a_run(RUN.format(1))], FIGURES)
     shutil.move(tmp_path / 'here', tmp_path / 'moved away')
     shot = tmp_path / 'page.png'
     subprocess.run(

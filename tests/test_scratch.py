@@ -84,11 +84,11 @@ def test_group_level_has_a_passing_place(nowhere, tmp_path, monkeypatch):
         places.append(Path(tempfile.gettempdir()))
         return places
 
-    monkeypatch.setattr(contrast, 'read_maps', lambda *_: None)
-    monkeypatch.setattr(contrast, 'write_contrasts', write)
+    monkeypatch.setattr(contrast, 'find', lambda *_: None)
+    monkeypatch.setattr(contrast, 'write', write)
     settings = Settings(
         bids_dir=tmp_path, output_dir=tmp_path, analysis_level='group',
-        contrast=('task', 'nback', 'rest'),
+        options={'contrast': ('task', 'nback', 'rest')},
     )  # fmt: skip
     assert run_group(settings, 'now') == 0
     assert places[0].parent == tmp_path / 'logs' / 'now'

@@ -62,10 +62,10 @@ def test_file_and_folder_mean_the_same(card, checkpoint, table, tmp_path):
     for path in (checkpoint, checkpoint.parent):
         spec = resolve_model(f'{card()}={path}', tmp_path)
         assert spec.sha256 == sha256_of(checkpoint)
-        assert (spec.n_parcels, spec.card.window) == (424, 160)
-        assert spec.pooling == 'mean over tokens'
-        assert spec.per_parcel
-        assert spec.predicts_latents
+        assert spec.capabilities.window == (424, spec.card.window) == (424, 160)
+        assert spec.capabilities.pooling == 'mean over tokens'
+        assert spec.capabilities.patches == 5
+        assert spec.capabilities.predicts_latents
         assert spec.gradients.path == table
         assert spec.gradients.named
 
@@ -139,7 +139,7 @@ def test_tables_that_are_none(tmp_path, content):
     [({'min_real': 0.0}, 'min_real'), ({'official_volumes': 100}, 'official_volumes'),
      ({'gradients': {'sha256': '0'}}, 'name of a file'), ({'cohort_scaling': 'x'}, 'scaling'),
      ({'citation': [1]}, 'citation'), ({'gradients': 'table.csv'}, 'gradients'),
-     ({'weights': ['model.safetensors']}, 'weights must give the name'),
+     ({'weights': ['model.safetensors']}, "weights 'model.safetensors' is not a mapping"),
      ({'training': 'long'}, 'training')],
 )  # fmt: skip
 def test_faulty_cards(card, tmp_path, change, sentence):

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from bids_brainfm.atlases.atlas import load_atlas
@@ -24,6 +25,7 @@ from bids_brainfm.resources import home
 from bids_brainfm.signals.simulate import neural_series
 
 PACKAGE = Path(__file__).parents[1] / 'bids_brainfm'
+EXAMPLE = Path(__file__).with_name('example_family')
 STEM = 'sub-{}_task-rest_space-MNI152NLin2009cAsym_atlas-Demo424'
 TR, VOLUMES = 0.735, 490
 
@@ -106,6 +108,19 @@ def jepa(tmp_path):
         (r'embed_dim: \d+', 'embed_dim: 8'), (r'depth: \d+', 'depth: 1'),
         (r'num_heads: \d+', 'num_heads: 1'), (r'patch_size: \d+', 'patch_size: 16'),
     )  # fmt: skip
+
+
+@pytest.fixture
+def example(tmp_path, monkeypatch):
+    """Card of a family that another package declares."""
+    place = Path(shutil.copytree(EXAMPLE, tmp_path / 'site'))
+    about = place / 'example_family-1.dist-info'
+    about.mkdir()
+    (about / 'METADATA').write_text('Metadata-Version: 2.1\nName: example_family\nVersion: 1\n')
+    declared = '[bids_brainfm.families]\nexample_mae = example_family:ExampleMAE\n'
+    (about / 'entry_points.txt').write_text(declared)
+    monkeypatch.syspath_prepend(place)
+    return place / 'example.yml'
 
 
 def start(*arguments, processes: int = 1, **how) -> subprocess.Popen:
@@ -254,6 +269,22 @@ def test_what_pretraining_writes(mae, cohort, tmp_path, capsys):
     log = pd.read_csv(out / 'train.csv')
     assert {'loss', 'lr', 'gradient_norm', 'epoch'} < set(log)
     assert log['lr'].iloc[-1] == 0
+
+
+def test_a_family_of_another_package_is_trained(example, cohort, tmp_path):
+    """By the protocol alone: pretrained, gone on from, and fine-tuned."""
+    first, second, tuned = (tmp_path / name for name in ('first', 'second', 'tuned'))
+    options = ('--data', cohort, '--device', 'cpu', '--batch-size', 4, '--epochs', 3)
+    run('pretrain', example, first, *options, *SPLIT, '--lr', 0.01)
+    run('pretrain', first / 'card.yml', second, *options, *SPLIT, '--warm-start')
+    card = yaml.safe_load((first / 'card.yml').read_text())
+    assert card['config']['model_type'] == 'example_mae'
+    assert card['training']['held_out']['loss'] < card['training']['held_out_untrained']['loss']
+    again = yaml.safe_load((second / 'card.yml').read_text())['training']
+    assert again['held_out_untrained']['loss'] == card['training']['held_out']['loss']
+    run('finetune', second / 'card.yml', tuned, *options, '--target', 'trait')
+    head = json.loads((tuned / 'config.json').read_text())['head']
+    assert (head['kind'], head['pooling']) == ('linear', 'mean')
 
 
 def test_a_model_of_ones_own_goes_through_the_app(mae, cohort, simulated, app, tmp_path):

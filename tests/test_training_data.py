@@ -8,6 +8,8 @@ import pytest
 
 from bids_brainfm.bids.freshness import write_sidecar
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.models.cards import load_card
+from bids_brainfm.models.weights import build
 from bids_brainfm.training.cohort import (
     CohortRun,
     Targets,
@@ -16,7 +18,7 @@ from bids_brainfm.training.cohort import (
     read_targets,
     split,
 )
-from bids_brainfm.training.recipe import OF_FAMILY, load_recipe, recipe_names
+from bids_brainfm.training.recipe import load_recipe, recipe_names
 from bids_brainfm.training.store import (
     INDEX,
     Store,
@@ -489,9 +491,16 @@ def test_recipes_load():
             rates = recipe.rates(step, 100)
             assert rates.lr >= 0
             assert (rates.momentum is None) == (recipe.momentum is None)
-    assert load_recipe(OF_FAMILY['brain_jepa']).masks == 'fixed'
     assert load_recipe('official').masks == 'official'
-    assert all(load_recipe(OF_FAMILY[f]).masks is None for f in ('vit_mae', 'brainlm_mae'))
+
+
+@pytest.mark.parametrize(
+    ('model', 'masks'),
+    [('brainlm-demo', None), ('brainlm-13m', None), ('brain-jepa-vitb', 'fixed')],
+)
+def test_recipe_of_a_family(model, masks):
+    network = build(load_card(model).config)
+    assert load_recipe(network.capabilities.recipe).masks == masks
 
 
 @pytest.mark.parametrize('name', ['fixed', 'official'])
@@ -578,23 +587,23 @@ def test_a_recipe_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     ('line', 'said'),
     [
-        ('epochs: 0', 'epochs 0 makes no sense'),
-        ('epochs: -1', 'epochs -1 makes no sense'),
-        ('batch_size: 0', 'batch_size 0 makes no sense'),
-        ('micro_batch_size: -2', 'micro_batch_size -2 makes no sense'),
-        ('warmup: 1', 'warmup 1 makes no sense'),
-        ('warmup: -0.1', 'warmup -0.1 makes no sense'),
-        ('layer_decay: 0', 'layer_decay 0 makes no sense'),
-        ('layer_decay: 1.1', 'layer_decay 1.1 makes no sense'),
-        ('momentum: [0.9, 1.1]', 'momentum .* makes no sense'),
-        ('patience: 0', 'patience 0 makes no sense'),
-        ('lr: 0.001', 'lr must be a list of 3 numbers'),
-        ('lr: [0, 1.0e-3]', 'lr must be a list of 3 numbers'),
-        ('lr: [0, -1.0e-3, 0]', 'lr must be a list of 3 numbers'),
-        ('lr: [0, high, 0]', 'lr must be a list of 3 numbers'),
-        ('weight_decay: [0.1]', 'weight_decay must be a list of 2 numbers'),
-        ('momentum: [0.9, 0.95, 1]', 'momentum must be a list of 2 numbers'),
-        ('momentums: [0.9, 1]', 'does not know: momentums'),
+        ('epochs: 0', 'epochs 0 is not above 0'),
+        ('epochs: -1', 'epochs -1 is not above 0'),
+        ('batch_size: 0', 'batch_size 0 is not above 0'),
+        ('micro_batch_size: -2', 'micro_batch_size -2 is not above 0'),
+        ('warmup: 1', 'warmup 1 is not from 0 to below 1'),
+        ('warmup: -0.1', 'warmup -0.1 is not from 0'),
+        ('layer_decay: 0', 'layer_decay 0 is not above 0 and at most 1'),
+        ('layer_decay: 1.1', 'layer_decay 1.1 is not above 0 and at most 1'),
+        ('momentum: [0.9, 1.1]', 'momentum 1.1 is not from 0 to 1'),
+        ('patience: 0', 'patience 0 is not above 0'),
+        ('lr: 0.001', 'lr 0.001 is not a list of 3 values'),
+        ('lr: [0, 1.0e-3]', r'lr \[0, 0.001\] is not a list of 3 values'),
+        ('lr: [0, -1.0e-3, 0]', 'lr -0.001 is not from 0 upwards'),
+        ('lr: [0, high, 0]', "lr 'high' is not a number"),
+        ('weight_decay: [0.1]', 'weight_decay .* is not a list of 2 values'),
+        ('momentum: [0.9, 0.95, 1]', 'momentum .* is not a list of 2 values'),
+        ('momentums: [0.9, 1]', 'unknown key momentums'),
     ],
 )
 def test_recipes_that_make_no_sense(line, said, tmp_path):
@@ -615,9 +624,9 @@ def test_recipes_that_are_none(content, tmp_path):
 def test_recipes_that_lack_something(tmp_path):
     path = tmp_path / 'mine.yml'
     path.write_text(OWN.replace('warmup: 0.1\n', ''))
-    with pytest.raises(BrainfmError, match='lacks or does not know: warmup'):
+    with pytest.raises(BrainfmError, match='lacks warmup; the keys are epochs'):
         load_recipe(path)
-    with pytest.raises(BrainfmError, match='There is no recipe fast: the recipes are brainlm-leg'):
+    with pytest.raises(BrainfmError, match='There is no recipe fast: choose brainlm-leg'):
         load_recipe('fast')
     with pytest.raises(BrainfmError, match='epochs -3'):
         load_recipe('fixed', epochs=-3)

@@ -18,9 +18,9 @@ import numpy as np
 
 from bids_brainfm.analyses.gradients import brain_gradients
 from bids_brainfm.atlases.atlas import load_atlas
-from bids_brainfm.models.connectome import connectome
 from bids_brainfm.models.gradient_table import write_gradients
 from bids_brainfm.resources import home
+from bids_brainfm.signals.connectome import connectome
 from bids_brainfm.signals.simulate import neural_series
 
 MODELS = Path(__file__).resolve().parents[1] / 'bids_brainfm' / 'data' / 'models'
@@ -30,7 +30,7 @@ SEED, PARTICIPANTS, VOLUMES, TR = 424, 20, 490, 0.735
 def mean_connectivity(xyz: np.ndarray) -> np.ndarray:
     """Mean over the participants, (P, P)."""
     rng = np.random.default_rng(SEED)
-    total = 0.0
+    total = np.zeros((len(xyz), len(xyz)))
     for _ in range(PARTICIPANTS):
         coupling = float(np.clip(0.3 + 0.25 * rng.standard_normal(), -0.9, 0.9))
         total += connectome(neural_series(xyz, VOLUMES, TR, coupling, rng)).astype(float)

@@ -76,7 +76,7 @@ def write_participant(folder: Path, how: Callable, label: str, trait: float, see
     stem = f'sub-{label}_task-{TASK}_space-MNI152NLin2009cAsym_atlas-{ATLAS}'
     with tempfile.TemporaryDirectory() as scratch:
         confounds, facts = Path(scratch) / 'confounds.tsv', Path(scratch) / 'confounds.json'
-        run.confounds.to_csv(confounds, sep='\t', index=False, na_rep='n/a')
+        pd.DataFrame(run.confounds).to_csv(confounds, sep='\t', index=False, na_rep='n/a')
         write_json(facts, run.components)
         read = read_confounds(confounds, facts, load_preset('simple'), VOLUMES)
     series = denoise(run.series, read)
@@ -176,7 +176,7 @@ def compare(name: str, data: Path, folder: Path) -> None:
     print(name, training['probe'])
 
 
-def run(*arguments) -> None:
+def run(*arguments: object) -> None:
     """Run a command of ``bids_brainfm_models``."""
     words = [str(argument) for argument in arguments]
     print('bids_brainfm_models', *words, flush=True)

@@ -61,7 +61,7 @@ def describe(action: argparse.Action) -> dict:
     entry = {
         'id': action.dest,
         'name': action.dest.replace('_', ' '),
-        'description': action.help.replace('%%', '%'),
+        'description': (action.help or '').replace('%%', '%'),
         'optional': not action.required,
         'value-key': value_key(action),
         **type_of(action),
@@ -99,7 +99,7 @@ def type_of(action: argparse.Action) -> dict:
 def takes(action: argparse.Action, text: str) -> bool:
     """Whether an argument takes a text as the number that it is, not as words or megabytes."""
     try:
-        return action.type is not None and action.type(text) == float(text)
+        return callable(action.type) and action.type(text) == float(text)
     except argparse.ArgumentTypeError:
         return False
 

@@ -1,8 +1,7 @@
 """Brain gradients: where each parcel lies in the space of functional connectivity.
 
-Brain-JEPA tells its network where a parcel is by these coordinates. A network that was trained
-with one table needs that very table; another parcellation needs a table and a training of its
-own. This makes the table from the connectivity of the training set.
+Brain-JEPA locates parcels by these coordinates. A network needs the very table that it was
+trained with; this makes one for another parcellation, from the connectivity of the training set.
 """
 
 from collections.abc import Iterable
@@ -25,23 +24,11 @@ def brain_gradients(
     spectrum of the published table (Dong et al. 2024, arXiv:2409.19407; Vos de Wael
     et al. 2020, doi:10.1038/s42003-020-0794-7).
 
-    Parameters
-    ----------
-    fc : (P, P) float
-        Symmetric, a mean over participants; what stands on the diagonal does not matter.
-    n_components : int
-        Number G of gradients.
-    sparsity : float
-        Share of each row that is left out.
-    alpha : float
-        Anisotropy of the diffusion; 0.5 is Fokker-Planck diffusion.
-
-    Returns
-    -------
-    (P, G) float64
-        The same input gives the same answer; another order of the parcels changes the columns
-        by about half a percent, because BrainSpace's solver takes a matrix for symmetric that
-        is so only nearly.
+    `fc` (P, P) is symmetric, a mean over participants; its diagonal does not matter. `sparsity`
+    is the proportion of each row that is left out, `alpha` the anisotropy of the diffusion (0.5:
+    Fokker-Planck). Returns (P, n_components) float64. Another order of the parcels changes the
+    columns by about half a percent, because BrainSpace's solver takes a matrix for symmetric that
+    is so only nearly.
 
     Raises
     ------
@@ -56,10 +43,8 @@ def brain_gradients(
             "`pip install 'bids_brainfm[gradients]'`."
         ) from None
 
-    fc = _checked(fc)
-    parcels = len(fc)
-    # Rounded as it stands, 1 - 0.9 of 400 parcels would be 39.
-    sparsity -= 1e-9
+    fc, parcels = _checked(fc), len(fc)
+    sparsity -= 1e-9  # else 1 - 0.9 of 400 parcels would be rounded to 39
     if parcels <= n_components + 1 or parcels * (1 - sparsity) < 2:
         raise BrainfmError(
             f'{parcels} parcels are too few for {n_components} gradients at a sparsity of '
@@ -67,12 +52,12 @@ def brain_gradients(
         )
     kept = compute_affinity(fc, sparsity=sparsity)
     _check_links(fc, kept)
-    likeness = compute_affinity(kept, kernel='normalized_angle', sparsity=None)
-    return diffusion_mapping(likeness, n_components, alpha=alpha, random_state=0)[0]
+    affinity = compute_affinity(kept, kernel='normalized_angle', sparsity=None)
+    return diffusion_mapping(affinity, n_components, alpha=alpha, random_state=0)[0]
 
 
-def _checked(fc):
-    """A copy with ones on the diagonal, once it is square, finite and symmetric."""
+def _checked(fc: np.ndarray) -> np.ndarray:
+    """Copy a matrix, with ones on the diagonal, if it is square, finite and symmetric."""
     fc = np.array(fc, np.float64)
     if fc.ndim != 2 or fc.shape[0] != fc.shape[1]:
         raise BrainfmError(
@@ -80,27 +65,26 @@ def _checked(fc):
             'give the correlations between all parcels.'
         )
     np.fill_diagonal(fc, 1.0)
-    if (lacking := ~np.isfinite(fc)).any():
-        row = int(lacking.sum(1).argmax())
+    if (missing := ~np.isfinite(fc)).any():
+        row = int(missing.sum(1).argmax())
         raise BrainfmError(
-            f'The connectivity has {lacking.sum()} values that are no finite numbers, most of '
+            f'The connectivity has {missing.sum()} values that are no finite numbers, most of '
             f'them in row {row}: average over runs in which every parcel has signal.'
         )
-    apart = np.abs(fc - fc.T).max()
-    if apart > 1e-5:
+    if (difference := np.abs(fc - fc.T).max()) > 1e-5:
         raise BrainfmError(
-            f'The connectivity is not symmetric (entries differ by up to {apart:.2g} from their '
-            'mirror images): give correlations between parcels, one order for rows and columns.'
+            f'The connectivity is not symmetric (entries differ by up to {difference:.2g} from '
+            'their mirror images): give correlations between parcels, one order for rows and '
+            'columns.'
         )
     return fc
 
 
-def _check_links(fc, kept):
-    """Refuse parcels whose strongest correlations, `kept` of `fc`, lead nowhere or anywhere."""
-    from scipy.sparse import csr_array
-    from scipy.sparse.csgraph import connected_components
+def _check_links(fc: np.ndarray, kept: np.ndarray) -> None:
+    """Refuse connectivity whose strongest correlations `kept` fall apart or are not unique."""
+    from scipy.sparse import csgraph, csr_array
 
-    parts, part = connected_components(csr_array(kept), directed=False)
+    parts, part = csgraph.connected_components(csr_array(kept), directed=False)
     if parts > 1:
         smallest = np.flatnonzero(part == np.bincount(part).argmin())
         raise BrainfmError(
@@ -117,49 +101,37 @@ def _check_links(fc, kept):
 
 
 def group_fc(paths: Iterable[str | Path]) -> np.ndarray:
-    """Mean connectivity over runs, from the tables that the app writes.
+    """Mean connectivity over runs (P, P) float64, from the app's ``*_relmat.tsv`` of one atlas.
 
-    Parameters
-    ----------
-    paths : iterable of path-like
-        ``*_relmat.tsv`` files of one atlas; one at a time is in memory.
-
-    Returns
-    -------
-    (P, P) float64
-        Mean of the Pearson correlations over the runs that have them, NaN where none has.
-
-    Raises
-    ------
-    BrainfmError
-        There is no file, one cannot be read, or they are not of the same parcels.
+    Each correlation is averaged over the runs that have it, NaN where none has; one table at a
+    time is in memory. Raises BrainfmError where there is no file, one cannot be read, or they are
+    not of the same parcels.
     """
-    from bids_brainfm.bids.files import read_relmat
+    import pandas as pd
 
     first = None
     for path in paths:
         try:
-            with Path(path).open() as file:
-                names = file.readline().rstrip('\n').split('\t')[1:]
-            relmat = read_relmat(path).astype(np.float64)
-            if relmat.shape != (len(names), len(names)):
-                raise ValueError(f'{len(names)} columns and {len(relmat)} rows')
+            frame = pd.read_csv(path, sep='\t', na_values='n/a', index_col=0)
+            if len(frame) != len(frame.columns):
+                raise ValueError(f'{len(frame.columns)} columns and {len(frame)} rows')
+            relmat = frame.to_numpy(np.float32).astype(np.float64)
         except (OSError, ValueError) as error:
             raise BrainfmError(
                 f'{path} is no table of connectivity ({error}): give the *_relmat.tsv files that '
                 'bids_brainfm wrote.'
             ) from None
         if first is None:
-            first, parcels = path, names
-            total, count = np.zeros((2, len(names), len(names)))
-        if names != parcels:
+            first, parcels = path, list(frame.columns)
+            total, count = np.zeros((2, *relmat.shape))
+        if list(frame.columns) != parcels:
             raise BrainfmError(
                 f'{path} and {first} are not of the same parcels in the same order: average '
                 'matrices of one atlas.'
             )
-        there = np.isfinite(relmat)
-        total[there] += relmat[there]
-        count += there
+        known = np.isfinite(relmat)
+        total[known] += relmat[known]
+        count += known
     if first is None:
         raise BrainfmError('There is no connectivity to average: give *_relmat.tsv files.')
     return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)

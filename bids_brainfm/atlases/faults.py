@@ -8,48 +8,26 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 FAR_MM = 10.0  # images of one atlas agree within a few mm
-FAR_SHARE = 0.02  # of A424's parcels 0.7 % lie farther off, in known wrong orders 11 % or more
+FAR_PROPORTION = 0.02  # of A424's parcels 0.7 % lie farther off, in wrong orders 11 % or more
 FLIPPED = 'flipped left to right'
 OTHER = 'numbered in another order'
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where the P parcels of an atlas lie, and the known ways to get their order wrong.
+    """Where the P parcels of an atlas lie, and the known ways to get their order wrong."""
 
-    Attributes
-    ----------
-    xyz : (P, 3) float
-        Centres in mm (MNI, RAS).
-    structures : tuple of P str, or None
-        'subcortex' or 'cortex'.
-    misorders : dict of (P,) int arrays
-        By the name of the fault: row i of a file in that wrong order is parcel
-        ``misorders[name][i]``, counted from 0.
-    """
-
-    xyz: np.ndarray
-    structures: tuple[str, ...] | None = None
+    xyz: np.ndarray  # (P, 3) float, centres in mm (MNI, RAS)
+    structures: tuple[str, ...] | None = None  # P times 'subcortex' or 'cortex'
+    # (P,) int by fault: row i of a file in that wrong order is parcel misorders[name][i], from 0
     misorders: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def fault(self, centres: np.ndarray, rows: np.ndarray) -> str | None:
-        """What is wrong with labels that lie at these places, in words.
+        """What is wrong with labels at these centres, in words; None if they lie as they should.
 
-        Parameters
-        ----------
-        centres : (R, 3) float
-            Centres of the labels in mm; NaN where a label lies in no voxel.
-        rows : (R,) int
-            Parcels that the labels should be, counted from 0.
+        Of several faults it is that with the least distance. `centres` (R, 3) are in mm, NaN where
+        a label lies in no voxel; `rows` (R,) are the parcels that they should be, from 0.
 
-        Returns
-        -------
-        str or None
-            A fault, or None where the labels lie as they should. Where several faults would do
-            it is the one with the least distance.
-
-        Examples
-        --------
         >>> xyz = np.array([[-40.0, 0, 0], [30, 0, 0], [-30, 50, 0]])
         >>> places = Places(xyz, misorders={'second first': np.array([1, 0, 2])})
         >>> wrong = [xyz, xyz * [-1, 1, 1], xyz[[1, 0, 2]], xyz[[2, 1, 0]]]
@@ -57,17 +35,16 @@ class Places:
         [None, 'flipped left to right', 'second first', 'numbered in another order']
         """
         seen = np.isfinite(centres).all(axis=1)
-        known = {None: self.xyz, FLIPPED: self.xyz * [-1, 1, 1]}
-        known |= {name: self.xyz[order] for name, order in self.misorders.items()}
-        shift = {
-            name: np.linalg.norm(where[rows][seen] - centres[seen], axis=1)
-            for name, where in known.items()
-        }
-        misplaced = {name: (mm > FAR_MM).sum() > FAR_SHARE * mm.size for name, mm in shift.items()}
-        if not misplaced[None]:
+        distance = lambda xyz: np.linalg.norm(xyz[rows][seen] - centres[seen], axis=1)
+        misplaced = lambda mm: (mm > FAR_MM).sum() > FAR_PROPORTION * mm.size
+        right = distance(self.xyz)
+        if not misplaced(right):
             return None
-        nearest = min(shift, key=lambda name: shift[name].mean())
-        return OTHER if misplaced[nearest] else nearest
+        wrong = {FLIPPED: distance(self.xyz * [-1, 1, 1])}
+        wrong |= {name: distance(self.xyz[order]) for name, order in self.misorders.items()}
+        nearest = min(wrong, key=lambda name: wrong[name].mean())
+        is_known = wrong[nearest].mean() < right.mean() and not misplaced(wrong[nearest])
+        return nearest if is_known else OTHER
 
     def kept_without(self, structure: str) -> np.ndarray:
         """Parcels outside a structure, counted from 0."""
@@ -75,29 +52,16 @@ class Places:
 
     def lacking(self, structure: str) -> str:
         """The fault of a file that leaves a structure out, in words."""
-        n_lost = self.structures.count(structure)
+        n_lost = (self.structures or ()).count(structure)
         return f'the {n_lost} parcels of the {structure} are missing'
 
 
 def fault_of_names(names: Sequence[str], patterns: Sequence[str], places: Places) -> str | None:
-    """What is wrong with the names of labels, in words.
+    """What is wrong with the names of labels, in words; None if nothing is.
 
-    Parameters
-    ----------
-    names : sequence of str
-        As a file gives them, in the order of its labels.
-    patterns : sequence of P str
-        What the names should be, ``*`` for any text. What it stands for in ``*-rh`` and ``*-lh``
-        must be the same sequence on both sides.
-    places : Places
+    The names are in the order of a file's labels; `patterns` (P) are what they should be, with
+    ``*`` for any text, whose sequence in ``*-rh`` and ``*-lh`` must be the same on both sides.
 
-    Returns
-    -------
-    str or None
-        A fault, or None.
-
-    Examples
-    --------
     >>> places = Places(np.zeros((3, 3)), ('subcortex',) * 2 + ('cortex',),
     ...                 {'left first': np.array([1, 0, 2])})
     >>> patterns = ['*-rh', '*-lh', '17Networks_LH_*']
@@ -125,13 +89,13 @@ def fault_of_names(names: Sequence[str], patterns: Sequence[str], places: Places
     return OTHER
 
 
-def _named(names, patterns):
+def _named(names: Sequence[str], patterns: Sequence[str]) -> bool:
     """Whether names are what patterns say, and the two hemispheres alike."""
     right, left = ([n[:-3] for n in names if n.endswith(side)] for side in ('-rh', '-lh'))
     fit = len(names) == len(patterns) and all(map(fnmatchcase, names, patterns))
     return fit and right == left
 
 
-def _networks(texts):
-    """Number of networks that names like ``17Networks_LH_VisCent_1`` tell, None where none."""
+def _networks(texts: Sequence[str]) -> str | None:
+    """Number of networks in names like ``17Networks_LH_VisCent_1``, None where there is none."""
     return next((found[1] for text in texts if (found := re.match(r'(\d+)Networks_', text))), None)

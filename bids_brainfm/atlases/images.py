@@ -3,11 +3,17 @@
 import gzip
 import zlib
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import numpy as np
 
 from bids_brainfm.atlases.faults import Places
 from bids_brainfm.errors import BrainfmError
+
+if TYPE_CHECKING:
+    import nibabel as nib
+
+LabelImage: TypeAlias = 'nib.spatialimages.SpatialImage | nib.Cifti2Image'
 
 
 def misfit(path: Path, name: str, fault: str) -> BrainfmError:
@@ -18,33 +24,17 @@ def misfit(path: Path, name: str, fault: str) -> BrainfmError:
     )
 
 
-def read_labels(path: Path, name: str):
-    """Read a label image.
-
-    Returns
-    -------
-    image : nibabel image
-    labels : int32 array of the image's shape
-
-    Raises
-    ------
-    BrainfmError
-        It cannot be read, or its values are not whole numbers.
-    """
+def read_labels(path: Path, name: str) -> tuple[LabelImage, np.ndarray]:
+    """Read a label image of an atlas, and its labels, int32 in the image's shape."""
     import nibabel as nib
+    from nibabel.filebasedimages import ImageFileError
 
     try:
         if path.name.endswith('.gz'):  # nibabel stops before the checksum at its end
             gzip.decompress(path.read_bytes())
-        image = nib.load(path)
+        image = cast('LabelImage', nib.load(path))
         values = np.asanyarray(image.dataobj)
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        zlib.error,
-        nib.filebasedimages.ImageFileError,
-    ) as error:
+    except (OSError, EOFError, ValueError, zlib.error, ImageFileError) as error:
         raise BrainfmError(
             f'The image {path} of atlas {name} cannot be read ({error}): fetch it anew.'
         ) from None
@@ -85,30 +75,26 @@ def label_centres(labels: np.ndarray, affine: np.ndarray, n_labels: int) -> np.n
     return nib.affines.apply_affine(affine, np.stack(ijk, axis=1)).astype(np.float32)
 
 
-def _in_voxels(image, labels):
+def in_voxels(image: LabelImage, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Labels on a grid and its affine; of a CIFTI file those grayordinates that are voxels."""
-    import nibabel as nib
+    from nibabel import Cifti2Image
 
-    if not isinstance(image, nib.Cifti2Image):
+    if not isinstance(image, Cifti2Image):
         return labels, image.affine
     axis = image.header.get_axis(1)
     inside = axis.volume_mask
-    volume = np.zeros(axis.volume_shape if inside.any() else (1, 1, 1), labels.dtype)
+    if not inside.any():
+        return np.zeros((1, 1, 1), labels.dtype), np.eye(4)
+    volume = np.zeros(axis.volume_shape, labels.dtype)
     volume[tuple(axis.voxel[inside].T)] = labels.ravel()[inside]
-    return volume, axis.affine if inside.any() else np.eye(4)
+    return volume, axis.affine
 
 
 def check_image(path: Path, name: str, places: Places, rows: np.ndarray | None = None) -> None:
     """Refuse an image that does not show an atlas, or the parcels `rows` of it.
 
-    Labels must be the whole numbers 0..P, each of 1..P present, and they must lie where the
-    atlas says, which a left-right flip or another order of the labels does not. Of a CIFTI file
-    only the voxels are checked for that: vertices have no place without their surface.
-
-    Raises
-    ------
-    BrainfmError
-        Says which of these fails, by name where the fault is a known one.
+    Labels must be the whole numbers 0..P, all present, and lie where the atlas says (of a CIFTI
+    file the voxels: vertices have no place without their surface).
     """
     image, labels = read_labels(path, name)
     lacking = None
@@ -120,6 +106,6 @@ def check_image(path: Path, name: str, places: Places, rows: np.ndarray | None =
                 rows, lacking = kept, places.lacking(structure)
     if not lacking:
         check_complete(labels, path, name, rows.size)
-    fault = places.fault(label_centres(*_in_voxels(image, labels), rows.size), rows)
+    fault = places.fault(label_centres(*in_voxels(image, labels), rows.size), rows)
     if fault or lacking:
         raise misfit(path, name, ', '.join(filter(None, (fault, lacking))))

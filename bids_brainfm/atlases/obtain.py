@@ -1,55 +1,63 @@
 """Complete an atlas on this machine: fetch its files, make the images that nobody publishes."""
 
+import contextlib
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from bids_brainfm.atlases.atlas import AtlasCard, check_lookalike, load_atlas
+from bids_brainfm.atlases.atlas import Atlas, check_lookalike, load_atlas
+from bids_brainfm.atlases.cards import AtlasCard, AtlasFile
 from bids_brainfm.atlases.images import check_image
 from bids_brainfm.bids.naming import parse_name
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.resources import Resource, fetch, forget
 
+if TYPE_CHECKING:
+    import nibabel as nib
+
 LABEL_IMAGES = ('.nii', '.nii.gz', '.dlabel.nii')
 
 
 def obtain_atlas(card: AtlasCard, home: Path, source_dir: Path | None = None) -> None:
-    """Bring the files of an atlas to their folder and make what has to be made.
+    """Fetch the files of an atlas and make the images that have to be made.
 
     Files with a public address are required. Others are taken from `source_dir` where it has
     them; an image that is then still absent is made from its parts, which are fetched for that.
-
-    Raises
-    ------
-    BrainfmError
-        See :func:`bids_brainfm.atlases.fetch.fetch`. The files fetched before stay usable.
+    Refused as in :func:`bids_brainfm.resources.fetch`; files fetched before stay usable.
     """
     try:
         fetched = [file for file in card.files if file.role not in ('places', 'part')]
-        fetch([_resource(card, file, home) for file in fetched], source_dir, _command(card))
+        _fetch(card, fetched, home, source_dir)
         _make_images(card, home, source_dir)
     except BrainfmError as error:
         raise BrainfmError(f'{error}{_lookalike_faults(card, home, source_dir)}') from None
 
 
-def _command(card):
-    return f'bids_brainfm_models fetch {card.name}'
+def _fetch(
+    card: AtlasCard, files: Iterable[AtlasFile], home: Path, source_dir: Path | None
+) -> list[Resource]:
+    """Fetch files of an atlas; return those that were absent before."""
+    resources = [
+        Resource(f.name, card.path_of(f, home), f.url, f.sha256, optional=not f.url) for f in files
+    ]
+    absent = [resource for resource in resources if not resource.target.is_file()]
+    fetch(resources, source_dir, f'bids_brainfm_models fetch {card.name}')
+    return absent
 
 
-def _resource(card, file, home):
-    target = card.path_of(file, home)
-    return Resource(file.name, target, file.url, file.sha256, optional=not file.url)
-
-
-def _make_images(card, home, source_dir):
+def _make_images(card: AtlasCard, home: Path, source_dir: Path | None) -> None:
     """Make the images that were not supplied; those that fail do not keep the others back."""
-    atlas, folder, failed = load_atlas(card.path, home), card.folder(home), {}
+    atlas, folder = load_atlas(card.path, home), card.folder(home)
+    failed: dict[str, str] = {}
     for file in card.files:
         if not file.made or (folder / file.name).is_file():
             continue
         made = folder / card.made_name(file)
-        if _is_made(made, atlas):
+        with contextlib.suppress(BrainfmError):  # made before, and not damaged
+            check_image(made, atlas.name, atlas.places)
             continue
         part = made.with_name(f'part_{made.name}')
         try:
@@ -57,7 +65,7 @@ def _make_images(card, home, source_dir):
             check_image(part, card.name, atlas.places)
         except BrainfmError as error:
             part.unlink(missing_ok=True)
-            failed[file.space] = str(error)
+            failed[str(file.space)] = str(error)
         else:
             part.replace(made)
     if failed:
@@ -68,48 +76,35 @@ def _make_images(card, home, source_dir):
         )
 
 
-def _is_made(path, atlas):
-    """Whether an image was made before, and is not damaged."""
-    try:
-        check_image(path, atlas.name, atlas.places)
-    except BrainfmError:
-        return False
-    return True
-
-
-def _make_image(card, file, atlas, home, source_dir):
+def _make_image(
+    card: AtlasCard, file: AtlasFile, atlas: Atlas, home: Path, source: Path | None
+) -> 'nib.Nifti1Image':
     """Image of labels of a space, by the way that its entry in the card says."""
     import nibabel as nib
 
     made = file.made
-    sources = [source for name in made['of'] for source in card.files if source.name == name]
-    resources = [_resource(card, source, home) for source in sources]
-    brought = [resource for resource in resources if not resource.target.is_file()]
-    fetch(resources, source_dir, _command(card))
-    paths = [resource.target for resource in resources]
-    if made['by'] == 'overlay':
-        for source, path in zip(sources, paths, strict=True):
-            rows = np.arange(source.parcels[0] - 1, source.parcels[1])
-            try:
-                check_image(path, card.name, atlas.places, rows)
-            except BrainfmError as error:
-                raise BrainfmError(f'{error} {_rejected(path, brought, source_dir)}') from None
-        return overlay_labels(paths, [source.parcels[0] for source in sources])
-    grid = nib.affines.from_matvec(np.eye(3) * file.resolution, made['origin'])
-    transform = template_transform(made['transform'], source_dir)
-    return warp_labels(paths[0], transform, made['shape'], grid)
+    assert made, 'only images that can be made are asked for'
+    parts = [part for name in made.of for part in card.files if part.name == name]
+    fetched = {resource.target: resource for resource in _fetch(card, parts, home, source)}
+    paths = [card.path_of(part, home) for part in parts]
+    if made.by == 'warp':
+        grid = nib.affines.from_matvec(np.eye(3) * (file.resolution or 1), made.origin)
+        transform = template_transform(made.transform, source)
+        return warp_labels(paths[0], transform, made.shape, grid)
+    parcels = [part.parcels or (1, card.parcels) for part in parts]
+    for path, (first, last) in zip(paths, parcels, strict=True):
+        try:
+            check_image(path, card.name, atlas.places, np.arange(first - 1, last))
+        except BrainfmError as error:
+            todo = 'Remove it, then fetch again.'
+            if path in fetched:
+                forget(fetched[path])
+                todo = f'It came from {source or fetched[path].url} and was not kept.'
+            raise BrainfmError(f'{error} {todo}') from None
+    return overlay_labels(paths, [first for first, _ in parcels])
 
 
-def _rejected(path, brought, source_dir):
-    """Remove a wrong part if it is this call that brought it; what there is to do, in words."""
-    for resource in brought:
-        if resource.target == path:
-            forget(resource)
-            return f'It came from {source_dir or resource.url} and was not kept.'
-    return 'Remove it, then fetch again.'
-
-
-def _lookalike_faults(card, home, source_dir):
+def _lookalike_faults(card: AtlasCard, home: Path, source_dir: Path | None) -> str:
     """What is wrong with those files of a folder that look like the atlas, in sentences."""
     if not (card.lookalikes and source_dir and source_dir.is_dir()):
         return ''
@@ -125,19 +120,9 @@ def _lookalike_faults(card, home, source_dir):
 
 
 def template_transform(name: str, source_dir: Path | None = None) -> Path:
-    """A transform between templates: out of a folder, or from TemplateFlow.
+    """A transform between templates, ``tpl-TO_from-FROM_mode-image_xfm.h5`` of TemplateFlow.
 
-    Parameters
-    ----------
-    name : str
-        As TemplateFlow names it, ``tpl-TO_from-FROM_mode-image_xfm.h5``.
-    source_dir : Path, optional
-        Folder that may hold it. Then the network is not used.
-
-    Raises
-    ------
-    BrainfmError
-        It is not here and cannot be fetched.
+    Where a `source_dir` is given, which may hold it, the network is not used.
     """
     entities = parse_name(name)[0]
     home = os.environ.get('TEMPLATEFLOW_HOME') or Path.home() / '.cache' / 'templateflow'
@@ -154,12 +139,8 @@ def template_transform(name: str, source_dir: Path | None = None) -> Path:
     try:
         from templateflow import api
 
-        return Path(
-            api.get(
-                entities['tpl'], suffix='xfm', mode='image', extension='.h5', raise_empty=True,
-                **{'from': entities['from']},
-            )
-        )  # fmt: skip
+        query = {'suffix': 'xfm', 'mode': 'image', 'extension': '.h5', 'from': entities['from']}
+        return Path(api.get(entities['tpl'], raise_empty=True, **query))
     except Exception as error:  # requests' errors and TemplateFlow's own
         raise BrainfmError(
             f'{name} could not be fetched from TemplateFlow ({error}): try again, or run the same '
@@ -167,63 +148,44 @@ def template_transform(name: str, source_dir: Path | None = None) -> Path:
         ) from None
 
 
-def warp_labels(image: Path, transform: Path, shape: tuple, affine: np.ndarray):
-    """Nearest-neighbour image of labels on another template's grid.
+def warp_labels(
+    image: Path, transform: Path, shape: tuple[int, ...], affine: np.ndarray
+) -> 'nib.Nifti1Image':
+    """Nearest-neighbour image of labels (int16) on another template's grid.
 
-    Parameters
-    ----------
-    image : Path
-        Label volume.
-    transform : Path
-        ITK composite (.h5) that takes points of the new grid to points of `image`, as
-        TemplateFlow's ``from-`` transforms for images do.
-    shape, affine
-        The new grid.
-
-    Returns
-    -------
-    nibabel.Nifti1Image
-        int16 labels.
+    The transform is an ITK composite (.h5) that takes points of the new grid, given by `shape`
+    and `affine`, to points of `image`, as TemplateFlow's ``from-`` transforms for images do.
     """
     import nibabel as nib
     from nitransforms.manip import load
     from nitransforms.resampling import apply
 
     grid = nib.Nifti1Image(np.zeros(shape, np.uint8), affine)
-    source = nib.load(image)
+    source = cast('nib.Nifti1Image', nib.load(image))
     labels = nib.Nifti1Image(np.rint(np.asanyarray(source.dataobj)), source.affine)
     warped = apply(load(transform, fmt='itk'), labels, reference=grid, order=0)
     return _label_image(np.asanyarray(warped.dataobj), affine)
 
 
-def overlay_labels(images: list[Path], first_parcels: list[int]):
-    """One image of labels out of parts that lie in the same space.
+def overlay_labels(images: Sequence[Path], first_parcels: Sequence[int]) -> 'nib.Nifti1Image':
+    """One image of labels (int16) out of parts that lie in the same space.
 
-    Parameters
-    ----------
-    images : list of Path
-        The first gives the grid; each of the others is brought onto it by affine and nearest
-        neighbour, and lies over those before it.
-    first_parcels : list of int
-        The parcel that label 1 of each image stands for.
-
-    Returns
-    -------
-    nibabel.Nifti1Image
-        int16 labels.
+    The first gives the grid; each of the others is resampled onto it by affine and nearest
+    neighbour, and lies over those before it. `first_parcels` are the parcels of their labels 1.
     """
     import nibabel as nib
     from nibabel.processing import resample_from_to
 
-    grid = nib.load(images[0])
+    volumes = [cast('nib.Nifti1Image', nib.load(image)) for image in images]
+    grid = volumes[0]
     labels = np.zeros(grid.shape)
-    for image, first in zip(images, first_parcels, strict=True):
-        part = np.rint(resample_from_to(nib.load(image), grid, order=0).dataobj)
+    for volume, first in zip(volumes, first_parcels, strict=True):
+        part = np.rint(resample_from_to(volume, grid, order=0).dataobj)
         labels = np.where(part > 0, part + first - 1, labels)
     return _label_image(labels, grid.affine)
 
 
-def _label_image(labels, affine):
+def _label_image(labels: np.ndarray, affine: np.ndarray) -> 'nib.Nifti1Image':
     import nibabel as nib
 
     image = nib.Nifti1Image(labels.astype(np.int16), affine)

@@ -2,40 +2,22 @@
 
 from pathlib import Path
 
+from bids_brainfm.atlases.atlas import Atlas
 from bids_brainfm.errors import BrainfmError
 
 NONE = 'n/a'
 # The networks of Yeo et al. 2011 (doi:10.1152/jn.00338.2011) that the 17 of Schaefer's names make
 # up; TempPar counts to the default mode.
 SEVEN = {
-    'Vis': 'Visual',
-    'SomMot': 'Somatomotor',
-    'DorsAttn': 'Dorsal attention',
-    'SalVentAttn': 'Salience/ventral attention',
-    'Limbic': 'Limbic',
-    'Cont': 'Control',
-    'Default': 'Default mode',
-    'TempPar': 'Default mode',
-    'Subcortex': NONE,
-    'Cortex': NONE,
-}
+    'Vis': 'Visual', 'SomMot': 'Somatomotor', 'DorsAttn': 'Dorsal attention',
+    'SalVentAttn': 'Salience/ventral attention', 'Limbic': 'Limbic', 'Cont': 'Control',
+    'Default': 'Default mode', 'TempPar': 'Default mode', 'Subcortex': NONE, 'Cortex': NONE,
+}  # fmt: skip
 
 
 def seven_networks(networks: tuple[str, ...]) -> tuple[str, ...]:
-    """Seven networks out of the 17 of Schaefer's parcels; other names stay as they are.
+    """Seven networks (or 'n/a') out of the 17 of Schaefer's parcels; other names stay as they are.
 
-    Parameters
-    ----------
-    networks : tuple of P str
-        As :attr:`bids_brainfm.atlases.atlas.Atlas.networks` has them.
-
-    Returns
-    -------
-    tuple of P str
-        ``'n/a'`` for parcels that belong to none of the seven.
-
-    Examples
-    --------
     >>> seven_networks(('VisCent', 'ContA', 'TempPar', 'Subcortex', 'Sensorimotor'))
     ('Visual', 'Control', 'Default mode', 'n/a', 'Sensorimotor')
     """
@@ -44,25 +26,11 @@ def seven_networks(networks: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(SEVEN[named[n]] if n in named else n for n in networks)
 
 
-def reference_networks(atlas, path: Path | None = None) -> tuple[str, ...] | None:
+def reference_networks(atlas: Atlas, path: Path | None = None) -> tuple[str, ...] | None:
     """Reference networks of an atlas's parcels, ``'n/a'`` for a parcel without one.
 
-    Parameters
-    ----------
-    atlas : bids_brainfm.atlases.atlas.Atlas
-    path : Path, optional
-        A table of one's own (TSV) with the columns ``name`` (of the parcel) and ``network``, in
-        any order of rows; the atlas's own networks where not given.
-
-    Returns
-    -------
-    tuple of P str, or None
-        None where nothing is known.
-
-    Raises
-    ------
-    BrainfmError
-        The table cannot be read, or is not of this atlas.
+    They are the atlas's own (None where it has none), or those of a user's table (TSV) with the
+    columns ``name`` (of the parcel) and ``network``, in any order of rows.
     """
     if path is None:
         return None if atlas.networks is None else seven_networks(atlas.networks)
@@ -75,10 +43,10 @@ def reference_networks(atlas, path: Path | None = None) -> tuple[str, ...] | Non
     return tuple(found.get(name) or NONE for name in atlas.names)
 
 
-def reference_for(atlas, paths: tuple[Path, ...]) -> Path | None:
+def reference_for(atlas: Atlas, paths: tuple[Path, ...]) -> Path | None:
     """The table among several that names most parcels of an atlas, None where none does."""
     shared = {path: len(set(_read(path)) & set(atlas.names)) for path in paths}
-    best = max(shared, key=shared.get, default=None)
+    best = max(paths, key=shared.__getitem__, default=None)
     return best if best is not None and shared[best] else None
 
 

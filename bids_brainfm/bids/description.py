@@ -1,7 +1,9 @@
 """The files that describe a dataset: what made it, and from what."""
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from bids_brainfm.bids.files import write_json, write_text
 from bids_brainfm.bids.freshness import read_sidecar
@@ -10,21 +12,9 @@ from bids_brainfm.errors import BrainfmError
 BIDS_VERSION = '1.10.1'
 # Without trailing slashes: the validator does not hide a folder named with one
 BIDSIGNORE = (
-    '*.html',
-    'figures',
-    'log',
-    'group',
-    '*_timeseries.*',
-    '*_relmat.*',
-    '*_boldmap.*',
-    '*_embedding.*',
-    '*_prediction.*',
-    '*_forecast.*',
-    '*_knn.*',
-    '*_space-fsLR_desc-*',
-    '*_dseg.*',
+    '*.html', 'figures', 'log', 'group', '*_knn.*', '*_space-fsLR_desc-*', '*_dseg.*',
     '*_stat-coverage_bold.*',
-)
+)  # fmt: skip
 CODE_URL = 'https://github.com/bids-brainfm/bids_brainfm'
 AUTHORS = ('The bids_brainfm developers', 'The fMRIPrep developers')
 README = """# Outputs of bids_brainfm
@@ -35,14 +25,8 @@ is the methods text with what to cite; the JSON file beside each table says how 
 """
 
 
-def read_description(folder: Path) -> dict:
-    """Read ``dataset_description.json``.
-
-    Raises
-    ------
-    BrainfmError
-        The folder or the file is missing, or is not JSON.
-    """
+def read_description(folder: Path) -> dict[str, Any]:
+    """Read ``dataset_description.json``; raises BrainfmError where it is missing or not JSON."""
     path = folder / 'dataset_description.json'
     if not folder.is_dir():
         raise BrainfmError(f'The input {folder} is not a folder: check the path.')
@@ -57,31 +41,20 @@ def read_description(folder: Path) -> dict:
         raise BrainfmError(f'{path} is not a JSON object ({error}): restore the file.') from None
 
 
-def generators(description: dict) -> list[dict]:
+def generators(description: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Programs that a dataset's description names; fMRIPrep 1.x said it in another way."""
     found = description.get('GeneratedBy') or description.get('PipelineDescription') or []
     found = [found] if isinstance(found, dict) else found
     return [entry for entry in found if isinstance(entry, dict)]
 
 
-def is_derivative(folder: Path) -> bool:
-    """Whether a folder's description says that it holds derivatives."""
-    description = read_description(folder)
-    return description.get('DatasetType') == 'derivative' or bool(generators(description))
-
-
-def write_dataset_files(output: Path, version: str, inputs: dict[str, Path]) -> None:
+def write_dataset_files(
+    output: Path, version: str, inputs: Mapping[str, Path], suffixes: Iterable[str]
+) -> None:
     """Write ``dataset_description.json``, ``.bidsignore`` and ``README.md``.
 
-    Authors that the user has entered are kept, and so is the user's own readme.
-
-    Parameters
-    ----------
-    output : Path
-    version : str
-        Version of this program.
-    inputs : dict of str to Path
-        Name and folder of the datasets that were read.
+    Authors that the user has entered are kept, and so is the user's own readme. `suffixes` are
+    those of our outputs that the validator does not know.
     """
     described = [read_description(folder) for folder in inputs.values()]
     authors = (read_sidecar(output / 'dataset_description.json') or {}).get('Authors')
@@ -89,11 +62,12 @@ def write_dataset_files(output: Path, version: str, inputs: dict[str, Path]) -> 
         given = (description.get('Authors') or [] for description in described)
         # the validator warns of fewer than two authors
         authors = next((names for names in given if len(names) > 1), list(AUTHORS))
-    sources = []
-    for folder, description in zip(inputs.values(), described, strict=True):
-        generator = next(iter(generators(description)), {})
-        made_by = {'Version': generator['Version']} if 'Version' in generator else {}
-        sources.append({'URL': folder.resolve().as_uri()} | made_by)
+    links = {name: folder.resolve().as_uri() for name, folder in inputs.items()}
+    makers = [next(iter(generators(description)), {}) for description in described]
+    sources = [
+        {'URL': link} | {key: maker[key] for key in ('Version',) if key in maker}
+        for link, maker in zip(links.values(), makers, strict=True)
+    ]
     write_json(
         output / 'dataset_description.json',
         {
@@ -103,10 +77,11 @@ def write_dataset_files(output: Path, version: str, inputs: dict[str, Path]) -> 
             'Authors': authors,
             'GeneratedBy': [{'Name': 'bids_brainfm', 'Version': version, 'CodeURL': CODE_URL}],
             'SourceDatasets': sources,
-            'DatasetLinks': {name: folder.resolve().as_uri() for name, folder in inputs.items()},
+            'DatasetLinks': links,
             'HowToAcknowledge': 'Please cite the tools and models named in logs/CITATION.md.',
         },
     )
-    write_text(output / '.bidsignore', '\n'.join(BIDSIGNORE) + '\n')
+    ignored = [f'*_{suffix}.*' for suffix in suffixes]
+    write_text(output / '.bidsignore', '\n'.join([*BIDSIGNORE, *ignored]) + '\n')
     if not (output / 'README.md').exists():
         write_text(output / 'README.md', README)

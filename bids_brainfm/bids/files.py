@@ -14,8 +14,9 @@ import os
 import platform
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,13 +26,10 @@ TEMPORARY = '.brainfm'  # begins the names of temporary files
 
 
 @contextlib.contextmanager
-def atomic(path: Path):
-    """Yield a temporary path beside `path` and rename it when the block ends well.
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary path next to `path` and rename it when the block ends well.
 
-    Raises
-    ------
-    BrainfmError
-        The folder cannot be written, or the disk is full.
+    Raises BrainfmError where the folder cannot be written, or the disk is full.
     """
     path = Path(path)
     owner = f'{_machine()}-{os.getpid()}'
@@ -63,20 +61,12 @@ def _machine() -> str:
 
 
 def remove_leftovers(output: Path, subjects: Iterable[str]) -> None:
-    """Remove the temporary files of processes that were killed.
-
-    Parameters
-    ----------
-    output : Path
-    subjects : iterable of str
-        Participants whose folders are looked through, beside what belongs to all.
-    """
+    """Remove temporary files of killed processes from what belongs to all and to `subjects`."""
     name = f'{TEMPORARY}-*'
     for folder in (output, *(output / 'logs' / part for part in ('', 'settings', 'methods'))):
         _remove_dead(folder.glob(name))
-    folders = ('sourcedata', 'group', *(f'sub-{label}' for label in subjects))
-    for folder in folders:
-        _remove_dead((output / folder).rglob(name))
+    for part in ('sourcedata', 'group', *(f'sub-{label}' for label in subjects)):
+        _remove_dead((output / part).rglob(name))
 
 
 def _remove_dead(temporaries: Iterable[Path]) -> None:
@@ -84,11 +74,8 @@ def _remove_dead(temporaries: Iterable[Path]) -> None:
     for path in temporaries:
         _, machine, process, _ = path.name.split('-', 3)
         with contextlib.suppress(OSError):  # gone, or another user's: no reason not to go on
-            if machine == _machine():
-                dead = not _runs(int(process))
-            else:
-                dead = time.time() - path.stat().st_mtime > 86_400
-            if dead:
+            here, age = machine == _machine(), time.time() - path.stat().st_mtime
+            if not _runs(int(process)) if here else age > 86_400:
                 path.unlink()
 
 
@@ -101,7 +88,7 @@ def _runs(process: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:  # another user's
-        return True
+        pass
     return True
 
 
@@ -118,47 +105,33 @@ def write_text(path: Path, text: str) -> Path:
 def write_json(path: Path, content: dict) -> Path:
     """Write a sidecar; entries that are None are left out."""
     known = {key: value for key, value in content.items() if value is not None}
-    return write_text(path, json.dumps(known, indent=2, default=_plain) + '\n')
+    return write_text(path, json.dumps(known, indent=2, default=as_plain) + '\n')
 
 
-def _plain(value):
+def as_plain(value: Any) -> Any:
     """What JSON cannot write by itself."""
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if isinstance(value, np.generic):
-        return value.item()
-    return str(value)
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else str(value)
 
 
 def write_table(path: Path, columns: dict) -> Path:
     """Write a TSV, with ``n/a`` for NaN and floats that read back to the same float32.
 
-    Parameters
-    ----------
-    path : Path
-    columns : dict of str to sequence
-        Heading to values, all of one length.
+    `columns` maps each heading to its values, all of one length.
     """
     import pandas as pd
 
+    form: dict[str, Any] = {'sep': '\t', 'index': False, 'na_rep': 'n/a', 'float_format': '%.9g'}
     with atomic(path) as temporary:
-        pd.DataFrame(columns).to_csv(
-            temporary, sep='\t', index=False, na_rep='n/a', float_format='%.9g'
-        )
+        pd.DataFrame(columns).to_csv(temporary, **form)
     return Path(path)
 
 
-def write_matrix(path: Path, matrix: np.ndarray, header: list[str], index: list | None = None):
-    """Write a wide float table as TSV; quicker than :func:`write_table` for many columns.
+def write_matrix(
+    path: Path, matrix: np.ndarray, header: Sequence[str], index: Sequence[str] | None = None
+) -> Path:
+    """Write a wide (R, C) table of floats as TSV, quicker than :func:`write_table`.
 
-    Parameters
-    ----------
-    path : Path
-    matrix : (R, C) array
-    header : list of str
-        C headings, or C + 1 where there is an index.
-    index : list, optional
-        First entry of each row, already text.
+    `header` has C headings, or C + 1 where there is an `index`, the first entry of each row.
     """
     row_format = '\t'.join(['%.9g'] * matrix.shape[1])
     with atomic(path) as temporary, temporary.open('w') as file:
@@ -170,14 +143,7 @@ def write_matrix(path: Path, matrix: np.ndarray, header: list[str], index: list 
 
 
 def read_matrix(path: Path) -> tuple[np.ndarray, list[str]]:
-    """Read a TSV of numbers.
-
-    Returns
-    -------
-    values : (R, C) float32
-        NaN where the table says ``n/a``.
-    header : list of str
-    """
+    """Read a TSV of numbers: (R, C) float32, NaN where it says ``n/a``, and the headings."""
     import pandas as pd
 
     frame = pd.read_csv(path, sep='\t', na_values='n/a', dtype=np.float32)

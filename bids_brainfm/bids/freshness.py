@@ -58,18 +58,15 @@ def _extension(data: Path) -> str:
 
 
 def is_current(data: Path, inputs: dict[str, dict]) -> bool:
-    """Whether an output stands whole and was made from the inputs as they are now."""
+    """Whether an output is whole and was made from the inputs as they are now."""
+    return is_whole(data, inputs)
+
+
+def is_whole(data: Path, inputs: dict[str, dict] | None = None) -> bool:
+    """Whether output and sidecar are there, uncut, and (if given) made from these inputs."""
     said = read_sidecar(sidecar_path(data))
-    return said is not None and said.get('InputFiles') == inputs and _not_cut(data, said)
-
-
-def is_whole(data: Path) -> bool:
-    """Whether an output and its sidecar stand, and nothing was cut off since they were written."""
-    said = read_sidecar(sidecar_path(data))
-    return said is not None and _not_cut(data, said)
-
-
-def _not_cut(data: Path, said: dict) -> bool:
+    if said is None or (inputs is not None and said.get('InputFiles') != inputs):
+        return False
     # of what was written before sizes were, it is only known that it was not empty
     written = said.get('FileSizes', {}).get(_extension(data), 1)
     return data.is_file() and data.stat().st_size >= written

@@ -5,15 +5,11 @@ from pathlib import Path
 from bids_brainfm.bids.run import BoldRun
 
 LONG_NAMES = {
-    'acq': 'acquisition',
-    'ce': 'ceagent',
-    'den': 'density',
-    'dir': 'direction',
-    'rec': 'reconstruction',
-    'res': 'resolution',
-    'ses': 'session',
-    'sub': 'subject',
-}
+    'acq': 'acquisition', 'ce': 'ceagent', 'den': 'density', 'dir': 'direction',
+    'rec': 'reconstruction', 'res': 'resolution', 'ses': 'session', 'sub': 'subject',
+}  # fmt: skip
+# Entities that name a version of a recording or an output of it, not another recording
+OUTPUT_ENTITIES = ('space', 'cohort', 'res', 'den', 'atlas', 'stat', 'desc')
 
 
 def parse_name(name: str) -> tuple[dict[str, str], str, str]:
@@ -26,8 +22,7 @@ def parse_name(name: str) -> tuple[dict[str, str], str, str]:
     """
     stem, dot, extension = name.partition('.')
     *pairs, suffix = stem.split('_')
-    entities = dict(pair.split('-', 1) for pair in pairs if '-' in pair)
-    return entities, suffix, dot + extension
+    return dict(pair.split('-', 1) for pair in pairs if '-' in pair), suffix, dot + extension
 
 
 def join_name(entities: dict[str, str], suffix: str = '', extension: str = '') -> str:
@@ -40,28 +35,25 @@ def join_name(entities: dict[str, str], suffix: str = '', extension: str = '') -
     return '_'.join(parts) + extension
 
 
-def derivative_path(output: Path, run: BoldRun, suffix: str, extension: str, **entities) -> Path:
+def derivative_path(
+    output: Path, run: BoldRun, suffix: str, extension: str = '.tsv', *,
+    atlas: str | None = None, stat: str | None = None, desc: str | None = None,
+) -> Path:  # fmt: skip
     """Path of an output of a run; entities come in the order of BIDS, ``desc`` last.
 
     The space is kept from the input; resolution and density are in the sidecar.
 
-    Examples
-    --------
-    >>> from pathlib import Path
     >>> run = BoldRun('sub-01_task-rest', {'sub': '01', 'task': 'rest', 'space': 'fsLR'}, 'p',
-    ...               Path('/d'), Path('/d/b.nii'), None, None, None, None)
-    >>> derivative_path(Path('/out'), run, 'timeseries', '.tsv', atlas='A424', stat='mean')
+    ...               Path('/d'), Path('/d/b.nii'))
+    >>> derivative_path(Path('/out'), run, 'timeseries', atlas='A424', stat='mean')
     PosixPath('/out/sub-01/func/sub-01_task-rest_space-fsLR_atlas-A424_stat-mean_timeseries.tsv')
     """
-    order = ('atlas', 'stat', 'desc')
-    named = {key: entities[key] for key in order if key in entities}
-    name = join_name(
-        parse_name(run.name + '_x')[0] | {'space': run.space} | named, suffix, extension
-    )
-    folder = output / f'sub-{run.subject}'
-    if 'ses' in run.entities:
-        folder /= f'ses-{run.entities["ses"]}'
-    return folder / 'func' / name
+    added = {'space': run.space, 'atlas': atlas, 'stat': stat, 'desc': desc}
+    entities = parse_name(f'{run.name}_x')[0]
+    entities |= {key: label for key, label in added.items() if label}
+    session = f'ses-{run.entities["ses"]}' if 'ses' in run.entities else ''
+    folder = output / f'sub-{run.subject}' / session / 'func'
+    return folder / join_name(entities, suffix, extension)
 
 
 def own_uri(output: Path, path: Path) -> str:

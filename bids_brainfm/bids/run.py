@@ -1,36 +1,28 @@
 """One preprocessed run: what the rooms above know of the input."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from bids_brainfm.errors import BrainfmError
 
 
 @dataclass(frozen=True)
 class BoldRun:
-    """One preprocessed run, in the space it is read in, and its companions.
+    """One preprocessed run, in the space it is read in, and its companions (None where absent)."""
 
-    Attributes
-    ----------
-    name : str
-        The file name up to the task, acquisition and run, e.g. ``sub-01_task-rest_run-01``.
-    entities : dict of str to str
-        BIDS entities by their short names, in the order of the file name.
-    dataset : str
-        Name of the input dataset (BIDS URIs use it).
-    root, bold : Path
-        The input dataset, and the BOLD file in it.
-    mask, sidecar, confounds, confounds_json : Path or None
-        Companions, None where the file does not exist.
-    """
-
-    name: str
-    entities: dict = field(hash=False)
-    dataset: str
-    root: Path
+    name: str  # the file name up to task, acquisition and run, e.g. sub-01_task-rest_run-01
+    entities: dict[str, str] = field(hash=False)  # by their short names, in the file name's order
+    dataset: str  # name of the input dataset, for BIDS URIs
+    root: Path  # of the input dataset
     bold: Path
-    mask: Path | None
-    sidecar: Path | None
-    confounds: Path | None
-    confounds_json: Path | None
+    mask: Path | None = None
+    sidecar: Path | None = None
+    confounds: Path | None = None
+    confounds_json: Path | None = None
+    pipeline: str = ''  # the adapter that found it, a module of bids_brainfm.bids.inputs
+    denoised: bool = False  # by the pipeline, so that nothing is regressed out again
+    start: float = 0.0  # time of the first volume in seconds
 
     def __str__(self) -> str:
         """Return the run's name, for messages."""
@@ -59,3 +51,38 @@ class BoldRun:
     def uri(self, path: Path) -> str:
         """BIDS URI of a file of the input dataset."""
         return f'bids:{self.dataset}:{path.relative_to(self.root).as_posix()}'
+
+
+def repetition_time(run: BoldRun) -> float:
+    """Repetition time in seconds, from the run's sidecar.
+
+    Raises BrainfmError where there is no sidecar, none in it, or it cannot be in seconds.
+    """
+    if run.sidecar is None:
+        raise BrainfmError(
+            f'{run.name}: {run.bold.name} has no JSON sidecar beside it, which must give the '
+            f'RepetitionTime: copy it from the fMRIPrep output.'
+        )
+    try:
+        metadata = json.loads(run.sidecar.read_text())
+        tr = metadata.get('RepetitionTime')
+    except (ValueError, AttributeError) as error:
+        raise BrainfmError(
+            f'{run.name}: {run.sidecar.name} is not readable JSON ({error}): restore the file.'
+        ) from None
+    if tr is None and 'VolumeTiming' in metadata:
+        raise BrainfmError(
+            f'{run.name}: {run.sidecar.name} gives VolumeTiming instead of RepetitionTime, and '
+            f'unevenly spaced volumes cannot be windowed: leave this run out.'
+        )
+    if isinstance(tr, bool) or not isinstance(tr, (int, float)) or not tr > 0:
+        found = 'no RepetitionTime' if tr is None else f'RepetitionTime {tr!r}'
+        raise BrainfmError(
+            f'{run.name}: {run.sidecar.name} has {found}: write the repetition time in seconds.'
+        )
+    if tr > 30:
+        raise BrainfmError(
+            f'{run.name}: RepetitionTime {tr:g} in {run.sidecar.name} looks like milliseconds: '
+            f'write it in seconds ({tr / 1000:g}).'
+        )
+    return float(tr)

@@ -1,13 +1,13 @@
 """``bids_brainfm_demo``: simulate a small dataset and run the real command on it."""
 
 import argparse
-import json
 import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 
+from bids_brainfm.bids.files import write_json
 from bids_brainfm.errors import BrainfmError
 
 MODELS, ATLAS = ('brainlm-demo', 'brain-jepa-demo'), 'Demo424'
@@ -15,7 +15,26 @@ SPACE, TASK, TR = 'MNI152NLin2009cAsym', 'rest', 0.735
 # The field of view of the template at a coarse voxel size keeps the files small.
 SHAPE, VOXEL_MM = (49, 58, 49), 4.0
 AFFINE = np.array([[4, 0, 0, -96], [0, 4, 0, -132], [0, 0, 4, -78], [0, 0, 0, 1.0]])
-SIMULATOR, SIMULATOR_VERSION = 'bids_brainfm_demo', '1'
+SIMULATOR = 'bids_brainfm_demo'
+SIMULATED = 'SIMULATED data: nobody was scanned and fMRIPrep was not run.'
+DESCRIPTION = {
+    'Name': 'Simulated resting-state fMRI, laid out as fMRIPrep writes it',
+    'BIDSVersion': '1.10.0',
+    'DatasetType': 'derivative',
+    'License': 'CC0',
+    'GeneratedBy': [{'Name': SIMULATOR, 'Version': '1', 'Description': SIMULATED}],
+}
+README = """Simulated data for demonstration. Nobody was scanned and fMRIPrep was not run: parcel
+series, head motion and the other confounds come from a random number generator and
+were painted into volumes on an MNI grid, in the layout of fMRIPrep output.
+"""
+COLUMNS = {
+    'age': {'Description': 'Simulated age', 'Units': 'year'},
+    'trait': {
+        'Description': 'Simulated trait (standard normal): with it rise the coherence of '
+        'networks and the coupling of the default-mode and the frontoparietal network'
+    },
+}
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -28,24 +47,15 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument('outdir', metavar='OUTDIR', type=Path)
     parser.add_argument('--participants', type=int, default=3, help='default: 3')
-    parser.add_argument(
-        '--volumes', type=int, default=490, help='length of a run (TR 0.735 s; default: 490)'
-    )
+    words = 'length of a run (TR 0.735 s; default: 490)'
+    parser.add_argument('--volumes', type=int, default=490, help=words)
     return parser
 
 
 def write_dataset(folder: Path, participants: int = 3, volumes: int = 490, seed: int = 0) -> None:
     """Write a simulated dataset in the layout of fMRIPrep's output.
 
-    ``participants.tsv`` has a simulated ``trait``: the more of it, the more coherent the networks,
-    and the stronger the default-mode and the frontoparietal network are coupled.
-
-    Parameters
-    ----------
-    folder : Path
-        Must not exist; it appears when it is complete.
-    seed : int
-        The same seed gives the same files.
+    `folder` must not exist; it appears when it is complete. The same seed gives the same files.
     """
     import pandas as pd
 
@@ -60,25 +70,28 @@ def write_dataset(folder: Path, participants: int = 3, volumes: int = 490, seed:
     part.mkdir(parents=True)
 
     rng = np.random.default_rng(seed)
-    people = pd.DataFrame(
-        {
-            'participant_id': [f'sub-{i + 1:02d}' for i in range(participants)],
-            'age': rng.integers(20, 75, participants),
-            'trait': rng.standard_normal(participants).round(3),
-        }
-    )
-    _write_root(part, people)
+    people = pd.DataFrame({'participant_id': [f'sub-{i + 1:02d}' for i in range(participants)]})
+    people['age'] = rng.integers(20, 75, participants)
+    people['trait'] = rng.standard_normal(participants).round(3)
+    people.to_csv(part / 'participants.tsv', sep='\t', index=False)
+    write_json(part / 'participants.json', COLUMNS)
+    write_json(part / 'dataset_description.json', DESCRIPTION)
+    (part / 'README').write_text(README)
+    # The validator knows no suffix for confounds; fMRIPrep ships such a file as well.
+    (part / '.bidsignore').write_text('*_timeseries.*\n')
     for person in people.itertuples():
         func = part / person.participant_id / 'func'
         func.mkdir(parents=True)
         run = simulate_run(atlas.xyz, volumes, TR, rng=rng, **express(person.trait))
-        stem = f'{person.participant_id}_task-{TASK}'
-        _write_confounds(func / f'{stem}_desc-confounds_timeseries', run)
-        _write_images(func / f'{stem}_space-{SPACE}', run.series, parcel, brain, rng)
+        stem = f'{func}/{person.participant_id}_task-{TASK}'
+        table = {'sep': '\t', 'index': False, 'na_rep': 'n/a', 'float_format': '%.8g'}
+        run.confounds.to_csv(f'{stem}_desc-confounds_timeseries.tsv', **table)
+        write_json(Path(f'{stem}_desc-confounds_timeseries.json'), run.components)
+        _write_images(f'{stem}_space-{SPACE}', run.series, parcel, brain, rng)
     part.replace(folder)
 
 
-def _grid_labels(path):
+def _grid_labels(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Parcel labels and brain mask (bool) on the dataset's grid, by nearest neighbour."""
     import nibabel as nib
     from nibabel.processing import resample_from_to
@@ -93,49 +106,9 @@ def _grid_labels(path):
     return labels, brain | (labels > 0)
 
 
-def _write_root(folder, people):
-    _write_json(
-        folder / 'dataset_description.json',
-        {
-            'Name': 'Simulated resting-state fMRI, laid out as fMRIPrep writes it',
-            'BIDSVersion': '1.10.0',
-            'DatasetType': 'derivative',
-            'License': 'CC0',
-            'GeneratedBy': [
-                {
-                    'Name': SIMULATOR,
-                    'Version': SIMULATOR_VERSION,
-                    'Description': 'SIMULATED data: nobody was scanned and fMRIPrep was not run.',
-                }
-            ],
-        },
-    )
-    (folder / 'README').write_text(
-        'Simulated data for demonstration. Nobody was scanned and fMRIPrep was not run: parcel\n'
-        'series, head motion and the other confounds come from a random number generator and\n'
-        'were painted into volumes on an MNI grid, in the layout of fMRIPrep output.\n'
-    )
-    # The validator knows no suffix for confounds; fMRIPrep ships such a file as well.
-    (folder / '.bidsignore').write_text('*_timeseries.*\n')
-    people.to_csv(folder / 'participants.tsv', sep='\t', index=False)
-    _write_json(
-        folder / 'participants.json',
-        {
-            'age': {'Description': 'Simulated age', 'Units': 'year'},
-            'trait': {
-                'Description': 'Simulated trait (standard normal): with it rise the coherence of '
-                'networks and the coupling of the default-mode and the frontoparietal network'
-            },
-        },
-    )
-
-
-def _write_confounds(stem, run):
-    run.confounds.to_csv(f'{stem}.tsv', sep='\t', index=False, na_rep='n/a', float_format='%.8g')
-    _write_json(Path(f'{stem}.json'), run.components)
-
-
-def _write_images(stem, series, parcel, brain, rng):
+def _write_images(
+    stem: str, series: np.ndarray, parcel: np.ndarray, brain: np.ndarray, rng: np.random.Generator
+) -> None:
     """Paint parcel series (T, P) into the brain, with a texture and noise for every voxel."""
     voxels = parcel[brain]
     white_matter = np.full((len(series), 1), 9000, np.float32)  # label 0: level only
@@ -146,21 +119,14 @@ def _write_images(stem, series, parcel, brain, rng):
     bold[brain] = np.rint(signal).astype(np.int16).T
 
     _write_nifti(Path(f'{stem}_desc-preproc_bold.nii.gz'), bold)
-    _write_json(
-        Path(f'{stem}_desc-preproc_bold.json'),
-        {
-            'RepetitionTime': TR,
-            'TaskName': TASK,
-            'SkullStripped': False,
-            'SliceTimingCorrected': False,
-            'Description': 'Simulated',
-        },
-    )
+    sidecar = {'RepetitionTime': TR, 'TaskName': TASK, 'SkullStripped': False}
+    sidecar |= {'SliceTimingCorrected': False, 'Description': 'Simulated'}
+    write_json(Path(f'{stem}_desc-preproc_bold.json'), sidecar)
     _write_nifti(Path(f'{stem}_desc-brain_mask.nii.gz'), brain.astype(np.uint8))
-    _write_json(Path(f'{stem}_desc-brain_mask.json'), {'Type': 'Brain', 'Description': 'Brain'})
+    write_json(Path(f'{stem}_desc-brain_mask.json'), {'Type': 'Brain', 'Description': 'Brain'})
 
 
-def _write_nifti(path, data):
+def _write_nifti(path: Path, data: np.ndarray) -> None:
     import nibabel as nib
 
     image = nib.Nifti1Image(data, AFFINE)
@@ -172,21 +138,14 @@ def _write_nifti(path, data):
     image.to_filename(path)
 
 
-def _write_json(path, content):
-    path.write_text(json.dumps(content, indent=2) + '\n')
-
-
-def _is_ours(folder):
-    description = folder / 'dataset_description.json'
-    return description.is_file() and SIMULATOR in description.read_text()
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code of ``bids_brainfm``."""
     options, passed_on = get_parser().parse_known_args(argv)
     data, out = options.outdir / 'data', options.outdir / 'out'
+    description = data / 'dataset_description.json'
     try:
-        if data.exists() and not _is_ours(data):
+        ours = description.is_file() and SIMULATOR in description.read_text()
+        if data.exists() and not ours:
             raise BrainfmError(f'{data} is not a dataset of this demo: name another folder.')
         if not data.exists():
             print(f'Simulating {options.participants} participants in {data}', flush=True)

@@ -3,10 +3,11 @@
 import argparse
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
-from bids_brainfm.atlases.atlas import AtlasCard, atlas_names, images_here, missing_files
-from bids_brainfm.atlases.atlas import load_card as load_atlas_card
+from bids_brainfm.atlases.cards import AtlasCard, atlas_names, images_here, missing_files
+from bids_brainfm.atlases.cards import load_card as load_atlas_card
 from bids_brainfm.atlases.obtain import obtain_atlas
 from bids_brainfm.cli import training
 from bids_brainfm.errors import BrainfmError
@@ -29,16 +30,16 @@ def get_parser() -> argparse.ArgumentParser:
     commands.add_parser('list', help='models and atlases, and what is present')
     fetching = commands.add_parser('fetch', help='download models or atlases')
     fetching.add_argument('names', nargs='+', metavar='NAME', help='a model, an atlas or a card')
-    fetching.add_argument(
-        '--from',
-        dest='source_dir',
-        metavar='DIR',
-        type=Path,
-        help='take the files from this folder instead of the internet, by sha256 whatever their '
-        'names, by name where no sha256 is known',
-    )
+    words = 'take the files from this folder instead of the internet, by sha256 whatever their '
+    words += 'names, by name where no sha256 is known'
+    fetching.add_argument('--from', dest='source_dir', metavar='DIR', type=Path, help=words)
     training.add_commands(commands)
     return parser
+
+
+def _resource(card: ModelCard, file: dict[str, str], home: Path) -> Resource:
+    target = inside(checkpoint_dir(card, home), file['name'])
+    return Resource(file['name'], target, file.get('url'), file.get('sha256'))
 
 
 def weights_resources(
@@ -49,14 +50,13 @@ def weights_resources(
     The weights may be in any of the formats: what `source_dir` or the model's folder has is taken.
     """
     folder = checkpoint_dir(card, home)
-    resources = []
     searched = [folder, *([source_dir] if source_dir else [])]
     has = lambda name: any(any(place.rglob(name)) for place in searched)
+    resources = []
     for file in card.weights:
         if Path(file['name']).is_absolute():
             continue
-        target = inside(folder, file['name'])
-        resource = Resource(file['name'], target, file.get('url'), file.get('sha256'))
+        resource = _resource(card, file, home)
         if is_weights(resource.name) and resource.sha256 is None and not has(resource.name):
             other = next(filter(has, WEIGHTS_FILES), None)
             resource = Resource(other, folder / other) if other else resource
@@ -69,8 +69,8 @@ def gradient_resources(card: ModelCard, home: Path) -> list[Resource]:
     file = card.gradients
     if not file or Path(file['name']).is_absolute():
         return []
-    target = inside(checkpoint_dir(card, home), file['name'])
-    return [Resource(target.name, target, file.get('url'), file.get('sha256'))]
+    resource = _resource(card, file, home)
+    return [replace(resource, name=resource.target.name)]
 
 
 def model_present(card: ModelCard, home: Path) -> str:
@@ -78,8 +78,7 @@ def model_present(card: ModelCard, home: Path) -> str:
     needed = [*weights_resources(card, home), *gradient_resources(card, home)]
     if not needed:
         return f'yes (embedded{"" if card.weights else ", untrained"})'
-    here = all(resource.target.is_file() for resource in needed)
-    return 'yes' if here else 'no'
+    return 'yes' if all(resource.target.is_file() for resource in needed) else 'no'
 
 
 def atlas_present(card: AtlasCard, home: Path) -> str:
@@ -95,11 +94,7 @@ def atlas_present(card: AtlasCard, home: Path) -> str:
 
 
 def megabytes(paths: Iterable[Path]) -> str:
-    """Size on disk of those files that exist.
-
-    >>> megabytes([])
-    '-'
-    """
+    """Size on disk of those files that exist."""
     total = sum(path.stat().st_size for path in set(paths) if path.is_file())
     return f'{total / 1e6:.1f} MB' if total else '-'
 
@@ -116,10 +111,10 @@ def list_all(home: Path) -> str:
         files += [checkpoint_dir(card, home) / file['name'] for file in listed]
         rows.append((name, 'model', model_present(card, home), megabytes(files), card.licence))
     for name in atlas_names():
-        card = load_atlas_card(name)
-        files = [card.folder(home) / file.name for file in card.files]
-        files += [image.path for image in images_here(card, home)]
-        rows.append((name, 'atlas', atlas_present(card, home), megabytes(files), card.licence))
+        atlas = load_atlas_card(name)
+        files = [atlas.folder(home) / file.name for file in atlas.files]
+        files += [image.path for image in images_here(atlas, home)]
+        rows.append((name, 'atlas', atlas_present(atlas, home), megabytes(files), atlas.licence))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ['  '.join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
     return '\n'.join([line.rstrip() for line in lines] + ['', f'fetched files: {home}'])
@@ -130,7 +125,7 @@ def fetch_model(text: str, home: Path, source_dir: Path | None) -> None:
     card = load_card(text)
     command = f'bids_brainfm_models fetch {text}'
     weights = weights_resources(card, home, source_dir)
-    stood = any(resource.target.is_file() for resource in weights)
+    present = any(resource.target.is_file() for resource in weights)
     fetch([*weights, *gradient_resources(card, home)], source_dir, command)
     try:
         if weights:
@@ -138,15 +133,13 @@ def fetch_model(text: str, home: Path, source_dir: Path | None) -> None:
     except BrainfmError:
         for resource in weights:
             forget(resource)
-        if not stood:
+        if not present:
             raise
         return fetch_model(text, home, source_dir)  # what an earlier fetch left was wrong
     resolve_model(text, home)
     if missing := missing_files(load_atlas_card(card.atlas), home):
-        print(
-            f'{card.name} needs the atlas {card.atlas}, which lacks {", ".join(missing)}: run '
-            f'`bids_brainfm_models fetch {card.atlas}`.'
-        )
+        need = f'{card.name} needs the atlas {card.atlas}, which lacks {", ".join(missing)}'
+        print(f'{need}: run `bids_brainfm_models fetch {card.atlas}`.')
 
 
 def _check_weights(card: ModelCard, home: Path, source_dir: Path | None) -> None:
@@ -157,10 +150,9 @@ def _check_weights(card: ModelCard, home: Path, source_dir: Path | None) -> None
     found = read_config(folder, default=card.config)
     for key in SIZES:
         if key in found and key in card.config and found[key] != card.config[key]:
-            raise BrainfmError(
-                f'The config.json of {source_dir or "the download"} says {key} {found[key]}, but '
-                f'{card.name} has {card.config[key]}: it is another model and was not kept.'
-            )
+            theirs = f'{source_dir or "the download"} says {key} {found[key]}'
+            words = f'The config.json of {theirs}, but {card.name} has {card.config[key]}'
+            raise BrainfmError(f'{words}: it is another model and was not kept.')
     load_checkpoint(build(found), folder)
 
 
@@ -168,15 +160,13 @@ def fetch_named(name: str, home: Path, source_dir: Path | None) -> None:
     """Fetch a model or an atlas, its licence printed first."""
     is_atlas = name in atlas_names()
     if not is_atlas and name not in model_names() and not Path(name).is_file():
-        raise BrainfmError(
-            f'There is no model or atlas {name}: choose '
-            f'{", ".join([*model_names(), *atlas_names()])}, or give the path of a card.'
-        )
+        choice = f'{", ".join([*model_names(), *atlas_names()])}, or give the path of a card'
+        raise BrainfmError(f'There is no model or atlas {name}: choose {choice}.')
     if Path(name).is_file():
         is_atlas = '\nparcels:' in Path(name).read_text()
     card = load_atlas_card(name) if is_atlas else load_card(name)
     print(f'{card.name}: licence {card.licence}', flush=True)
-    if is_atlas:
+    if isinstance(card, AtlasCard):
         complete, folder = card.embedded, card.folder(home)
     else:
         complete = not weights_resources(card, home) + gradient_resources(card, home)
@@ -184,7 +174,7 @@ def fetch_named(name: str, home: Path, source_dir: Path | None) -> None:
     if complete:
         print(f'{card.name} comes with its card: nothing to fetch.')
         return
-    if is_atlas:
+    if isinstance(card, AtlasCard):
         obtain_atlas(card, home, source_dir)
     else:
         fetch_model(name, home, source_dir)

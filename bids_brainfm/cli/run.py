@@ -8,33 +8,34 @@ import sys
 import time
 import uuid
 from datetime import datetime
+from importlib import import_module
 from logging.handlers import MemoryHandler
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bids_brainfm import stopping
 from bids_brainfm.cli import scratch
-from bids_brainfm.cli.parser import parse_settings
+from bids_brainfm.cli.parser import named_files, parse_settings
 from bids_brainfm.config import Settings
 from bids_brainfm.errors import BrainfmError
+
+if TYPE_CHECKING:
+    from nipype.pipeline import engine as pe
+
+    from bids_brainfm.workflows.plan import Plan
 
 LOGGER = logging.getLogger('bids_brainfm')
 FORM = logging.Formatter('%(asctime)s %(levelname)s %(message)s', '%Y-%m-%d %H:%M:%S')
 # By which libraries are told not to look for anything on the network; workers inherit it
-OFFLINE = {
-    'HF_HUB_OFFLINE': '1',
-    'TEMPLATEFLOW_AUTOUPDATE': 'off',
-}
+OFFLINE = {'HF_HUB_OFFLINE': '1', 'TEMPLATEFLOW_AUTOUPDATE': 'off'}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command.
+    """Run the command; returns the exit code.
 
-    Returns
-    -------
-    int
-        0: everything is written; 1: some runs failed (named at the end), the others are written;
-        2: nothing could be run (one sentence on standard error says why); 130, 143: stopped by
-        Ctrl-C, by SIGTERM.
+    0: everything is written; 1: some runs failed (named at the end), the others are written; 2:
+    nothing could be run (one sentence on standard error says why); 130, 143: stopped by Ctrl-C,
+    by SIGTERM.
     """
     try:
         with stopping.listening():
@@ -51,7 +52,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(settings: Settings) -> int:
     """Do what the settings say; returns the exit code."""
-    from bids_brainfm.bids.reading import check_participants, find_datasets
+    from bids_brainfm.bids.dataset import check_participants
+    from bids_brainfm.bids.inputs import find_datasets
 
     listen(settings)
     if settings.offline:
@@ -83,69 +85,47 @@ def run(settings: Settings) -> int:
 
 
 def check_places(settings: Settings, datasets: dict[str, Path]) -> None:
-    """See that nothing is written into, or deleted with, what is read.
-
-    Raises
-    ------
-    BrainfmError
-        A folder to write lies inside a dataset, or the work folder that is to be emptied holds
-        something that is needed.
-    """
+    """Refuse to write into a dataset that is read, or to empty a folder with something needed."""
     written = {
         'output folder': settings.output_dir,
         'work folder': settings.work_dir,
         'index folder': settings.bids_database_dir,
     }
-    read = [root.resolve() for root in datasets.values()]
-    raw = settings.bids_dir.resolve()
+    read, raw = [root.resolve() for root in datasets.values()], settings.bids_dir.resolve()
     for what, path in written.items():
         if path is None:
             continue
         place = path.resolve()
         # <raw dataset>/derivatives/<name> is where BIDS wants an output
         nested = what == 'output folder' and place.is_relative_to(raw / 'derivatives')
-        inside = [root for root in read if place.is_relative_to(root)]
-        if inside or (place.is_relative_to(raw) and not nested):
-            raise BrainfmError(
-                f'The {what} {path} lies inside the input {(inside or [raw])[0]}: choose one '
-                f'outside it.'
-            )
+        inside = [root for root in (*read, *[raw] * (not nested)) if place.is_relative_to(root)]
+        if inside:
+            where = f'{path} lies inside the input {inside[0]}'
+            raise BrainfmError(f'The {what} {where}: choose one outside it.')
     if settings.clean_workdir:
         from bids_brainfm.resources import home
 
-        work = settings.work_dir.resolve()
+        files = [settings.bids_database_dir, *(path for _, path in named_files(settings))]
+        files += map(Path, (settings.denoise, *settings.model))
+        files += [*(Path(model.partition('=')[2] or '/') for model in settings.model), home()]
         kept = [*read, raw, settings.output_dir.resolve()]
-        files = (
-            settings.bids_database_dir,
-            settings.use_plugin,
-            *(settings.scale_stats or ()),
-            settings.bids_filter_file,
-            *settings.reference_networks,
-            *map(Path, (settings.denoise, *settings.model)),
-            *(Path(model.partition('=')[2] or '/') for model in settings.model),
-            home(),
-        )
         kept += [path.resolve() for path in files if path is not None and path.exists()]
         for path in kept:
-            if path.is_relative_to(work):
-                raise BrainfmError(
-                    f'--clean-workdir would delete {path}, which lies inside the work folder '
-                    f'{settings.work_dir}: name another work folder.'
-                )
+            if path.is_relative_to(settings.work_dir.resolve()):
+                loss = f'delete {path}, which lies inside the work folder {settings.work_dir}'
+                raise BrainfmError(f'--clean-workdir would {loss}: name another work folder.')
 
 
 def write_reports(settings: Settings, name: str) -> int:
-    """Write the reports again, from what stands in the output folder."""
+    """Write the reports again, from what is in the output folder."""
     from bids_brainfm.outputs.reporting import report
 
     known = sorted(p.name.removeprefix('sub-') for p in settings.output_dir.glob('sub-*/'))
     subjects = settings.participant_label or known
     unknown = sorted(set(subjects) - set(known))
     if unknown or not known:
-        raise BrainfmError(
-            f'{settings.output_dir} has no outputs of {", ".join(unknown) or "any participant"} '
-            f'to report on: run without --reports-only first.'
-        )
+        lack = f'{settings.output_dir} has no outputs of {", ".join(unknown) or "any participant"}'
+        raise BrainfmError(f'{lack} to report on: run without --reports-only first.')
     with scratch.passing(start_log(settings, name)):
         for subject in subjects:
             LOGGER.info('Report: %s', report(settings.output_dir, subject, software()))
@@ -153,38 +133,25 @@ def write_reports(settings: Settings, name: str) -> int:
 
 
 def run_group(settings: Settings, name: str) -> int:
-    """Fit statistics of the cohort, or subtract the maps of two conditions or groups."""
+    """Make the product of the group level that is asked for."""
     from importlib.metadata import version
 
-    from bids_brainfm.outputs.contrast import read_maps, write_contrasts
-    from bids_brainfm.outputs.scale_stats import find_series, write_scale_stats
+    from bids_brainfm.outputs.products import group_modules
 
-    if settings.bids_dir.resolve() != settings.output_dir.resolve():
-        raise BrainfmError(
-            f'The group level writes into the dataset that it reads: bids_brainfm '
-            f'{settings.bids_dir} {settings.bids_dir} group.'
-        )
+    dataset = settings.bids_dir
+    if dataset.resolve() != settings.output_dir.resolve():
+        command = f'bids_brainfm {dataset} {dataset} group'
+        raise BrainfmError(f'The group level writes into the dataset that it reads: {command}.')
     filters = {
-        'sub': settings.participant_label,
-        'ses': settings.session_label,
-        'task': settings.task_id,
-        'run': settings.run_id,
+        'sub': settings.participant_label, 'ses': settings.session_label,
+        'task': settings.task_id, 'run': settings.run_id,
         'space': (settings.space,) if settings.space else (),
-    }
-    if not settings.contrast:
-        series = find_series(settings.bids_dir, filters)
-        start_log(settings, name)
-        for method, path in write_scale_stats(series, settings.bids_dir, version('bids-brainfm')):
-            LOGGER.info('Statistics for models scaled by %s: %s', method, path)
-        LOGGER.info('Use them with --scale cohort --scale-stats FILE ..., those of your models.')
-        return 0
-    maps = read_maps(settings.bids_dir, filters)
-    with scratch.passing(start_log(settings, name)):
-        tables = write_contrasts(
-            maps, settings.bids_dir, settings.contrast, version('bids-brainfm')
-        )
-    for table in tables:
-        LOGGER.info('Contrast written: %s', table)
+    }  # fmt: skip
+    for product in group_modules():
+        if product.wanted(settings):
+            found = product.find(dataset, filters, settings)
+            with scratch.passing(start_log(settings, name)):
+                product.write(found, dataset, settings, version('bids-brainfm'))
     return 0
 
 
@@ -196,16 +163,10 @@ def software() -> dict[str, str]:
 
 
 def import_libraries() -> None:
-    """Import what every run needs.
-
-    Without the garbage collector, which would look through the millions of new objects over and
-    over: that is a fifth of the time.
-    """
-    import importlib
-
+    """Import what every run needs, in 4/5 of the time: the garbage collector rests meanwhile."""
     gc.disable()
     for name in ('bids.layout', 'matplotlib.figure', 'nireports.assembler.report', 'torch'):
-        importlib.import_module(name)
+        import_module(name)
     gc.freeze()
     gc.enable()
 
@@ -215,11 +176,6 @@ def prepare_work_dir(settings: Settings, name: str) -> Path:
 
     That keeps Nipype's own log off the terminal, here and in its workers (it has crash files), and
     its files out of the home folder. Nipype reads it when it is imported, so it is written before.
-
-    Raises
-    ------
-    BrainfmError
-        The folder cannot be written.
     """
     work = settings.work_dir / name
     level = 'INFO' if settings.verbose else 'CRITICAL'
@@ -232,10 +188,8 @@ def prepare_work_dir(settings: Settings, name: str) -> Path:
         work.mkdir(parents=True)
         (work / 'nipype.cfg').write_text('\n'.join(['[logging]', *lines]) + '\n')
     except OSError as error:
-        raise BrainfmError(
-            f'The work folder {settings.work_dir} cannot be written ({error.strerror}): name '
-            f'another one with --work-dir.'
-        ) from None
+        problem = f'The work folder {settings.work_dir} cannot be written ({error.strerror})'
+        raise BrainfmError(f'{problem}: name another one with --work-dir.') from None
     os.environ['NIPYPE_CONFIG_DIR'] = str(work)
     # not in the folder of this process, which is gone before the libraries have tidied up
     scratch.keep_in(settings.work_dir)
@@ -246,22 +200,11 @@ def listen(settings: Settings) -> None:
     """Send the log to stderr, and keep it until it is known that there is to be a file."""
     LOGGER.setLevel(logging.DEBUG if settings.verbose else logging.INFO)
     LOGGER.propagate = False
-    for handler in list(LOGGER.handlers):
-        LOGGER.removeHandler(handler)
-    terminal = _Terminal()
-    terminal.setFormatter(FORM)
-    LOGGER.addHandler(terminal)
-    LOGGER.addHandler(MemoryHandler(1000, flushLevel=logging.CRITICAL + 1))
+    LOGGER.handlers = [_Terminal(), MemoryHandler(1000, flushLevel=logging.CRITICAL + 1)]
 
 
 def start_log(settings: Settings, name: str) -> Path:
-    """Open this run's folder of logs, with its settings, and send there what is said and was said.
-
-    Raises
-    ------
-    BrainfmError
-        The folder cannot be written.
-    """
+    """Open this run's folder of logs, with its settings, and send there what was and is logged."""
     from bids_brainfm.bids.files import write_text
 
     folder = settings.output_dir / 'logs' / name
@@ -279,29 +222,30 @@ def start_log(settings: Settings, name: str) -> Path:
 class _LogFile(logging.FileHandler):
     """Where the disk is full, the terminal is told so, and not that the log lacks a line."""
 
-    def handleError(self, record):
+    def handleError(self, record: logging.LogRecord) -> None:
         pass
 
 
 class _Terminal(logging.Handler):
     """Write log lines to standard error, above a progress bar where there is one."""
 
-    def emit(self, record):
+    def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(FORM.format(record), file=sys.stderr)
 
 
-def carry_out(plan) -> int:
+def carry_out(plan: 'Plan') -> int:
     """Write the dataset's own files, run the graph, and tell how it went."""
     from bids_brainfm.bids.description import write_dataset_files
     from bids_brainfm.bids.files import remove_leftovers
+    from bids_brainfm.outputs.registry import SUFFIXES
     from bids_brainfm.reports.methods import write_methods
     from bids_brainfm.workflows.execution import execute
     from bids_brainfm.workflows.participant import describe, init_participant_wf
 
     settings, started = plan.settings, time.monotonic()
-    write_dataset_files(settings.output_dir, plan.version, plan.datasets)
+    write_dataset_files(settings.output_dir, plan.version, plan.datasets, SUFFIXES)
     workflow = init_participant_wf(plan, software())
     record = not settings.boilerplate_only
     citation = write_methods(settings.output_dir, describe(workflow, plan), record)
@@ -325,7 +269,7 @@ def carry_out(plan) -> int:
     return conclude(plan, crashed, time.monotonic() - started)
 
 
-def write_graph(workflow, folder: Path) -> None:
+def write_graph(workflow: 'pe.Workflow', folder: Path) -> None:
     """Write the graph as a DOT file, and as SVG where Graphviz is installed."""
     path = folder / 'graph.dot'
     if shutil.which('dot'):
@@ -338,45 +282,38 @@ def write_graph(workflow, folder: Path) -> None:
     LOGGER.info('Graph written: %s', path)
 
 
-def announce(plan) -> None:
+def announce(plan: 'Plan') -> None:
     """Say what is about to happen."""
     for atlas in plan.atlases:
-        LOGGER.info(
-            '%d runs of %d participants in atlas %s, %d parcel series to make',
-            len(atlas.runs), len({run.subject for run in atlas.runs}), atlas.name,
-            len(atlas.todo),
-        )  # fmt: skip
+        counts = len(atlas.runs), len({run.subject for run in atlas.runs})
+        form = '%d runs of %d participants in atlas %s, %d parcel series to make'
+        LOGGER.info(form, *counts, atlas.name, len(atlas.todo))
         for model in atlas.models:
-            task = model.task
-            LOGGER.info(
-                '%s: %d runs to encode on %s in %s; weights: %s',
-                task.spec.card.name, len(model.todo), task.device, task.precision,
-                task.spec.weights,
-            )  # fmt: skip
+            spec, where = model.task.spec, (model.task.device, model.task.precision)
+            form = '%s: %d runs to encode on %s in %s; weights: %s'
+            LOGGER.info(form, spec.card.name, len(model.todo), *where, spec.weights)
 
 
-def conclude(plan, crashed: Exception | None, seconds: float) -> int:
+def conclude(plan: 'Plan', crashed: Exception | None, seconds: float) -> int:
     """Say what is written and what failed; returns the exit code."""
     output = plan.settings.output_dir
     failures = plan.read_failures()
     for sentence in failures:
         LOGGER.error('Failed: %s', sentence)
     if crashed is not None:
-        reason = str(crashed).strip().rpartition('\n')[2].strip()
-        unexpected = (
-            f'unexpected {type(crashed).__name__}: {reason} (crash files are in {output}/logs)'
-        )
-        known = isinstance(crashed, BrainfmError)
-        LOGGER.error('Stopped: %s', crashed if known else unexpected)
-    for subject in plan.subjects:
-        report = output / f'sub-{subject}.html'
+        reason = str(crashed)
+        if not isinstance(crashed, BrainfmError):
+            reason = reason.strip().rpartition('\n')[2].strip()
+            reason = f'unexpected {type(crashed).__name__}: {reason}'
+            reason += f' (crash files are in {output}/logs)'
+        LOGGER.error('Stopped: %s', reason)
+    for report in (output / f'sub-{subject}.html' for subject in plan.subjects):
         if report.is_file():
             LOGGER.info('Report: %s', report)
     runs = {run.name for atlas in plan.atlases for run in atlas.runs}
-    LOGGER.info(
-        '%s after %.1f s: %d runs, %d failures; outputs in %s',
-        'Finished' if crashed is None else 'Stopped', seconds, len(runs), len(failures), output,
-    )  # fmt: skip
+    counts, end = (len(runs), len(failures)), 'Finished' if crashed is None else 'Stopped'
+    form = '%s after %.1f s: %d runs, %d failures; outputs in %s'
+    LOGGER.info(form, end, seconds, *counts, output)
     return 1 if failures or crashed else 0
 
 

@@ -6,15 +6,17 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from bids_brainfm.cli.parser import number, positive, ratio, seed, share
+from bids_brainfm.arguments import number, positive, proportion, ratio, seed
 from bids_brainfm.config import absolute, available_cpus
 from bids_brainfm.errors import BrainfmError
 
+path = lambda text: Path(text).absolute()
 COMMANDS = ('pretrain', 'finetune')
 INTERRUPTED = 143  # exit code of a process that was told to end, which has a checkpoint
 
 
-def add_commands(commands) -> None:
+# fmt: off
+def add_commands(commands: 'argparse._SubParsersAction[argparse.ArgumentParser]') -> None:
     """Add both commands to the subparsers of ``bids_brainfm_models``."""
     pretraining = commands.add_parser(
         'pretrain',
@@ -26,22 +28,14 @@ def add_commands(commands) -> None:
         'pretrain ..., or srun.',
     )
     _add_common(pretraining, 'CARD', 'a model (see list), or the path of a card of your own')
-    objective = pretraining.add_argument_group('objective')
-    objective.add_argument(
-        '--mask-ratio', type=number(float, lambda x: 0 < x <= 0.9, 'a share above 0, up to 0.9'),
-        help="BrainLM: share that is masked (default: the model's own)",
-    )  # fmt: skip
-    objective.add_argument(
-        '--masking', choices=('random', 'future'), default='random',
-        help='BrainLM: mask tokens at random, or the last time points (default: random)',
-    )  # fmt: skip
-    objective.add_argument(
-        '--loss', choices=('mse', 'mae'), help="BrainLM: error (default: the model's own)"
-    )
-    objective.add_argument(
-        '--warm-start', action='store_true',
-        help='start from the weights of the model instead of random ones',
-    )  # fmt: skip
+    add = pretraining.add_argument_group('objective').add_argument
+    add('--mask-ratio', type=number(float, lambda x: 0 < x <= 0.9, 'a share above 0, up to 0.9'),
+        help="BrainLM: share that is masked (default: the model's own)")
+    add('--masking', choices=('random', 'future'), default='random',
+        help='BrainLM: mask tokens at random, or the last time points (default: random)')
+    add('--loss', choices=('mse', 'mae'), help="BrainLM: error (default: the model's own)")
+    add('--warm-start', action='store_true',
+        help='start from the weights of the model instead of random ones')
 
     tuning = commands.add_parser(
         'finetune',
@@ -53,147 +47,89 @@ def add_commands(commands) -> None:
         'OUT participant --model OUT/card.yml" then writes predictions.',
     )
     _add_common(tuning, 'MODEL', 'a model (see list), NAME=CHECKPOINT, or the path of a card')
-    supervised = tuning.add_argument_group('prediction')
-    supervised.add_argument(
-        '--target', required=True, metavar='COLUMN', help='column of participants.tsv'
-    )
-    supervised.add_argument(
-        '--problem', choices=('regression', 'classification'),
-        help='default: classification for text and for two values, else regression',
-    )  # fmt: skip
-    supervised.add_argument(
-        '--mode', choices=('full', 'probe'), default='full',
-        help='the whole network learns, or a linear head only (default: full)',
-    )  # fmt: skip
-    supervised.add_argument(
-        '--pooling', choices=('class-token', 'mean'),
-        help='what the head is given (default: the class token where there is one)',
-    )  # fmt: skip
-    supervised.add_argument(
-        '--dropout', type=number(float, lambda x: 0 <= x < 1, 'a share from 0 to below 1'),
-        default=0.0, help='of the head (default: 0)',
-    )  # fmt: skip
-    supervised.add_argument(
-        '--drop-missing', action='store_true', help='leave out participants without a value'
-    )
-    supervised.add_argument(
-        '--random-weights', action='store_true', help='control: start from an untrained network'
-    )
-    supervised.add_argument(
-        '--patience', type=positive(int), metavar='EPOCHS',
-        help='end after so many epochs without a better validation score',
-    )  # fmt: skip
-    supervised.add_argument(
-        '--test-share', type=ratio, default=0.2, help='of participants (default: 0.2)'
-    )
+    add = tuning.add_argument_group('prediction').add_argument
+    add('--target', required=True, metavar='COLUMN', help='column of participants.tsv')
+    add('--problem', choices=('regression', 'classification'),
+        help='default: classification for text and for two values, else regression')
+    add('--mode', choices=('full', 'probe'), default='full',
+        help='the whole network learns, or a linear head only (default: full)')
+    add('--pooling', choices=('class-token', 'mean'),
+        help='what the head is given (default: the class token where there is one)')
+    add('--dropout', type=number(float, lambda x: 0 <= x < 1, 'a share from 0 to below 1'),
+        default=0.0, help='of the head (default: 0)')
+    add('--drop-missing', action='store_true', help='leave out participants without a value')
+    add('--random-weights', action='store_true', help='control: start from an untrained network')
+    add('--patience', type=positive(int), metavar='EPOCHS',
+        help='end after so many epochs without a better validation score')
+    add('--test-share', type=ratio, default=0.2, help='of participants (default: 0.2)')
     tuning.set_defaults(validation_share=0.2)
 
 
 def _add_common(parser: argparse.ArgumentParser, what: str, explained: str) -> None:
     parser.add_argument('model', metavar=what, type=absolute, help=explained)
-    parser.add_argument('output', metavar='OUT', type=lambda p: Path(p).absolute())
-    data = parser.add_argument_group('data')
-    data.add_argument(
-        '--data', nargs='+', required=True, metavar='DERIV', type=lambda p: Path(p).absolute(),
-        help='outputs of "bids_brainfm DATA OUT participant"',
-    )  # fmt: skip
-    data.add_argument(
-        '--scale', choices=('run-robust', 'global-z', 'parcel-z', 'cohort', 'none'),
-        help="scaling of the series (default: the model's own)",
-    )  # fmt: skip
-    data.add_argument(
-        '--scale-stats', metavar='FILE', type=lambda p: Path(p).absolute(),
-        help='fitted statistics, for --scale cohort',
-    )  # fmt: skip
-    data.add_argument(
-        '--min-coverage', type=share, default=0.5,
-        help='parcels below take the series of the nearest above (default: 0.5)',
-    )  # fmt: skip
-    data.add_argument(
-        '--mix-trs', action='store_true',
-        help='take runs of different repetition times, all resampled to that of the model',
-    )  # fmt: skip
-    data.add_argument(
-        '--strides', nargs='+', type=positive(int), default=[1], metavar='N',
+    parser.add_argument('output', metavar='OUT', type=path)
+    add = parser.add_argument_group('data').add_argument
+    add('--data', nargs='+', required=True, metavar='DERIV', type=path,
+        help='outputs of "bids_brainfm DATA OUT participant"')
+    add('--scale', choices=('run-robust', 'global-z', 'parcel-z', 'cohort', 'none'),
+        help="scaling of the series (default: the model's own)")
+    add('--scale-stats', metavar='FILE', type=path, help='fitted statistics, for --scale cohort')
+    add('--min-coverage', type=proportion, default=0.5,
+        help='parcels below take the series of the nearest above (default: 0.5)')
+    add('--mix-trs', action='store_true',
+        help='take runs of different repetition times, all resampled to that of the model')
+    add('--strides', nargs='+', type=positive(int), default=[1], metavar='N',
         help='augment the repetition time: a window takes every N-th sample, N at random of '
-        'these (default: 1)',
-    )  # fmt: skip
-    data.add_argument(
-        '--validation-share', type=ratio, default=0.1,
-        help='of participants (default: 0.1, finetune 0.2)',
-    )  # fmt: skip
-    training = parser.add_argument_group('training')
-    training.add_argument(
-        '--recipe', metavar='NAME',
+        'these (default: 1)')
+    add('--validation-share', type=ratio, default=0.1,
+        help='of participants (default: 0.1, finetune 0.2)')
+    add = parser.add_argument_group('training').add_argument
+    add('--recipe', metavar='NAME',
         help='schedule (default: that of the family): brainlm-vit, brainlm-legacy, fixed or '
-        'official for Brain-JEPA, finetune, probe, or a file of your own',
-    )  # fmt: skip
-    training.add_argument('--epochs', type=positive(float), help="default: the recipe's")
-    training.add_argument(
-        '--batch-size', type=positive(int),
-        help="windows in a step, over all processes (default: the recipe's)",
-    )  # fmt: skip
-    training.add_argument(
-        '--micro-batch-size', type=positive(int),
+        'official for Brain-JEPA, finetune, probe, or a file of your own')
+    add('--epochs', type=positive(float), help="default: the recipe's")
+    add('--batch-size', type=positive(int),
+        help="windows in a step, over all processes (default: the recipe's)")
+    add('--micro-batch-size', type=positive(int),
         help='windows that a process takes at once; gradients of several are added up '
-        '(default: its part of the batch)',
-    )  # fmt: skip
-    training.add_argument(
-        '--lr', type=positive(float), help="highest learning rate (default: the recipe's)"
-    )
-    training.add_argument('--seed', type=seed, default=0, help='default: 0')
-    training.add_argument('--name', help='name of the trained model (default: that of OUT)')
-    training.add_argument(
-        '--checkpoint-steps', type=positive(int), default=200,
-        help='steps between checkpoints (default: 200)',
-    )  # fmt: skip
-    training.add_argument(
-        '--evaluate-epochs', type=positive(float), default=1.0,
-        help='epochs between evaluations (default: 1)',
-    )  # fmt: skip
-    training.add_argument(
-        '--resume', metavar='CHECKPOINT', type=lambda p: Path(p).absolute(),
-        help='checkpoint to go on from (default: the latest in OUT/checkpoints)',
-    )  # fmt: skip
-    machine = parser.add_argument_group('machine')
-    machine.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
-    machine.add_argument(
-        '--precision', choices=('float32', 'bfloat16'),
-        help='default: float32 on the CPU, bfloat16 on a GPU',
-    )  # fmt: skip
-    machine.add_argument(
-        '--nthreads', '--n-cpus', '--n_cpus', dest='nthreads', type=positive(int),
-        help='CPU threads of a process (default: those at hand, shared by the processes here)',
-    )  # fmt: skip
-    machine.add_argument(
-        '--workers', type=number(int, lambda n: n >= 0, 'a whole number from 0'), default=0,
-        help='processes that read windows ahead (default: 0)',
-    )  # fmt: skip
+        '(default: its part of the batch)')
+    add('--lr', type=positive(float), help="highest learning rate (default: the recipe's)")
+    add('--seed', type=seed, default=0, help='default: 0')
+    add('--name', help='name of the trained model (default: that of OUT)')
+    add('--checkpoint-steps', type=positive(int), default=200,
+        help='steps between checkpoints (default: 200)')
+    add('--evaluate-epochs', type=positive(float), default=1.0,
+        help='epochs between evaluations (default: 1)')
+    add('--resume', metavar='CHECKPOINT', type=path,
+        help='checkpoint to go on from (default: the latest in OUT/checkpoints)')
+    add = parser.add_argument_group('machine').add_argument
+    add('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
+    add('--precision', choices=('float32', 'bfloat16'),
+        help='default: float32 on the CPU, bfloat16 on a GPU')
+    add('--nthreads', '--n-cpus', '--n_cpus', dest='nthreads', type=positive(int),
+        help='CPU threads of a process (default: those at hand, shared by the processes here)')
+    add('--workers', type=number(int, lambda n: n >= 0, 'a whole number from 0'), default=0,
+        help='processes that read windows ahead (default: 0)')
+# fmt: on
 
 
 def join_slurm(environment: Mapping[str, str]) -> dict[str, str]:
-    """Say what torch wants to know of its processes where srun started several.
+    """Environment that torch needs to find its processes where srun started several.
 
-    >>> step = {'SLURM_STEP_NUM_TASKS': '4', 'SLURM_PROCID': '2', 'SLURM_LOCALID': '0',
-    ...         'SLURM_STEP_TASKS_PER_NODE': '2(x2)', 'SLURM_JOB_ID': '1234567',
-    ...         'SLURM_STEP_NODELIST': 'node1'}
-    >>> join_slurm(step)['RANK'], join_slurm(step)['MASTER_PORT']
-    ('2', '34567')
-    >>> join_slurm({'SLURM_PROCID': '0', 'SLURM_NTASKS': '4'})  # in a batch script, without srun
-    {}
+    Empty in a batch script without srun, which has no `SLURM_STEP_NUM_TASKS`.
     """
     tasks = environment.get('SLURM_STEP_NUM_TASKS', '1')
     if 'RANK' in environment or tasks == '1':
         return {}
     nodes = environment['SLURM_STEP_NODELIST']
+    port = str(20_000 + int(environment['SLURM_JOB_ID']) % 20_000)
     return {
         'RANK': environment['SLURM_PROCID'],
         'LOCAL_RANK': environment['SLURM_LOCALID'],
         'WORLD_SIZE': tasks,
         'LOCAL_WORLD_SIZE': environment['SLURM_STEP_TASKS_PER_NODE'].partition('(')[0],
         'MASTER_ADDR': environment.get('MASTER_ADDR') or _first_node(nodes),
-        'MASTER_PORT': environment.get('MASTER_PORT')
-        or str(20_000 + int(environment['SLURM_JOB_ID']) % 20_000),
+        'MASTER_PORT': environment.get('MASTER_PORT') or port,
     }
 
 
@@ -210,13 +146,7 @@ def _first_node(nodes: str) -> str:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run one of the commands; returns the exit code.
-
-    Raises
-    ------
-    BrainfmError
-        Something is wrong with the settings or the data; only in the first process.
-    """
+    """Run one of the commands; returns the exit code. Only the first process raises errors."""
     os.environ.update(join_slurm(os.environ))
     import torch
 
@@ -239,11 +169,8 @@ def run(options: argparse.Namespace) -> int:
         raise
     except Interrupted:
         if is_first_process():
-            print(
-                'Training was told to end; its checkpoint is written. The same command goes on '
-                'from there.',
-                file=sys.stderr,
-            )
+            words = 'Training was told to end; its checkpoint is written.'
+            print(f'{words} The same command goes on from there.', file=sys.stderr)
         return INTERRUPTED
     if card is not None:
         print(f'The trained model is {card}: give it as --model.')

@@ -2,59 +2,41 @@
 
 Dong, Li et al. 2024 (NeurIPS, arXiv:2409.19407). A token is one parcel over one time patch, and
 tokens run parcel by parcel, in time within a parcel. Where a parcel lies is told by its row of a
-table of brain gradients, which no checkpoint holds: ``set_gradients``.
+table of brain gradients, which no checkpoint holds: ``set_positions``.
 Signals are in the model's own contract: parcels in atlas order, scaled.
 Module names are those of the official state dict.
 """
+
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.models.layers import (
-    angles,
-    boxed,
-    draw_normal,
-    draw_state,
-    gelu,
-    without_autocast,
-)
-from bids_brainfm.models.masking import take
+from bids_brainfm.models import layers
+from bids_brainfm.models.base import BaseNetwork
+from bids_brainfm.models.layers import angles, boxed, draw_normal, gelu, without_autocast
+from bids_brainfm.models.masking import take, token_error
+from bids_brainfm.models.protocol import Capabilities
+
+if TYPE_CHECKING:
+    import numpy as np
 
 EPS = 1e-6  # of LayerNorms; the official code has it as a constant
 WIDENING = 4  # of the MLP, too
+# What the official file holds: networks, and what belongs to their training.
+NETWORKS = ('encoder', 'predictor', 'target_encoder')
+TRAINING = ('opt', 'scaler', 'epoch', 'loss', 'batch_size', 'world_size', 'lr')
 QUERIES = 128  # whose attention is held at once: all 4500 × 4500 × 12 would take a gigabyte
-SIZES = (
-    'patch_size', 'embed_dim', 'depth', 'num_heads',
-    'predictor_embed_dim', 'predictor_depth', 'predictor_num_heads', 'gradients',
-)  # fmt: skip
+LAYERS = ('embed_dim', 'depth', 'num_heads')  # of the predictor with a prefix
+SIZES = ('patch_size', *LAYERS, *(f'predictor_{name}' for name in LAYERS), 'gradients')
 
 
 def time_table(parcels: int, patches: int, channels: int) -> Tensor:
-    """Return the code of each token's time patch, sines before cosines.
-
-    Returns
-    -------
-    (parcels × patches, channels) float32
-
-    Examples
-    --------
-    >>> time_table(1, 2, 4)
-    tensor([[0.0000, 0.0000, 1.0000, 1.0000],
-            [0.8415, 0.0100, 0.5403, 0.9999]])
-    """
+    """Return the code (N, channels) of each token's time patch, sines before cosines."""
     angle = angles(patches, channels)
     return torch.cat([angle.sin(), angle.cos()], 1).float().repeat(parcels, 1)
-
-
-def token_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Return the smooth L1 error (beta 1) of latents (B, K, D), a token: (B, K) float32.
-
-    Its mean is the official loss.
-    """
-    error = F.smooth_l1_loss(prediction.float(), target.float(), reduction='none')
-    return error.mean(-1)
 
 
 class Positions(nn.Module):
@@ -69,11 +51,7 @@ class Positions(nn.Module):
         self.predictor_pos_embed_proj = nn.Linear(gradients, width // 2)
 
     def forward(self, gradients: Tensor) -> Tensor:
-        """Turn gradients (P, G) into codes (N, width).
-
-        The parcels' half is stretched to -1 .. 1 by its extremes over all parcels and channels, so
-        each parcel's code depends on all parcels.
-        """
+        """Turn gradients (P, G) into codes (N, width), the parcels' half stretched to -1 .. 1."""
         with without_autocast(gradients):
             place = self.predictor_pos_embed_proj(gradients)
             low, high = place.min(), place.max()
@@ -91,7 +69,6 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, H) -> the same"""
         context = F.scaled_dot_product_attention(*self.split(self.qkv(x)))
         return self.proj(context.transpose(1, 2).flatten(2))
 
@@ -100,18 +77,7 @@ class Attention(nn.Module):
         return packed.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
     def received(self, x: Tensor) -> Tensor:
-        """Return the attention that each token receives.
-
-        Parameters
-        ----------
-        x : (B, N, H)
-            Tokens as ``forward`` gets them.
-
-        Returns
-        -------
-        (B, N) float32
-            Mean over heads and queries; each row sums to 1.
-        """
+        """Attention (B, N) float32 that tokens (B, N, H) receive, mean over heads and queries."""
         query, key, _ = self.split(self.qkv(x)).float()
         total = x.new_zeros(x.shape[:2], dtype=torch.float32)
         with without_autocast(x):
@@ -129,16 +95,15 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, EPS)
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, EPS)
-        self.mlp = boxed(
-            fc1=nn.Linear(width, WIDENING * width), fc2=nn.Linear(WIDENING * width, width)
-        )
+        wide = WIDENING * width
+        self.mlp = boxed(fc1=nn.Linear(width, wide), fc2=nn.Linear(wide, width))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
         return x + self.mlp.fc2(gelu(self.mlp.fc1(self.norm2(x))))
 
-    def received(self, x: Tensor) -> Tensor:
-        """Attention (B, N) that each token receives in this layer, mean over heads and queries."""
+    def attention_row(self, x: Tensor) -> Tensor:
+        """Attention (B, N) that each token receives in this layer."""
         return self.attn.received(self.norm1(x))
 
 
@@ -163,11 +128,7 @@ class TokenEncoder(nn.Module):
 
     def forward(self, x: Tensor, return_attention: bool = False) -> tuple[Tensor, Tensor | None]:
         """Relate tokens (B, K, D); with them comes what each received in the last layer."""
-        *blocks, last = self.blocks
-        for block in blocks:
-            x = block(x)
-        attention = last.received(x) if return_attention else None
-        return self.norm(last(x)), attention
+        return layers.relate(self.blocks, self.norm, x, return_attention)
 
 
 class Predictor(nn.Module):
@@ -195,74 +156,60 @@ class Predictor(nn.Module):
         return self.predictor_proj(self.predictor_norm(x[:, -target_idx.shape[-1] :]))
 
 
-class BrainJEPA(nn.Module):
+class BrainJEPA(BaseNetwork):
     """Brain-JEPA: encoder, predictor, and the encoder that makes their targets.
 
-    The target encoder is the one to embed windows with. Indices of tokens, ``(B, K) int64`` or
-    ``(K,)`` for all windows alike, count parcel by parcel and in time within a parcel.
-
-    Parameters
-    ----------
-    config : dict
-        ``crop_size`` (parcels, time points), ``patch_size``, ``embed_dim``, ``depth``,
-        ``num_heads``, the last three again with ``predictor_``, ``add_w`` ('mapping'), and
-        ``gradients``, the number of brain gradients (30 where not given).
-
-    Attributes
-    ----------
-    gradients : (P, G) Tensor or None
-        Given by ``set_gradients``; not part of the state dict.
+    The target encoder is the one to embed windows with. The configuration has ``crop_size``
+    (parcels, time points), ``patch_size``, ``embed_dim``, ``depth``, ``num_heads``, the last three
+    again with ``predictor_``, ``add_w`` ('mapping'), and ``gradients``, the number of them.
     """
 
     model_type = 'brain_jepa'
-    needs_xyz = False
-    has_class_token = False
-    pooling = 'mean over tokens'
-    trunk = 'target_encoder'  # the module that encode uses
+    signature = ('target_encoder.norm.weight', 'a Brain-JEPA (brain_jepa)')
+    config_file = 'architecture.json'
+    config_defaults: ClassVar[dict[str, Any]] = {'gradients': 30}
+    trunk = 'target_encoder'
 
-    def __init__(self, config: dict):
-        super().__init__()
-        self.config = config = {'gradients': 30} | config
+    def __init__(self, config: dict[str, Any]):
+        super().__init__(config)
+        config = self.config
         _check_sizes(config)
-        self.window_shape, self.width = tuple(config['crop_size']), config['embed_dim']
-        self.tokens_per_parcel = self.window_shape[1] // config['patch_size']
-        self.encoder = self._token_encoder()
-        self.predictor = Predictor(
-            self._positions(config['predictor_embed_dim']),
-            config['embed_dim'],
-            config['predictor_embed_dim'],
-            config['predictor_depth'],
-            config['predictor_num_heads'],
+        (parcels, times), patch = config['crop_size'], config['patch_size']
+        self.capabilities = Capabilities(
+            window=(parcels, times),
+            width=config['embed_dim'],
+            class_token=False,
+            patches=times // patch,
+            token_span=(1, patch),
+            positions='gradients',
+            parcel_features='parcels',
+            predicts_latents=True,
+            recipe='fixed',
         )
+        self.encoder = self._token_encoder()
+        sizes = [config[f'predictor_{name}'] for name in LAYERS]
+        self.predictor = Predictor(self._positions(sizes[0]), config['embed_dim'], *sizes)
         # It follows the encoder by averaging, not by gradients.
         self.target_encoder = self._token_encoder().requires_grad_(False)
-        self.register_buffer('gradients', None, persistent=False)
+
+    @staticmethod
+    def unpack(state: dict[str, Any]) -> dict[str, Any]:
+        """Join the state dicts of the official file, without what belongs to its training."""
+        parts = {part: state[part] for part in NETWORKS if isinstance(state.get(part), dict)}
+        if not parts:
+            return state
+        rest = {name: x for name, x in state.items() if name not in (*parts, *TRAINING)}
+        return rest | {f'{part}.{n}': x for part in parts for n, x in parts[part].items()}
 
     @property
     def transformers(self) -> tuple[nn.Module, ...]:
-        """The layers whose matrices may be of lower precision."""
-        return (
-            self.target_encoder.blocks,
-            self.encoder.blocks,
-            self.predictor.predictor_blocks,
-        )
+        """See Network."""
+        return (self.target_encoder.blocks, self.encoder.blocks, self.predictor.predictor_blocks)
 
-    def set_gradients(self, table) -> None:
-        """Say where each parcel lies.
-
-        Parameters
-        ----------
-        table : (P, G) array-like
-            Brain gradients, parcels in the order of the windows. A checkpoint has to be given
-            the table that it was trained with.
-
-        Raises
-        ------
-        BrainfmError
-            The table has another shape, holds NaN or infinite values, or tells no parcel apart.
-        """
+    def set_positions(self, table: 'np.ndarray | Tensor') -> None:
+        """See Network; a table that holds NaN or tells no parcel apart is refused, too."""
         table = torch.as_tensor(table, dtype=torch.float32)
-        parcels, columns = self.window_shape[0], self.config['gradients']
+        parcels, columns = self.capabilities.window[0], self.config['gradients']
         if table.shape != (parcels, columns):
             raise BrainfmError(
                 f'The table of brain gradients is {"×".join(map(str, table.shape))}, but this '
@@ -274,42 +221,29 @@ class BrainJEPA(nn.Module):
                 'The table of brain gradients holds NaN or infinite values, or the same for every '
                 'parcel; give the table that the checkpoint was trained with.'
             )
-        device = self.encoder.norm.weight.device
-        self.gradients = table.to('cpu' if device.type == 'meta' else device)
+        self._keep_positions(table)
 
     def encode(
-        self, signal: Tensor, return_attention: bool = False
+        self,
+        signal: Tensor,
+        keep: Tensor | None = None,
+        blank: Tensor | None = None,
+        return_attention: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Turn windows into tokens by the target encoder.
-
-        Parameters
-        ----------
-        signal : (B, P, T)
-            Windows, scaled.
-        return_attention : bool
-            Whether to return the attention that tokens receive in the last layer.
-
-        Returns
-        -------
-        hidden : (B, N, D)
-            All tokens after the final LayerNorm.
-        attention : (B, N) float32 or None
-            Mean over heads and over the tokens that attend; sums to 1.
-
-        Raises
-        ------
-        BrainfmError
-            No gradients have been set; so do the other methods.
-        """
+        """See Network: the target encoder; attention is what tokens receive."""
+        if blank is not None:
+            signal = signal.masked_fill(blank, 0)
         x = self.target_encoder.embed(signal, self._placed())
+        if keep is not None:
+            x = take(x, keep)
         return self.target_encoder(x, return_attention)
 
     def context(self, signal: Tensor, context_idx: Tensor) -> Tensor:
-        """Encode the tokens ``context_idx`` of windows (B, P, T), as if alone: (B, K, D)."""
+        """See LatentPredicting."""
         return self.encoder(take(self.encoder.embed(signal, self._placed()), context_idx))[0]
 
     def predict(self, context: Tensor, context_idx: Tensor, target_idx: Tensor) -> Tensor:
-        """Predict the targets (B, M, D) at ``target_idx`` from ``context`` (B, K, D)."""
+        """See LatentPredicting."""
         return self.predictor(context, self._placed(), context_idx, target_idx)
 
     def targets(self, hidden: Tensor, target_idx: Tensor) -> Tensor:
@@ -319,78 +253,62 @@ class BrainJEPA(nn.Module):
     def latent_error(
         self, signal: Tensor, hidden: Tensor, context_idx: Tensor, target_idx: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Predict part of each window's latents from another part.
-
-        Parameters
-        ----------
-        signal : (B, P, T)
-            Windows, scaled.
-        hidden : (B, N, D)
-            What ``encode`` makes of them.
-        context_idx, target_idx : (B, K) and (B, M), or (K,) and (M,) int64
-
-        Returns
-        -------
-        error, baseline : (B, N) float32
-            Smooth L1 error of each token, mean over features; NaN for a token that is no target.
-            The baseline guesses each target to be the mean target latent of the context.
-        """
+        """See LatentPredicting: smooth L1; the guess is the mean target latent of the context."""
         prediction = self.predict(self.context(signal, context_idx), context_idx, target_idx)
         target = self.targets(hidden, target_idx)
         guess = self.targets(hidden, context_idx).mean(1, keepdim=True).expand_as(target)
         blank = torch.full(hidden.shape[:2], torch.nan, device=hidden.device)
         places = target_idx.expand(len(hidden), -1)
-        error, baseline = (token_error(x, target) for x in (prediction, guess))
-        return blank.scatter(1, places, error), blank.scatter(1, places, baseline)
+        put = lambda x: blank.scatter(1, places, token_error(x, target))
+        return put(prediction), put(guess)
+
+    @torch.no_grad()
+    def follow(self, momentum: float) -> None:
+        """Move the target encoder towards the encoder: m × target + (1 - m) × encoder."""
+        pairs = zip(self.target_encoder.parameters(), self.encoder.parameters(), strict=True)
+        for target, source in pairs:
+            target.lerp_(source, 1 - momentum)
 
     def position_tables(self) -> dict[str, Tensor]:
-        """Return the fixed tables of time by their names in the state dict."""
-        narrow = self._time_table(self.config['predictor_embed_dim'])
-        wide = self._time_table(self.config['embed_dim'])
-        return {
-            'encoder.pos_embed_proj.emb_h': wide,
-            'predictor.predictor_2dpe_proj.emb_h': narrow,
-            'target_encoder.pos_embed_proj.emb_h': wide.clone(),
+        """See Network: the tables of time."""
+        widths = {
+            'encoder.pos_embed_proj': 'embed_dim',
+            'predictor.predictor_2dpe_proj': 'predictor_embed_dim',
+            'target_encoder.pos_embed_proj': 'embed_dim',
         }
+        sizes = {part: self.config[width] // 2 for part, width in widths.items()}
+        return {f'{part}.emb_h': time_table(*self._grid, size) for part, size in sizes.items()}
 
     def initial_state(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """Draw the official initialisation: N(0, 0.02) matrices, and equal encoders.
-
-        The official code truncates at 2, which is 100 standard deviations away.
-        """
+        """See Network: N(0, 0.02), officially truncated at 100 SDs, and equal encoders."""
         trained = boxed(encoder=self.encoder, predictor=self.predictor)
-        state = draw_state(trained, self.position_tables(), draw_normal, generator)
+        state = layers.draw_state(trained, self.position_tables(), draw_normal, generator)
         ours = [name for name in state if name.startswith('encoder.')]
         return state | {f'target_{name}': state[name].clone() for name in ours}
 
     def _placed(self) -> Tensor:
         """Return the gradients, if they are there."""
-        if self.gradients is None:
+        if self.positions is None:
             raise BrainfmError(
                 'This Brain-JEPA has no table of brain gradients, without which it does not know '
-                'where parcels lie, and its checkpoint does not hold it; give it by set_gradients '
+                'where parcels lie, and its checkpoint does not hold it; give it by set_positions '
                 'first.'
             )
-        return self.gradients
+        return self.positions
 
     def _token_encoder(self) -> TokenEncoder:
-        width, depth, heads = (self.config[name] for name in ('embed_dim', 'depth', 'num_heads'))
+        width, depth, heads = (self.config[name] for name in LAYERS)
         return TokenEncoder(self.config['patch_size'], self._positions(width), width, depth, heads)
 
     def _positions(self, width: int) -> Positions:
-        size = (self.window_shape[0], self.tokens_per_parcel, self.config['gradients'])
-        return Positions(*size, width)
-
-    def _time_table(self, width: int) -> Tensor:
-        return time_table(self.window_shape[0], self.tokens_per_parcel, width // 2)
+        return Positions(*self._grid, self.config['gradients'], width)
 
 
 def _check_sizes(config: dict) -> None:
     """Refuse a configuration that makes no Brain-JEPA."""
     parcels, times = config['crop_size']
     sizes = {name: config[name] for name in SIZES} | {'crop_size': min(parcels, times)}
-    small = [name for name, size in sizes.items() if size < 1]
-    if small:
+    if small := [name for name, size in sizes.items() if size < 1]:
         raise BrainfmError(
             f'The configuration of a brain_jepa model has {small[0]} {sizes[small[0]]}, which is '
             'not above 0; correct it.'

@@ -6,14 +6,26 @@ Module names are those of the official state dict.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.models.layers import Attention, angles, boxed, draw_state, draw_uniform, gelu
+from bids_brainfm.models.base import BaseNetwork
+from bids_brainfm.models.layers import (
+    Attention,
+    angles,
+    boxed,
+    draw_state,
+    draw_uniform,
+    gelu,
+    relate,
+    stack,
+)
 from bids_brainfm.models.masking import put_back, take
+from bids_brainfm.models.protocol import Capabilities, forecast_points
 
 
 @dataclass(frozen=True)
@@ -22,10 +34,6 @@ class Grid:
 
     Tokens run row by row: token = row block × ``across`` + column block. Rows are parcels,
     columns are time points; what lies outside the window is padding.
-
-    >>> grid = Grid(parcels=424, times=200, side=432, patch=16)
-    >>> grid.across, grid.tokens, grid.top, grid.left
-    (27, 729, 4, 116)
     """
 
     parcels: int
@@ -53,20 +61,11 @@ class Grid:
         return (self.side - self.times) // 2
 
     def patches(self, signal: Tensor, blank: Tensor | None = None) -> Tensor:
-        """Pad windows with -1 and cut them into patches.
+        """Pad windows (B, P, T) with -1 and cut them into patches (B, N, patch²).
 
-        Parameters
-        ----------
-        signal : (B, P, T)
-        blank : (T,) bool, optional
-            Time points set to 0, in the padding above and below the parcels too.
-
-        Returns
-        -------
-        (B, N, patch²)
+        Time points `blank` (T,) bool are set to 0, in the padding above and below, too.
         """
-        below = self.side - self.parcels - self.top
-        right = self.side - self.times - self.left
+        below, right = self.side - self.parcels - self.top, self.side - self.times - self.left
         square = F.pad(signal, (0, 0, self.top, below), value=-1.0)
         if blank is not None:
             square = square.masked_fill(blank, 0)
@@ -82,54 +81,22 @@ class Grid:
         return square[:, rows, self.left : self.left + self.times]
 
     def points(self, tokens: Tensor) -> Tensor:
-        """Return the points inside the window that marked tokens cover.
-
-        Parameters
-        ----------
-        tokens : (B, N) bool
-
-        Returns
-        -------
-        (B, P, T) bool
-        """
+        """Return the points (B, P, T) bool of the window that marked tokens (B, N) bool cover."""
         return self.signal(tokens[..., None].expand(-1, -1, self.patch**2))
 
 
 def predict_last(grid: Grid, points: int) -> Tensor:
-    """Mask every block that holds any of the window's last time points.
+    """Mask every block (1, N) bool that holds any of the window's last time points.
 
-    Parameters
-    ----------
-    grid : Grid
-    points : int
-        Time points to predict; the official ratio R means floor(R T) of them.
-
-    Returns
-    -------
-    (1, N) bool
-        Masked tokens, for all rows. What they cover is scored (``grid.points``), so up to a block
-        more than was asked for.
+    All that the blocks cover is scored (``grid.points``), so up to a block more than asked for.
     """
     return _columns_masked(grid, (grid.left + grid.times - points) // grid.patch)
 
 
 def predict_last_pixel(grid: Grid, points: int) -> tuple[Tensor, Tensor]:
-    """Hide exactly the window's last time points.
+    """Hide exactly the window's last time points (T,) bool, by 0 in the input; they are scored.
 
-    Whole blocks are masked; what is left of the horizon is set to 0 in the input.
-
-    Parameters
-    ----------
-    grid : Grid
-    points : int
-        Time points to predict.
-
-    Returns
-    -------
-    tokens : (1, N) bool
-        Masked tokens: blocks that begin inside the horizon.
-    blank : (T,) bool
-        The last time points: to be set to 0 (``encode``'s argument) and to be scored.
+    Whole blocks that begin among them are masked (1, N) bool.
     """
     first = grid.left + grid.times - points
     blank = torch.arange(grid.times) >= grid.times - points
@@ -144,12 +111,10 @@ def _columns_masked(grid: Grid, first: int) -> Tensor:
 
 
 def position_table(across: int, channels: int) -> Tensor:
-    """Return the fixed two-dimensional sin-cos table, the class token's row of zeros first.
+    """Return the fixed two-dimensional sin-cos table (1, 1 + across², channels) float32.
 
-    Returns
-    -------
-    (1, 1 + across², channels) float32
-        First half of the channels: column (time) block; second half: row (parcel) block.
+    The class token's row of zeros comes first. The first half of the channels is for the column
+    (time) block, the second for the row (parcel) block.
     """
     angle = angles(across, channels // 2)
     line = torch.cat([angle.sin(), angle.cos()], 1)
@@ -164,8 +129,7 @@ class Block(nn.Module):
     def __init__(self, hidden: int, heads: int, intermediate: int, eps: float, bias: bool):
         super().__init__()
         self.attention = boxed(
-            attention=Attention(hidden, heads, bias),
-            output=boxed(dense=nn.Linear(hidden, hidden)),
+            attention=Attention(hidden, heads, bias), output=boxed(dense=nn.Linear(hidden, hidden))
         )
         self.intermediate = boxed(dense=nn.Linear(hidden, intermediate))
         self.output = boxed(dense=nn.Linear(intermediate, hidden))
@@ -178,35 +142,20 @@ class Block(nn.Module):
         wide = gelu(self.intermediate.dense(self.layernorm_after(x)))
         return x + self.output.dense(wide)
 
-    def cls_row(self, x: Tensor) -> Tensor:
+    def attention_row(self, x: Tensor) -> Tensor:
         """Attention (B, N) of the first token in this layer, mean over heads."""
         return self.attention.attention.cls_row(self.layernorm_before(x))
 
 
-class BrainLMViT(nn.Module):
-    """BrainLM, ViT-MAE family, encoder and decoder.
-
-    Parameters
-    ----------
-    config : dict
-        The checkpoint's ``config.json``.
-
-    Attributes
-    ----------
-    grid : Grid
-        How a window becomes tokens.
-    """
+class BrainLMViT(BaseNetwork):
+    """BrainLM, ViT-MAE family, encoder and decoder; ``grid`` is how a window becomes tokens."""
 
     model_type = 'vit_mae'
-    tokens_per_parcel = None  # a token spans as many parcels as time points
-    has_class_token = True
-    pooling = 'class token'
-    needs_xyz = False
-    trunk = 'vit'  # the module that encode uses
+    signature = 'vit.embeddings.patch_embeddings.projection.weight', 'a ViT-MAE BrainLM (vit_mae)'
+    trunk = 'vit'
 
-    def __init__(self, config: dict):
-        super().__init__()
-        self.config = config
+    def __init__(self, config: dict[str, Any]):
+        super().__init__(config)
         side = config['image_size']
         self.grid = Grid(
             parcels=config.get('num_brain_voxels', 424),
@@ -220,11 +169,18 @@ class BrainLMViT(nn.Module):
                 f'points on a square of {self.grid.side} in patches of {self.grid.patch}, which '
                 'does not fit; correct image_size or patch_size.'
             )
-        self.window_shape = (self.grid.parcels, self.grid.times)
         hidden, patch, channels = config['hidden_size'], self.grid.patch, config['num_channels']
-        self.width = hidden
-        eps = config['layer_norm_eps']
-
+        self.capabilities = Capabilities(
+            window=(self.grid.parcels, self.grid.times),
+            width=hidden,
+            class_token=True,
+            patches=None,
+            token_span=(patch, patch),
+            reconstructs=True,
+            mask_ratio=config.get('mask_ratio', 0.75),
+            forecast_points=forecast_points(self.grid.times),
+        )
+        eps, bias = config['layer_norm_eps'], config.get('qkv_bias', True)
         embeddings = boxed(
             patch_embeddings=boxed(projection=nn.Conv2d(channels, hidden, patch, patch))
         )
@@ -232,14 +188,14 @@ class BrainLMViT(nn.Module):
         embeddings.position_embeddings = self._table(hidden)
         self.vit = boxed(
             embeddings=embeddings,
-            encoder=boxed(layer=self._blocks('')),
+            encoder=boxed(layer=stack(Block, config, '', eps, bias)),
             layernorm=nn.LayerNorm(hidden, eps),
         )
 
         narrow = config['decoder_hidden_size']
         self.decoder = boxed(
             decoder_embed=nn.Linear(hidden, narrow),
-            decoder_layers=self._blocks('decoder_'),
+            decoder_layers=stack(Block, config, 'decoder_', eps, bias),
             decoder_norm=nn.LayerNorm(narrow, eps),
             decoder_pred=nn.Linear(narrow, patch**2 * channels),
         )
@@ -257,44 +213,28 @@ class BrainLMViT(nn.Module):
         return self.grid.tokens
 
     def points(self, tokens: Tensor) -> Tensor:
-        """Return the points (B, P, T) bool that marked tokens (B, N) bool cover."""
+        """See Reconstructing."""
         return self.grid.points(tokens)
 
     def covering(self, points: Tensor) -> Tensor:
-        """Return the tokens (B, N) bool that hold any of the marked points (B, P, T) bool."""
+        """See Reconstructing."""
         return (self.grid.patches(points.float()) > 0).any(-1)
 
     def hide_last(self, points: int, exactly: bool) -> tuple[Tensor, Tensor | None]:
-        """Hide the window's last time points, or the blocks that hold them.
-
-        Returns
-        -------
-        tokens : (1, N) bool
-            Tokens to mask.
-        blank : (T,) bool or None
-            Time points to set to 0 (``encode``'s argument).
-        """
+        """See Reconstructing."""
         if exactly:
             return predict_last_pixel(self.grid, points)
         return predict_last(self.grid, points), None
 
-    def attention_profile(self, shares: Tensor) -> Tensor:
-        """Spread attention over the parcels that a token spans.
+    def attention_profile(self, proportions: Tensor) -> Tensor:
+        """Distribute attention (B, N) over parcels and blocks of time (B, P, K).
 
-        Parameters
-        ----------
-        shares : (B, N)
-
-        Returns
-        -------
-        (B, P, K)
-            For each parcel (in the model's order) and block of time that touches the window;
-            the parcels of a token have equal parts of it. What falls on padding is left out.
+        What falls on padding is left out.
         """
         grid = self.grid
-        row = (grid.top + torch.arange(grid.parcels, device=shares.device)) // grid.patch
+        row = (grid.top + torch.arange(grid.parcels, device=proportions.device)) // grid.patch
         first, last = grid.left // grid.patch, (grid.left + grid.times - 1) // grid.patch
-        blocks = shares.unflatten(1, (grid.across, grid.across))[:, row, first : last + 1]
+        blocks = proportions.unflatten(1, (grid.across, grid.across))[:, row, first : last + 1]
         return blocks / torch.bincount(row)[row][:, None]
 
     def encode(
@@ -304,26 +244,7 @@ class BrainLMViT(nn.Module):
         blank: Tensor | None = None,
         return_attention: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Turn windows into tokens.
-
-        Parameters
-        ----------
-        signal : (B, P, T)
-            Windows, rows in the model's order, scaled.
-        keep : (B, K) int64, optional
-            Tokens to encode; all, in their own order, where not given.
-        blank : (T,) bool, optional
-            Time points set to 0 in the padded input (``predict_last_pixel``).
-        return_attention : bool
-            Whether to return the class token's attention in the last layer.
-
-        Returns
-        -------
-        hidden : (B, 1 + K, H)
-            Class token, then tokens, after the final LayerNorm.
-        attention : (B, 1 + K) float32 or None
-            How the class token attends to itself and all tokens, mean over heads.
-        """
+        """Turn windows into tokens, row by row of the grid; attention is the class token's."""
         embeddings = self.vit.embeddings
         projection = embeddings.patch_embeddings.projection
         positions = embeddings.position_embeddings
@@ -334,27 +255,10 @@ class BrainLMViT(nn.Module):
             x = take(x, keep)
         cls = embeddings.cls_token + positions[:, :1]
         x = torch.cat([cls.expand(len(x), -1, -1), x], 1)
-        *layers, last = self.vit.encoder.layer
-        for layer in layers:
-            x = layer(x)
-        attention = last.cls_row(x) if return_attention else None
-        return self.vit.layernorm(last(x)), attention
+        return relate(self.vit.encoder.layer, self.vit.layernorm, x, return_attention)
 
     def decode(self, hidden: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Turn encoded tokens into windows.
-
-        Parameters
-        ----------
-        hidden : (B, 1 + K, H)
-            What ``encode`` returned.
-        keep : (B, K) int64, optional
-            The tokens that were encoded; all where not given.
-
-        Returns
-        -------
-        (B, P, T)
-            Mean of the output channels, padding cropped.
-        """
+        """Turn tokens into windows: mean of the output channels, padding cropped."""
         decoder, patch = self.decoder, self.grid.patch
         x = decoder.decoder_embed(hidden)
         if keep is not None:
@@ -369,14 +273,8 @@ class BrainLMViT(nn.Module):
         bias = decoder.decoder_pred.bias.view(patch**2, -1).mean(1)
         return self.grid.signal(F.linear(x, weight, bias))
 
-    def reconstruct(
-        self, signal: Tensor, keep: Tensor | None = None, blank: Tensor | None = None
-    ) -> Tensor:
-        """Encode the tokens ``keep`` of ``signal`` (B, P, T) and decode all: (B, P, T)."""
-        return self.decode(self.encode(signal, keep, blank)[0], keep)
-
     def position_tables(self) -> dict[str, Tensor]:
-        """Return the fixed position tables by their names in the state dict."""
+        """See Network."""
         across, config = self.grid.across, self.config
         return {
             'vit.embeddings.position_embeddings': position_table(across, config['hidden_size']),
@@ -384,18 +282,8 @@ class BrainLMViT(nn.Module):
         }
 
     def initial_state(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """Draw the official initialisation."""
+        """See Network."""
         return draw_state(self, self.position_tables(), draw_uniform, generator)
-
-    def _blocks(self, part: str) -> nn.ModuleList:
-        """Return the layers of the encoder (``''``) or of the decoder (``'decoder_'``)."""
-        sizes = [
-            self.config[part + name]
-            for name in ('hidden_size', 'num_attention_heads', 'intermediate_size')
-        ]
-        eps, bias = self.config['layer_norm_eps'], self.config.get('qkv_bias', True)
-        n_layers = self.config[part + 'num_hidden_layers']
-        return nn.ModuleList(Block(*sizes, eps, bias) for _ in range(n_layers))
 
     def _table(self, channels: int) -> nn.Parameter:
         """A frozen parameter, as in the official state dict."""

@@ -1,7 +1,9 @@
 """Windows in, embeddings out: one loaded network, run over the windows of many runs."""
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 import torch
@@ -10,181 +12,127 @@ from torch import nn
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.masking import spatiotemporal_block
 
+if TYPE_CHECKING:
+    from bids_brainfm.models.protocol import LatentPredicting, Network, Reconstructing
+
+Key = TypeVar('Key', bound=Hashable)
+
 
 @dataclass(frozen=True)
 class Encoding:
-    """What an encoder says about the windows of one run, all float32.
+    """What an encoder makes of W windows of a run, float32; None where not asked for or not there.
 
-    Attributes
-    ----------
-    summary : (W, D)
-        The embedding of each window: the class token after the final LayerNorm, or the mean of
-        all tokens for a model without one.
-    parcels : (W, P, D) or None
-        Mean of each parcel's tokens, parcels in atlas order; None where a token spans several
-        parcels.
-    tokens : (W, N, D) or None
-        All tokens in their canonical order, without the class token. For a model with tokens
-        per parcel: parcel by parcel in atlas order, in time within a parcel. For a ViT: row by
-        row of its grid, parcels in the model's order. None where not asked for.
-    attention_profile : (W, P, K) or None
-        Share of attention in the last layer that falls on each parcel at each of K time patches
-        (mean over heads), in atlas order: the class token's, or the mean over all tokens for a
-        model without one. Parcels that share a token have equal parts of it. None where not
-        asked for.
-    latent_error, latent_baseline : (W, P, K) or None
-        Smooth L1 error of the latents of a block of each window as predicted from the rest, and
-        as guessed without a model, for each parcel in atlas order and each of K time patches; NaN
-        outside the block. None where no block was asked for.
-    prediction : (W, C) or None
-        What the network's head says, in the target's units or as probabilities of the classes;
-        None for a network without a head.
+    Parcels are in atlas order; a parcel has K time patches.
     """
 
-    summary: np.ndarray
-    parcels: np.ndarray | None = None
+    summary: np.ndarray  # (W, D) class token after the last normalisation, or mean of tokens
+    parcels: np.ndarray | None = None  # (W, P, D) mean of each parcel's tokens
+    # (W, N, D) without the class token: parcel by parcel and in time within a parcel; where a
+    # token spans several parcels, these are in the model's order (of a ViT: row by row)
     tokens: np.ndarray | None = None
+    # (W, P, K) proportion of attention in the last layer (mean over heads): the class token's, or
+    # the mean over all tokens; parcels that share a token have equal parts of it
     attention_profile: np.ndarray | None = None
+    # (W, P, K) smooth L1 error of the latents of a block of each window as predicted from the
+    # rest, and as guessed without a model; NaN outside the block
     latent_error: np.ndarray | None = None
     latent_baseline: np.ndarray | None = None
+    # (W, C) what the head predicts, in the target's units or as probabilities of the classes
     prediction: np.ndarray | None = None
 
     def __len__(self) -> int:
-        """Number of windows."""
         return len(self.summary)
 
     @property
     def attention(self) -> np.ndarray | None:
-        """Share of attention that falls on each parcel, (W, P); None where not asked for."""
+        """Proportion of attention that falls on each parcel, (W, P)."""
         return None if self.attention_profile is None else self.attention_profile.sum(2)
 
     def part(self, start: int, stop: int) -> 'Encoding':
         """Return the windows from ``start`` up to ``stop``."""
-        return self._map(lambda name: getattr(self, name)[start:stop])
+        return Encoding(**{name: x[start:stop] for name, x in vars(self).items() if x is not None})
 
     @staticmethod
     def join(parts: 'list[Encoding]') -> 'Encoding':
         """Put windows one after the other."""
-        return parts[0]._map(lambda name: np.concatenate([getattr(part, name) for part in parts]))
-
-    def _map(self, make: Callable[[str], np.ndarray]) -> 'Encoding':
-        names = [field.name for field in fields(self) if getattr(self, field.name) is not None]
-        return Encoding(**{name: make(name) for name in names})
+        names = [name for name, x in vars(parts[0]).items() if x is not None]
+        return Encoding(**{n: np.concatenate([getattr(p, n) for p in parts]) for n in names})
 
 
 class Encoder:
     """A network ready to encode windows that come in atlas order.
 
-    On the CPU every window passes the network alone: batching gains no time there, and the
-    result cannot depend on what else is in the batch. In float32 it is the same to the last bit
-    each time.
+    On the CPU every window passes the network alone: batching gains no time there, and in float32
+    the result is the same to the last bit, whatever else is in the batch.
 
     Parameters
     ----------
-    network : nn.Module
-        With weights. It is moved to ``device`` and its matrices to ``precision``: the encoder
-        takes it over.
-    order : (P,) int, optional
-        Row permutation: row i of the model's input is parcel ``order[i]`` of the atlas.
-    xyz : (P, 3) float, optional
-        Parcel centres in mm, atlas order; only the legacy family uses them, and needs them.
-    device : torch.device
-    precision : {'float32', 'bfloat16'}
-        Of matrix products. Normalisation, the sum that runs through the layers, and outputs are
-        float32 always.
-    name : str
-        The model's name, for messages.
+    network : Network
+        With weights and, where needed, positions (:func:`set_positions`). It is moved to `device`
+        and its matrices to `precision`: the encoder takes it over.
+    order : (P,) int, optional; row i of the model's input is parcel ``order[i]`` of the atlas
+    precision : {'float32', 'bfloat16'}, of matrix products; all else is float32 always
+    name : str, for messages
     block : str, optional
-        Block of each window to predict from the rest, for families that predict latents; see
+        Of each window to predict from the rest, for families that predict latents; see
         :func:`bids_brainfm.models.masking.spatiotemporal_block`.
 
-    Raises
-    ------
-    BrainfmError
-        Coordinates are needed and not given, ``order`` or ``xyz`` do not fit the model, or it has
-        no such block.
+    Raises BrainfmError: the network has no weights, or `order` or `block` does not fit it.
     """
 
     def __init__(
         self,
-        network: nn.Module,
+        network: 'Network',
         order: np.ndarray | None = None,
-        xyz: np.ndarray | None = None,
         device: torch.device | str = 'cpu',
         precision: str = 'float32',
         name: str = 'the model',
         block: str | None = None,
     ):
-        self.name = name
-        self.device = torch.device(device)
-        self.precision = precision
+        if any(parameter.is_meta for parameter in network.parameters()):
+            raise BrainfmError(
+                f'{name} has no weights yet, so it cannot encode; load a checkpoint '
+                '(load_checkpoint) or draw random weights (initialise) first.'
+            )
+        self.name, self.device, self.precision = name, torch.device(device), precision
         self.network = network.eval().requires_grad_(False).to(self.device)
         if precision == 'bfloat16':
             # Autocast would convert these anew for every window.
             for module in nn.ModuleList(network.transformers).modules():
                 if isinstance(module, nn.Linear):
                     module.to(torch.bfloat16)
-        self.shape = network.window_shape
+        self.capabilities = network.capabilities
+        self.shape = self.capabilities.window
         self.order = None if order is None else np.asarray(order)
-        self.xyz = None if xyz is None else np.asarray(xyz, np.float32)
         parcels = self.shape[0]
         if self.order is not None and sorted(self.order) != list(range(parcels)):
             raise BrainfmError(
                 f'The parcel order of {name} is not a permutation of {parcels} parcels; give the '
                 'order that belongs to the model and its atlas.'
             )
-        self._place = ()
-        if network.needs_xyz:
-            if self.xyz is None or self.xyz.shape != (parcels, 3):
-                raise BrainfmError(
-                    f'{name} needs the coordinates of its {parcels} parcels (x, y, z in mm), '
-                    f'but got {None if self.xyz is None else self.xyz.shape}; give an atlas with '
-                    'coordinates.'
-                )
-            rows = self.xyz if self.order is None else self.xyz[self.order]
-            self._place = (torch.from_numpy(rows)[None].to(self.device),)
         self._block = None
         if block is not None:
-            if not hasattr(network, 'latent_error'):
+            if not self.capabilities.predicts_latents:
                 raise BrainfmError(
                     f'{name} predicts no latents, so it has no block {block}; leave latent '
                     'prediction out or take a Brain-JEPA.'
                 )
-            tokens = spatiotemporal_block(block, parcels, network.tokens_per_parcel)
+            tokens = spatiotemporal_block(block, parcels, self.capabilities.patches or 0)
             self._block = tuple(part.to(self.device) for part in tokens)
 
     def encode(
         self, windows: np.ndarray, tokens: bool = False, attention: bool = False
     ) -> Encoding:
-        """Encode windows, unmasked and with tokens in their own order.
+        """Encode scaled windows (B, P, T), parcels in atlas order, unmasked.
 
-        Parameters
-        ----------
-        windows : (B, P, T) float32
-            Scaled windows, parcels in atlas order.
-        tokens : bool
-            Whether to return all tokens, and attention with them where parcels have their own.
-        attention : bool
-            Whether to return where attention falls.
-
-        Returns
-        -------
-        Encoding
-            Of B windows.
-
-        Raises
-        ------
-        BrainfmError
-            The windows do not have the model's shape.
+        With `tokens`, all of them are returned, and attention where parcels have their own; with
+        `attention`, where it falls. Raises BrainfmError: the windows have another shape.
         """
         self.check(windows)
         step = 1 if self.device.type == 'cpu' else len(windows)
-        return Encoding.join(
-            [
-                self._pass(windows[i : i + step], tokens, attention)
-                for i in range(0, len(windows), step)
-            ]
-        )
+        starts = range(0, len(windows), step)
+        parts = [self._pass(windows[i : i + step], tokens, attention) for i in starts]
+        return Encoding.join(parts)
 
     def check(self, windows: np.ndarray, run: Hashable = None) -> None:
         """Refuse windows that do not have the model's shape, naming the run if given."""
@@ -204,54 +152,45 @@ class Encoder:
         blank: torch.Tensor | None = None,
         batch_size: int = 8,
     ) -> np.ndarray:
-        """Rebuild whole windows from a part of their tokens.
+        """Rebuild whole windows (B, P, T), in atlas order, from a part of their tokens.
 
-        Parameters
-        ----------
-        windows : (B, P, T) float32
-            Scaled windows, parcels in atlas order.
-        keep : (B, K) int64, or (K,) for all windows alike
-            Tokens that the network sees, in the order in which it sees them.
-        blank : (T,) bool, optional
-            Time points set to 0 in the input.
-        batch_size : int
-            Windows at once on a GPU.
+        Only what the network did not see says something about it. It sees the tokens `keep`
+        (B, K), or (K,) for all windows alike, in this order, with the time points `blank` (T,)
+        bool set to 0; `batch_size` windows at once on a GPU.
 
-        Returns
-        -------
-        (B, P, T) float32
-            Atlas order. Only what the network did not see says something about it.
-
-        Raises
-        ------
-        BrainfmError
-            The windows do not have the model's shape, or the model reconstructs nothing.
+        Raises BrainfmError: the windows do not have the model's shape, or it reconstructs nothing.
         """
         self.check(windows)
-        if not hasattr(self.network, 'decode'):
-            raise BrainfmError(
-                f'{self.name} has no decoder, so it reconstructs nothing; take a BrainLM.'
-            )
+        network = self.reconstructing
         keep = torch.as_tensor(keep).expand(len(windows), -1)
-        masking = {} if blank is None else {'blank': blank.to(self.device)}
+        blank = None if blank is None else blank.to(self.device)
         step, found = 1 if self.device.type == 'cpu' else batch_size, []
         for i in range(0, len(windows), step):
             signal, seen = self._signal(windows[i : i + step]), keep[i : i + step].to(self.device)
             with self._autocast():
-                hidden, _ = self.network.encode(signal, *self._place, keep=seen, **masking)
-            made = self.network.decode(hidden.float(), *self._place, keep=seen)
+                hidden, _ = network.encode(signal, seen, blank)
+            made = network.decode(hidden.float(), seen)
             found.append(self._atlas_order(made).cpu().numpy())
         return np.concatenate(found)
 
     def points(self, tokens: torch.Tensor) -> np.ndarray:
         """Points (B, P, T) bool, in atlas order, that marked tokens (B, N) bool cover."""
-        return self._atlas_order(self.network.points(tokens)).numpy()
+        return self._atlas_order(self.reconstructing.points(tokens)).numpy()
 
     def covering(self, parcels: np.ndarray) -> torch.Tensor:
         """Tokens (N,) bool that hold any of the marked parcels (P,) bool, in atlas order."""
         rows = parcels if self.order is None else parcels[self.order]
         points = torch.from_numpy(np.ascontiguousarray(rows))[None, :, None]
-        return self.network.covering(points.expand(1, *self.shape))[0]
+        return self.reconstructing.covering(points.expand(1, *self.shape))[0]
+
+    @property
+    def reconstructing(self) -> 'Reconstructing':
+        """The network, if it reconstructs; refused otherwise."""
+        if not self.capabilities.reconstructs:
+            raise BrainfmError(
+                f'{self.name} has no decoder, so it reconstructs nothing; take a BrainLM.'
+            )
+        return cast('Reconstructing', self.network)
 
     def _signal(self, windows: np.ndarray) -> torch.Tensor:
         """Windows as the network takes them: its order of rows, its device."""
@@ -260,38 +199,35 @@ class Encoder:
         return torch.from_numpy(np.ascontiguousarray(windows, np.float32)).to(self.device)
 
     def _autocast(self) -> torch.autocast:
-        enabled = self.precision == 'bfloat16'
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+        return torch.autocast(self.device.type, torch.bfloat16, self.precision == 'bfloat16')
 
     @torch.inference_mode()
     def _pass(self, windows: np.ndarray, tokens: bool, attention: bool) -> Encoding:
         """Encode windows in one pass of the network."""
         signal = self._signal(windows)
-        network, per_parcel = self.network, self.network.tokens_per_parcel
-        attention = attention or (tokens and bool(per_parcel))
+        network, patches = self.network, self.capabilities.patches
+        attention = attention or (tokens and bool(patches))
         with self._autocast():
-            hidden, row = network.encode(signal, *self._place, return_attention=attention)
-            errors = network.latent_error(signal, hidden, *self._block) if self._block else ()
-        first = int(network.has_class_token)
+            hidden, row = network.encode(signal, return_attention=attention)
+            if self._block:
+                predicting = cast('LatentPredicting', network)
+                errors = predicting.latent_error(signal, hidden, *self._block)
+        first = int(self.capabilities.class_token)
         body = hidden[:, first:]
         found = {'summary': hidden[:, 0] if first else body.mean(1)}
-        if per_parcel:
-            by_parcel = body.unflatten(1, (-1, per_parcel))
+        if patches:
+            by_parcel = body.unflatten(1, (-1, patches))
             found['parcels'] = self._atlas_order(by_parcel.mean(2))
             body = self._atlas_order(by_parcel).flatten(1, 2)
         if tokens:
             found['tokens'] = body
-        if attention:
-            shares = row[:, first:]
-            profile = (
-                shares.unflatten(1, (-1, per_parcel))
-                if per_parcel
-                else network.attention_profile(shares)
-            )
+        if row is not None:
+            profile = network.attention_profile(row[:, first:])
             found['attention_profile'] = self._atlas_order(profile)
-        for name, error in zip(('latent_error', 'latent_baseline'), errors, strict=False):
-            found[name] = self._atlas_order(error.unflatten(1, (-1, per_parcel)))
-        if hasattr(network, 'head'):
+        if self._block:
+            for name, error in zip(('latent_error', 'latent_baseline'), errors, strict=True):
+                found[name] = self._atlas_order(error.unflatten(1, (-1, patches)))
+        if network.head is not None:
             found['prediction'] = network.head.predict(network.head(hidden.float()))
         # Copied, so that a summary does not hold the memory of all tokens.
         return Encoding(**{name: x.cpu().numpy().copy() for name, x in found.items()})
@@ -303,102 +239,73 @@ class Encoder:
 
 def encode_runs(
     encoder: Encoder,
-    runs: Iterable[tuple[Hashable, np.ndarray]],
+    runs: Iterable[tuple[Key, np.ndarray]],
     batch_size: int,
     tokens: bool = False,
     attention: bool = False,
     progress: Callable[[int], None] | None = None,
-) -> Iterator[tuple[Hashable, Encoding]]:
+) -> Iterator[tuple[Key, Encoding]]:
     """Encode the windows of many runs, in batches that cross from one run to the next.
 
-    Parameters
-    ----------
-    encoder : Encoder
-    runs : iterable of (key, (W, P, T) float32)
-        Taken one by one as batches need them, so it may be a generator that reads files.
-    batch_size : int
-        Windows per batch.
-    tokens, attention : bool
-        Whether to return all tokens, and where attention falls.
-    progress : callable, optional
-        Called after each batch with the number of windows done so far.
+    Runs, each a key and windows (W, P, T), are taken one by one as batches of `batch_size` windows
+    need them, so they may come from a generator that reads files; each is given back as soon as
+    its last window is encoded. Memory holds one batch and the runs it touches. `progress` is
+    called after each batch with the number of windows done so far; for `tokens` and `attention`
+    see :meth:`Encoder.encode`.
 
-    Yields
-    ------
-    key, Encoding
-        Each run in turn, as soon as its last window is encoded. Memory holds one batch and the
-        runs it touches.
-
-    Raises
-    ------
-    BrainfmError
-        Windows of a run do not have the model's shape.
+    Raises BrainfmError: windows of a run do not have the model's shape.
     """
-    waiting = []  # windows of the batch being filled, (key, number of windows in the run, piece)
-    parts = []  # of the run whose windows are not all encoded yet
-    done = 0
 
-    def flush() -> Iterator[tuple[Hashable, Encoding]]:
-        nonlocal waiting, parts, done
-        batch = np.concatenate([piece for *_, piece in waiting])
-        encoded = encoder.encode(batch, tokens, attention)
-        start = 0
-        for key, total, piece in waiting:
-            parts.append(encoded.part(start, start + len(piece)))
-            start += len(piece)
-            if sum(map(len, parts)) == total:
+    def windows_of_runs() -> Iterator[tuple[Key, bool, np.ndarray]]:
+        for key, windows in runs:
+            encoder.check(windows, key)
+            for number, window in enumerate(windows, 1):
+                yield key, number == len(windows), window
+
+    waiting, done = windows_of_runs(), 0
+    parts: list[Encoding] = []  # of the run whose windows are not all encoded yet
+    while batch := list(islice(waiting, batch_size)):
+        encoded = encoder.encode(np.stack([window for *_, window in batch]), tokens, attention)
+        for i, (key, is_last, _) in enumerate(batch):
+            parts.append(encoded.part(i, i + 1))
+            if is_last:
                 yield key, Encoding.join(parts)
                 parts = []
-        done += len(encoded)
-        waiting = []
+        done += len(batch)
         if progress:
             progress(done)
-
-    for key, windows in runs:
-        encoder.check(windows, key)
-        start = 0
-        while start < len(windows):
-            room = batch_size - sum(len(piece) for *_, piece in waiting)
-            piece = windows[start : start + room]
-            waiting.append((key, len(windows), piece))
-            start += len(piece)
-            if len(piece) == room:
-                yield from flush()
-    if waiting:
-        yield from flush()
 
 
 def ascending_y(xyz: np.ndarray) -> np.ndarray:
     """Return parcels from posterior to anterior, as the BrainLM ViT models take them.
 
-    The sort is stable, so parcels with the same Y stay in atlas order; A424 has only 77
-    different Y, and an unstable sort would give other rows on other machines.
-
-    Parameters
-    ----------
-    xyz : (P, 3) float
-        Parcel centres in mm.
-
-    Returns
-    -------
-    (P,) int
-        Row i of the model's input is parcel ``order[i]``.
-
-    Examples
-    --------
-    >>> ascending_y(np.array([[0, 5, 0], [0, -3, 0], [1, 5, 1]])).tolist()
-    [1, 0, 2]
+    Row i of the model's input is parcel ``order[i]``; centres `xyz` (P, 3) are in mm. The sort is
+    stable: A424 has only 77 different Y, which else would be in another order elsewhere.
     """
     return np.argsort(np.asarray(xyz)[:, 1], kind='stable')
+
+
+def row_order(parcel_order: str, xyz: np.ndarray) -> np.ndarray | None:
+    """Return the permutation that a card's ``parcel_order`` means, None for the atlas's order."""
+    return ascending_y(xyz) if parcel_order == 'ascending-y' else None
+
+
+def set_positions(
+    network: 'Network',
+    xyz: np.ndarray,
+    order: np.ndarray | None = None,
+    gradients: np.ndarray | None = None,
+) -> None:
+    """Say where parcels lie: centres (P, 3) in mm, gradients (P, G), in atlas order."""
+    table = {'coordinates': xyz, 'gradients': gradients}.get(network.capabilities.positions)
+    if table is not None:
+        network.set_positions(table if order is None else table[order])
 
 
 def resolve_device(name: str) -> torch.device:
     """Return the device that ``auto``, ``cpu`` or ``cuda`` stands for.
 
-    Raises
-    ------
-    BrainfmError
-        ``cuda`` is asked for and this machine or this PyTorch has none.
+    Raises BrainfmError: ``cuda`` is asked for and this machine or this PyTorch has none.
     """
     if name not in ('auto', 'cpu', 'cuda'):
         raise BrainfmError(f'The device {name!r} is not known; choose auto, cpu or cuda.')
@@ -412,11 +319,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_precision(name: str | None, device: torch.device) -> str:
-    """Return the precision to compute in: float32 on the CPU, bfloat16 on a GPU by default.
-
-    >>> resolve_precision(None, torch.device('cpu'))
-    'float32'
-    """
+    """Return the precision to compute in: float32 on the CPU, bfloat16 on a GPU by default."""
     if name is None:
         return 'float32' if device.type == 'cpu' else 'bfloat16'
     if name not in ('float32', 'bfloat16'):

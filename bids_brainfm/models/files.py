@@ -4,39 +4,20 @@ from pathlib import Path
 
 from bids_brainfm.errors import BrainfmError
 
-# The second describes a Brain-JEPA, which needs no model_type there.
-CONFIG_FILES = ('config.json', 'architecture.json')
+CONFIG_FILE = 'config.json'
 WEIGHTS_FILES = ('model.safetensors', 'pytorch_model.bin')
 OFFICIAL_JEPA = '.pth.tar'  # ends the name of Brain-JEPA's official file
 
 
-def config_file(folder: str | Path) -> Path | None:
-    """Return the configuration of a checkpoint folder, None where there is none."""
-    paths = (Path(folder) / name for name in CONFIG_FILES)
-    return next((path for path in paths if path.is_file()), None)
-
-
 def is_weights(name: str) -> bool:
-    """Whether a file of this name holds weights.
-
-    >>> is_weights('jepa-ep300.pth.tar'), is_weights('config.json')
-    (True, False)
-    """
+    """Whether a file of this name holds weights."""
     return name in WEIGHTS_FILES or name.endswith(OFFICIAL_JEPA)
 
 
 def weights_file(checkpoint: str | Path) -> Path:
-    """Return the weights file of a checkpoint: safetensors, a pickle, or an official Brain-JEPA.
+    """Return the weights file of a checkpoint, which is a folder or the file itself.
 
-    Parameters
-    ----------
-    checkpoint : path-like
-        A folder, or the file itself.
-
-    Raises
-    ------
-    BrainfmError
-        There is none, or several of which none goes first.
+    Raises BrainfmError: there is none, or several of which none goes first.
     """
     checkpoint = Path(checkpoint)
     if checkpoint.is_file():

@@ -9,21 +9,9 @@ from bids_brainfm.errors import BrainfmError
 
 
 def read_gradients(path: str | Path) -> np.ndarray:
-    """Read a table of gradients.
+    """Read a table of gradients (P, G) float32, parcels in the order of the atlas.
 
-    Parameters
-    ----------
-    path : path-like
-        CSV without a header: a row a parcel in the order of the atlas, a column a gradient.
-
-    Returns
-    -------
-    (P, G) float32
-
-    Raises
-    ------
-    BrainfmError
-        The file cannot be read, is no table of numbers, or holds NaN or infinite values.
+    Raises BrainfmError: it cannot be read, is no table of numbers, or has NaN or infinite ones.
     """
     try:
         with warnings.catch_warnings():  # of an empty file, which is refused below

@@ -1,7 +1,6 @@
 """What a fine-tuned network says of a window: a head on its tokens.
 
-The forms are those of the authors: BrainLM's perceptron, Brain-JEPA's linear layer after a
-normalisation, and the linear probe of the latter.
+Forms as published: BrainLM's perceptron, Brain-JEPA's normalised linear layer and linear probe.
 """
 
 import math
@@ -13,10 +12,10 @@ from torch import Tensor, nn
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.layers import draw_normal
 
-KINDS = ('mlp', 'linear', 'probe')
-POOLINGS = ('class-token', 'mean')
 # What only heads of a task have: statistics of the target in the training data, or the classes
 TASKS = {'regression': ('mean', 'sd'), 'classification': ('classes',)}
+POOLINGS = ('class-token', 'mean')
+CHOICES = {'kind': ('mlp', 'linear', 'probe'), 'pooling': POOLINGS, 'task': tuple(TASKS)}
 # Columns of the tables in which predictions stand; a value that is predicted has its own name
 TAKEN = ('window', 'onset', 'duration', 'real', 'flagged')
 EPS = 1e-6
@@ -33,16 +32,9 @@ class Head(nn.Module):
         ``probe`` (BatchNorm without weights, one layer); ``pooling``: ``class-token`` or
         ``mean`` (over all tokens, class token and padding too, as in the official code);
         ``dropout`` (default 0); ``target``: what is predicted; ``task``: ``regression`` with
-        ``mean`` and ``sd`` of the target, or ``classification`` with ``classes``.
-    width : int
-        Of the tokens, H.
-    class_token : bool
-        Whether the first token is one.
-
-    Raises
-    ------
-    BrainfmError
-        Settings are missing, not known, or make no sense.
+        ``mean`` and ``sd`` of the target, or ``classification`` with ``classes``. What is missing,
+        not known, or makes no sense is refused.
+    width : int, of the tokens (H), of which the first may be a class token
     """
 
     def __init__(self, settings: dict, width: int, class_token: bool):
@@ -51,15 +43,14 @@ class Head(nn.Module):
         self.settings = settings
         self.task, self.classes = settings['task'], tuple(settings.get('classes', ()))
         n = len(self.classes) or 1
-        dropout = nn.Dropout(settings.get('dropout', 0.0))
+        dropout, half = nn.Dropout(settings.get('dropout', 0.0)), width // 2
         if settings['kind'] == 'mlp':
-            layers = [nn.Linear(width, width // 2), dropout, nn.ReLU()]
-            layers += [nn.Linear(width // 2, width // 2), dropout, nn.ReLU()]
-            layers += [nn.Linear(width // 2, n)]
-        elif settings['kind'] == 'linear':
-            layers = [nn.LayerNorm(width, EPS), dropout, nn.Linear(width, n)]
+            layers = [nn.Linear(width, half), dropout, nn.ReLU()]
+            layers += [nn.Linear(half, half), dropout, nn.ReLU(), nn.Linear(half, n)]
         else:
-            layers = [nn.BatchNorm1d(width, EPS, affine=False), dropout, nn.Linear(width, n)]
+            linear = settings['kind'] == 'linear'
+            norm = nn.LayerNorm(width, EPS) if linear else nn.BatchNorm1d(width, EPS, affine=False)
+            layers = [norm, dropout, nn.Linear(width, n)]
         self.layers = nn.Sequential(*layers)
 
     @property
@@ -82,8 +73,7 @@ class Head(nn.Module):
 
     def initial_state(self, generator: torch.Generator) -> dict[str, Tensor]:
         """Draw initial weights."""
-        kind = self.settings['kind']
-        state = {}
+        kind, state = self.settings['kind'], {}
         for name, tensor in self.state_dict().items():
             if name.endswith('weight') and tensor.ndim > 1:
                 if kind == 'mlp':  # Kaiming-uniform for ReLU
@@ -106,7 +96,7 @@ def _check(settings: dict, class_token: bool) -> None:
             f'The head of the configuration is {settings!r}; give a mapping with kind, pooling, '
             f'target and task.'
         )
-    for key, values in {'kind': KINDS, 'pooling': POOLINGS, 'task': tuple(TASKS)}.items():
+    for key, values in CHOICES.items():
         if settings.get(key) not in values:
             raise BrainfmError(
                 f'The head has {key} {settings.get(key)!r}; choose one of {", ".join(values)}.'
@@ -140,15 +130,16 @@ def _check(settings: dict, class_token: bool) -> None:
             raise BrainfmError(f'The head has {key} {settings[key]!r}; give {what}.')
 
 
-def _is_text(value) -> bool:
-    """Whether it can stand in the heading of a table."""
+def _is_text(value: object) -> bool:
+    """Whether it can be in the heading of a table."""
     return isinstance(value, str) and value.isprintable() and value.strip() != ''
 
 
-def _is_number(value) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _are_classes(value) -> bool:
-    texts = isinstance(value, list) and all(map(_is_text, value))
-    return texts and len(value) == len(set(value)) > 1
+def _are_classes(value: object) -> bool:
+    if not isinstance(value, list) or not all(map(_is_text, value)):
+        return False
+    return len(value) == len(set(value)) > 1

@@ -1,6 +1,7 @@
 """What the transformer families share: attention, angles of position tables, initial weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -9,15 +10,17 @@ from torch import Tensor, nn
 from bids_brainfm.errors import BrainfmError
 
 
-def boxed(**children: nn.Module) -> nn.Module:
-    """Return an empty module that only gives its children a place in the state dict.
+class Box(nn.Module):
+    """Gives its children a place in the state dict, as in ``attention.output.dense.weight``."""
 
-    Official checkpoints nest single layers in boxes (``attention.output.dense.weight``).
+    if TYPE_CHECKING:
 
-    >>> list(boxed(dense=nn.Linear(2, 3)).state_dict())
-    ['dense.weight', 'dense.bias']
-    """
-    box = nn.Module()
+        def __getattr__(self, name: str) -> Any: ...
+
+
+def boxed(**children: nn.Module) -> Box:
+    """Put modules into a box."""
+    box = Box()
     for name, child in children.items():
         box.add_module(name, child)
     return box
@@ -26,17 +29,8 @@ def boxed(**children: nn.Module) -> nn.Module:
 def angles(length: int, channels: int) -> Tensor:
     """Return the angles of a sinusoidal position table (Vaswani et al. 2017, section 3.5).
 
-    Parameters
-    ----------
-    length : int
-        Number of positions.
-    channels : int
-        Channels of the table, half of them sines and half cosines.
-
-    Returns
-    -------
-    (length, channels // 2) float64
-        position × 10000 ** (-2i / channels)
+    Its `channels` are half sines and half cosines of position × 10000 ** (-2i / channels):
+    (length, channels // 2) float64.
     """
     frequencies = 10000.0 ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
     return torch.arange(length, dtype=torch.float64)[:, None] * frequencies
@@ -50,19 +44,8 @@ def draw_state(
 ) -> dict[str, Tensor]:
     """Draw initial weights for a module, by their names in its state dict.
 
-    Parameters
-    ----------
-    module : nn.Module
-    tables : dict of Tensor
-        Fixed position tables, taken as they are.
-    matrix : callable
-        Draws a matrix or a convolution of a name and a shape. All families agree on the rest:
-        zero biases, unit LayerNorm, N(0, 0.02) class and mask tokens.
-    generator : torch.Generator
-
-    Returns
-    -------
-    dict of Tensor
+    Position tables are taken as they are; `matrix` draws matrices and convolutions. The families
+    agree on the rest: zero biases, unit LayerNorm, N(0, 0.02) class and mask tokens.
     """
 
     def draw(name: str, shape: torch.Size) -> Tensor:
@@ -90,46 +73,49 @@ def draw_uniform(name: str, shape: torch.Size, generator: torch.Generator) -> Te
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
+def stack(
+    kind: Callable[..., nn.Module], config: dict[str, Any], part: str, *rest: Any
+) -> nn.ModuleList:
+    """Make the layers of a BrainLM's encoder (``''``) or of its decoder (``'decoder_'``)."""
+    names = ('hidden_size', 'num_attention_heads', 'intermediate_size')
+    sizes = [config[part + name] for name in names]
+    return nn.ModuleList(kind(*sizes, *rest) for _ in range(config[part + 'num_hidden_layers']))
+
+
+def relate(
+    layers: Iterable[Any], norm: nn.Module, x: Tensor, return_attention: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Pass tokens through layers and a last norm; with them comes the last layer's attention."""
+    *before, last = layers
+    for layer in before:
+        x = layer(x)
+    attention = last.attention_row(x) if return_attention else None
+    return norm(last(x)), attention
+
+
 def without_autocast(x: Tensor) -> torch.autocast:
     """Context in which operations on ``x`` keep the precision they are given."""
     return torch.autocast(x.device.type, enabled=False)
 
 
 def gelu(x: Tensor) -> Tensor:
-    """Exact GELU, in place where no gradient is asked for.
-
-    The widest tensor of a layer is then not written twice: fresh memory costs more than the
-    arithmetic.
-    """
+    """Exact GELU, in place without gradients: fresh memory costs more than the arithmetic."""
     return F.gelu(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
 
 
 def convolve_tokens(x: Tensor, kernel: Tensor) -> Tensor:
     """Convolve along tokens with one kernel per head, zeros beyond both ends.
 
-    Written as a product with a banded matrix over chunks of tokens, which takes about a tenth of
-    the time of PyTorch's depth-wise convolution for so few channels and so long a kernel.
+    A product with a banded matrix over chunks of tokens takes a tenth of the time of PyTorch's
+    depth-wise convolution. `x` is (B, heads, N, d) and stays so; `kernel` is (heads, K), K odd.
 
-    Parameters
-    ----------
-    x : (B, heads, N, d)
-    kernel : (heads, K)
-        K odd; cross-correlation, as convolution layers have it.
-
-    Returns
-    -------
-    (B, heads, N, d)
-
-    Examples
-    --------
     >>> x, kernel = torch.rand(1, 2, 100, 3), torch.rand(2, 65)
     >>> expected = F.conv2d(x, kernel[:, None, :, None], padding=(32, 0), groups=2)
     >>> torch.allclose(convolve_tokens(x, kernel), expected, atol=1e-5)
     True
     """
     (heads, span), tokens = kernel.shape, x.shape[2]
-    chunk = 64
-    reach = chunk + span - 1
+    reach = (chunk := 64) + span - 1
     # Rows one longer than the band is wide, read as rows of its width, each start one further on.
     band = F.pad(kernel, (0, chunk)).repeat(1, chunk)[:, : chunk * reach]
     band = band.view(heads, 1, chunk, reach)
@@ -141,15 +127,8 @@ def convolve_tokens(x: Tensor, kernel: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention without its output projection.
 
-    Parameters
-    ----------
-    hidden, heads : int
-        Width, and the number of heads it is split into.
-    bias : bool
-        Whether query, key and value have a bias.
-    kernel : int, optional
-        Tokens spanned by a depth-wise convolution of the values over the token axis, one kernel
-        per head, which is added to the context (Xiong et al. 2021, Nyströmformer).
+    With a `kernel`, a depth-wise convolution of the values over so many tokens, one kernel per
+    head, is added to the context (Xiong et al. 2021, Nyströmformer).
     """
 
     def __init__(self, hidden: int, heads: int, bias: bool = True, kernel: int | None = None):
@@ -163,6 +142,7 @@ class Attention(nn.Module):
         self.query = nn.Linear(hidden, hidden, bias=bias)
         self.key = nn.Linear(hidden, hidden, bias=bias)
         self.value = nn.Linear(hidden, hidden, bias=bias)
+        self.conv: nn.Conv2d | None = None
         if kernel:
             # Holds the weight under its official name; convolve_tokens uses it.
             self.conv = nn.Conv2d(heads, heads, (kernel, 1), groups=heads, bias=False)
@@ -171,7 +151,7 @@ class Attention(nn.Module):
         """Return the context (B, N, H) of tokens (B, N, H)."""
         q, k, v = (self.split(project(x)) for project in (self.query, self.key, self.value))
         context = F.scaled_dot_product_attention(q, k, v)
-        if hasattr(self, 'conv'):
+        if self.conv is not None:
             context = context + convolve_tokens(v, self.conv.weight[:, 0, :, 0])
         return context.transpose(1, 2).flatten(2)
 
@@ -180,21 +160,10 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def cls_row(self, x: Tensor) -> Tensor:
-        """Return how the first token attends to all tokens.
+        """Return how the first of tokens (B, N, H) attends to all: (B, N) float32.
 
-        Only this row of the attention map is computed. The key bias adds the same to every score
-        of a row, so softmax cancels it; the key weights are applied to the one query instead of
-        to all tokens.
-
-        Parameters
-        ----------
-        x : (B, N, H)
-            Tokens as ``forward`` gets them.
-
-        Returns
-        -------
-        (B, N) float32
-            Attention weights, mean over heads; each row sums to 1.
+        This is the mean over heads; each row sums to 1. Softmax cancels the key bias, which adds
+        the same to every score; the key weights are applied to the one query, not to all tokens.
         """
         query = self.query(x[:, 0]).float().unflatten(-1, (self.heads, -1))
         key = self.key.weight.float().unflatten(0, (self.heads, -1))

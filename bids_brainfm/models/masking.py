@@ -17,24 +17,11 @@ BLOCKS = ('cross-time', 'cross-roi', 'double-cross')
 def keep_lowest(noise: Tensor, ratio: float) -> Tensor:
     """Select the tokens with the lowest noise (He et al. 2022, masked autoencoders).
 
-    Parameters
-    ----------
-    noise : (B, N)
-        One number per token; uniform draws give random masking.
-    ratio : float
-        Share of tokens to mask, 0 to 1.
+    Of noise (B, N) the floor(N (1 - ratio)) lowest are kept, lowest first; uniform draws give
+    random masking.
 
-    Returns
-    -------
-    (B, floor(N (1 - ratio))) int64
-        Tokens to keep, lowest noise first.
-
-    Examples
-    --------
     >>> keep_lowest(torch.tensor([[0.9, 0.1, 0.5, 0.3]]), 0.5)
     tensor([[1, 3]])
-    >>> [keep_lowest(torch.rand(1, n), r).shape[1] for n, r in [(4240, 0.2), (729, 0.75)]]
-    [3392, 182]
     """
     # Stable, so that tied noise gives the same tokens on every machine.
     order = torch.argsort(noise, dim=1, stable=True)
@@ -44,36 +31,17 @@ def keep_lowest(noise: Tensor, ratio: float) -> Tensor:
 def leave_out(
     n_tokens: int, ratio: float, generator: torch.Generator, visible: Tensor | None = None
 ) -> list[Tensor]:
-    """Hide every token at least once, a share of them at a time.
+    """Hide every token at least once, a proportion of them at a time.
 
-    Each pass hides tokens at random among those that no pass before it has hidden; where too few
-    of these are left, it hides others again, so that all passes hide the same share (notebook 05
-    of BrainLM; specification, section 5.1).
+    Each pass hides tokens at random among those not hidden before; where too few are left, others
+    again, so that all passes hide the same share (BrainLM, notebook 05; specification, 5.1).
 
-    Parameters
-    ----------
-    n_tokens : int
-        Tokens N.
-    ratio : float
-        Share of tokens to hide in a pass, above 0 and below 1.
-    generator : torch.Generator
-    visible : (N,) bool, optional
-        Tokens that no pass hides. Where fewer others are there than the ratio asks for, they are
-        hidden all at once.
+    Tokens `visible` (N,) bool are never hidden; where fewer others are there than `ratio` (above 0
+    and below 1) asks for, these are hidden all at once. Returned are the tokens (K,) int64 that
+    each pass keeps, in random order: so was the 13M family trained, for which it matters.
 
-    Returns
-    -------
-    list of (K,) int64
-        Tokens that each pass keeps, in random order: the order in which a network of the 13M
-        family was trained, for which it matters.
+    Raises BrainfmError: the ratio hides no token, or leaves none to see.
 
-    Raises
-    ------
-    BrainfmError
-        The ratio hides no token, or leaves none to see.
-
-    Examples
-    --------
     >>> passes = leave_out(4240, 0.2, torch.Generator().manual_seed(0))
     >>> len(passes), passes[0].shape
     (5, torch.Size([3392]))
@@ -101,31 +69,12 @@ def leave_out(
 
 
 def keep_visible(masked: Tensor) -> Tensor:
-    """Select the tokens that are not masked, in their own order.
-
-    Parameters
-    ----------
-    masked : (B, N) bool
-        The same number of tokens must be masked in every row.
-
-    Returns
-    -------
-    (B, K) int64
-
-    Examples
-    --------
-    >>> keep_visible(torch.tensor([[False, True, False]]))
-    tensor([[0, 2]])
-    """
+    """Select the tokens (B, K) that are not masked (B, N), as many in every row."""
     return torch.nonzero(~masked)[:, 1].view(len(masked), -1)
 
 
 def masked_tokens(keep: Tensor, n_tokens: int) -> Tensor:
-    """Return which tokens are masked, (B, N) bool, given those kept, (B, K).
-
-    >>> masked_tokens(torch.tensor([[0, 2]]), 3)
-    tensor([[False,  True, False]])
-    """
+    """Return which tokens are masked, (B, N) bool, given those kept, (B, K)."""
     masked = torch.ones(len(keep), n_tokens, dtype=torch.bool, device=keep.device)
     return masked.scatter(1, keep, False)
 
@@ -144,30 +93,14 @@ def put_back(x: Tensor, keep: Tensor, mask_token: Tensor, n_tokens: int) -> Tens
 def spatiotemporal_block(name: str, parcels: int, patches: int) -> tuple[Tensor, Tensor]:
     """Split the tokens of a window into a context and a target to predict from it.
 
-    After the three regions of Brain-JEPA's masking (Dong et al. 2024, section 3.2), each alone and
-    without chance: ``cross-time`` predicts the last 30 % of the time patches (rounded down, at
-    least one) of all parcels from those before; ``cross-roi`` every second parcel from the
-    others at the same times; ``double-cross`` every second parcel in the last patches from the
-    others before.
+    After the regions of Brain-JEPA's masking (Dong et al. 2024, section 3.2), without chance:
+    ``cross-time`` predicts the last 30 % of the time patches (rounded down, at least one) of all
+    parcels from those before; ``cross-roi`` every second parcel from the others at the same times;
+    ``double-cross`` every second parcel in the last patches from the others before. Tokens (K,)
+    and (M,) int64 are ascending: patches × parcel + patch.
 
-    Parameters
-    ----------
-    name : {'cross-time', 'cross-roi', 'double-cross'}
-    parcels, patches : int
-        Size of the window in tokens.
+    Raises BrainfmError: there is no such block, or the window is too small for it.
 
-    Returns
-    -------
-    context, target : (K,) and (M,) int64
-        Tokens, ascending: patches × parcel + patch.
-
-    Raises
-    ------
-    BrainfmError
-        There is no such block, or the window is too small for it.
-
-    Examples
-    --------
     >>> for name in BLOCKS:
     ...     context, target = spatiotemporal_block(name, parcels=2, patches=3)
     ...     print(name, context.tolist(), target.tolist())
@@ -195,33 +128,21 @@ def spatiotemporal_block(name: str, parcels: int, patches: int) -> tuple[Tensor,
 
 
 def masked_loss(
-    prediction: Tensor,
-    target: Tensor,
-    points: Tensor,
-    kind: str = 'mse',
-    normalise: bool = False,
+    prediction: Tensor, target: Tensor, points: Tensor, kind: str = 'mse', normalise: bool = False
 ) -> Tensor:
-    """Return the mean error over masked points.
+    """Return the mean error of windows (B, P, T) over masked points (B, P, T) bool.
 
-    Parameters
-    ----------
-    prediction, target : (B, P, T)
-        Signals in the model's scale.
-    points : (B, P, T) bool
-        Points to score; none gives NaN, as in the official implementation.
-    kind : {'mse', 'mae'}
-        Squared or absolute error.
-    normalise : bool
-        Standardise each parcel's target over its time points first (``norm_pix_loss``).
-
-    Returns
-    -------
-    () tensor
+    The error is squared (``mse``) or absolute (``mae``); no points give NaN, as officially. To
+    `normalise` is to standardise each parcel's target over time first (``norm_pix_loss``).
     """
-    if normalise:
-        target = standardised(target)
+    target = standardised(target) if normalise else target
     error = {'mse': F.mse_loss, 'mae': F.l1_loss}[kind]
     return error(prediction[points], target[points])
+
+
+def token_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Return the smooth L1 error (B, K) of latents (B, K, D); its mean is Brain-JEPA's loss."""
+    return F.smooth_l1_loss(prediction.float(), target.float(), reduction='none').mean(-1)
 
 
 def standardised(signal: Tensor) -> Tensor:

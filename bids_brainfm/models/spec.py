@@ -6,7 +6,10 @@ from pathlib import Path
 
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.cards import ModelCard, checkpoint_dir, load_card
-from bids_brainfm.models.files import CONFIG_FILES, config_file, is_weights
+from bids_brainfm.models.families import family
+from bids_brainfm.models.files import CONFIG_FILE, is_weights
+from bids_brainfm.models.protocol import Capabilities
+from bids_brainfm.resources import recorded_sha256, sha256_of
 
 # Seed of random weights, the same on every machine
 SEED = 20240606
@@ -14,15 +17,9 @@ SEED = 20240606
 
 @dataclass(frozen=True)
 class GradientTable:
-    """The table of brain gradients that a network is given.
+    """The table of brain gradients that a network is given, a CSV file.
 
-    Attributes
-    ----------
-    path : Path
-        A CSV file, see :func:`bids_brainfm.models.gradient_table.read_gradients`.
-    sha256 : str
-    named : bool
-        Whether it is the one that the card names (by its sha256, where it gives that).
+    It is `named` if it is the one that the card names (by its sha256, where it gives that).
     """
 
     path: Path
@@ -32,44 +29,15 @@ class GradientTable:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One network of a run.
+    """One network of a run."""
 
-    Attributes
-    ----------
-    card : ModelCard
-        With the architecture of the checkpoint, where there is one.
-    label : str
-        BIDS label of its outputs.
-    checkpoint : Path or None
-        The weights, or their folder; None for random weights.
-    sha256 : str or None
-        Of the weights file.
-    n_parcels : int
-        Rows of a window.
-    pooling : str
-        What the embedding of a window is, in words.
-    per_parcel : bool
-        Whether the network has an embedding for each parcel.
-    predicts_latents : bool
-        Whether it can predict masked latents.
-    reconstructs : bool
-        Whether it has a decoder.
-    gradients : GradientTable or None
-    predicted : tuple of str
-        Columns of what its head predicts, see :class:`bids_brainfm.models.head.Head`; empty for
-        a network without a head.
-    """
-
-    card: ModelCard
-    label: str
-    checkpoint: Path | None
-    sha256: str | None
-    n_parcels: int
-    pooling: str
-    per_parcel: bool
-    predicts_latents: bool
-    reconstructs: bool
+    card: ModelCard  # with the architecture of the checkpoint, where there is one
+    label: str  # BIDS label of its outputs
+    checkpoint: Path | None  # the weights, or their folder; None for random weights
+    sha256: str | None  # of the weights file
+    capabilities: Capabilities
     gradients: GradientTable | None = None
+    # columns of what its head predicts (models/head.py); empty for a network without one
     predicted: tuple[str, ...] = ()
 
     @property
@@ -84,11 +52,7 @@ class ModelSpec:
 
 
 def split_name(text: str) -> tuple[str, Path | None]:
-    """Split ``NAME[=PATH]`` of ``--model``.
-
-    >>> split_name('brainlm-111m=/weights/vitmae_111M')
-    ('brainlm-111m', PosixPath('/weights/vitmae_111M'))
-    """
+    """Split ``NAME[=PATH]`` of ``--model``; the path is made absolute."""
     name, given, path = text.partition('=')
     return name, Path(path).absolute() if given else None
 
@@ -96,21 +60,21 @@ def split_name(text: str) -> tuple[str, Path | None]:
 def find_checkpoint(text: str, home: Path, random_weights: bool) -> tuple[ModelCard, Path | None]:
     """Card and checkpoint (a folder, or its file of weights) that ``NAME[=PATH]`` means.
 
-    Raises
-    ------
-    BrainfmError
-        There is no such card, or its weights are not at hand.
+    Raises BrainfmError: there is no such card, or its weights are not at hand.
     """
     name, path = split_name(text)
     card = load_card(name)
     if path is None and (random_weights or not card.weights):
         return card, None
-    checkpoint = path or _beside(card) or checkpoint_dir(card, home)
+    files = [Path(file['name']) for file in card.weights]
+    beside = next((f for f in files if f.is_absolute() and f.suffix != '.json'), None)
+    checkpoint = path or beside or checkpoint_dir(card, home)
     folder = checkpoint.parent if checkpoint.is_file() else checkpoint
     # Where the publisher gives no configuration, the card's own holds
-    needed = not card.weights or 'config.json' in (Path(f['name']).name for f in card.weights)
+    needed = not files or CONFIG_FILE in (file.name for file in files)
     if needed:
-        present = config_file(folder) is not None
+        kind = family(str(card.config.get('model_type')))
+        present = any((folder / name).is_file() for name in (CONFIG_FILE, kind.config_file))
     elif path is not None:
         present = path.exists()
     else:  # a broken fetch may have left a folder without them
@@ -133,32 +97,20 @@ def find_checkpoint(text: str, home: Path, random_weights: bool) -> tuple[ModelC
     return card, checkpoint
 
 
-def _beside(card: ModelCard) -> Path | None:
-    """File of weights that lies beside a card, None where they are to be fetched."""
-    paths = [Path(file['name']) for file in card.weights]
-    return next((p for p in paths if p.is_absolute() and p.name not in CONFIG_FILES), None)
-
-
 def find_gradients(text: str, home: Path) -> GradientTable | None:
     """Find the table of gradients of what ``NAME[=PATH]`` means, None where it needs none.
 
-    A checkpoint of one's own may come with a table of its own: the only ``gradient*.csv`` in its
-    folder. Otherwise it is the table that the card names.
+    It is the only ``gradient*.csv`` in the folder of a checkpoint of one's own, else the card's.
 
-    Raises
-    ------
-    BrainfmError
-        There is none, there are several, or it has not the content that the card names.
+    Raises BrainfmError: there is none, there are several, or it is not the one the card names.
     """
-    from bids_brainfm.resources import sha256_of
-
     named, checkpoint = split_name(text)
     card = load_card(named)
     if card.gradients is None:
         return None
     name, expected = card.gradients['name'], card.gradients.get('sha256')
-    fetched = checkpoint_dir(card, home)  # a name that is absolute stays as it is
-    path, own = fetched / name, False
+    # a name that is absolute stays as it is
+    path, own = checkpoint_dir(card, home) / name, False
     if checkpoint is not None:
         folder = checkpoint.parent if checkpoint.is_file() else checkpoint
         tables = sorted(folder.glob('gradient*.csv'))
@@ -168,8 +120,7 @@ def find_gradients(text: str, home: Path) -> GradientTable | None:
                 f'({", ".join(table.name for table in tables)}): leave the one that the '
                 f'checkpoint was trained with.'
             )
-        own = bool(tables)
-        path = tables[0] if own else path
+        path, own = (tables[0], True) if tables else (path, False)
     if not path.is_file():
         raise BrainfmError(
             f'{card.name} needs the table of brain gradients {Path(name).name}, which is not in '
@@ -187,8 +138,6 @@ def find_gradients(text: str, home: Path) -> GradientTable | None:
 
 def _check_content(card: ModelCard) -> None:
     """Refuse weights beside a card that are not those it describes (fetching checks others)."""
-    from bids_brainfm.resources import sha256_of
-
     for file in card.weights:
         path, expected = Path(file['name']), file.get('sha256')
         if path.is_absolute() and expected and (digest := sha256_of(path)) != expected:
@@ -199,26 +148,14 @@ def _check_content(card: ModelCard) -> None:
 
 
 def resolve_model(text: str, home: Path, random_weights: bool = False) -> ModelSpec:
-    """Resolve one ``--model`` argument, before anything runs.
+    """Resolve one ``--model`` argument ``NAME[=PATH]``, before anything runs.
 
-    Parameters
-    ----------
-    text : str
-        ``NAME[=PATH]``.
-    home : Path
-        Where fetched weights are kept.
-    random_weights : bool
-        Whether to leave the weights aside: the control experiment.
+    Fetched weights are in `home`; `random_weights` leaves them aside: the control experiment.
 
-    Raises
-    ------
-    BrainfmError
-        The card, the checkpoint or the table of gradients is missing, of another family, or not
-        what the card describes.
+    Raises BrainfmError: card, checkpoint or gradients are missing or do not belong together.
     """
     from bids_brainfm.models.gradient_table import read_gradients
     from bids_brainfm.models.weights import build, load_checkpoint, read_config
-    from bids_brainfm.resources import recorded_sha256, sha256_of
 
     card, checkpoint = find_checkpoint(text, home, random_weights)
     given, digest = split_name(text)[1], None
@@ -242,7 +179,7 @@ def resolve_model(text: str, home: Path, random_weights: bool = False) -> ModelS
                 f'folder that match.'
             )
         network = build(config)
-        card = dataclasses.replace(card, config=config, window=network.window_shape[1])
+        card = dataclasses.replace(card, config=config, window=network.capabilities.window[1])
         if not random_weights:
             # weights that do not fit are found now, not after hours of parcellation
             weights = load_checkpoint(network, checkpoint)
@@ -254,21 +191,11 @@ def resolve_model(text: str, home: Path, random_weights: bool = False) -> ModelS
                 )
     gradients = find_gradients(text, home)
     if gradients is not None:
-        network.set_gradients(read_gradients(gradients.path))
+        network.set_positions(read_gradients(gradients.path))
     if given is not None or digest is None:  # what the card tells is of other weights
         card = dataclasses.replace(card, training=None)
     # the control stands beside the real outputs, never in their place
     label = card.label + ('random' if random_weights and (card.weights or given) else '')
-    return ModelSpec(
-        card=card,
-        label=label,
-        checkpoint=checkpoint if digest else None,
-        sha256=digest,
-        n_parcels=network.window_shape[0],
-        pooling=network.pooling,
-        per_parcel=bool(network.tokens_per_parcel),
-        predicts_latents=hasattr(network, 'latent_error'),
-        reconstructs=hasattr(network, 'decode'),
-        gradients=gradients,
-        predicted=tuple(network.head.columns) if hasattr(network, 'head') else (),
-    )
+    trained = checkpoint if digest else None
+    predicted = tuple(network.head.columns) if network.head else ()
+    return ModelSpec(card, label, trained, digest, network.capabilities, gradients, predicted)

@@ -9,53 +9,34 @@ import pickle
 import warnings
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.models.brain_jepa import BrainJEPA
-from bids_brainfm.models.brainlm_legacy import BrainLMLegacy
-from bids_brainfm.models.brainlm_vitmae import BrainLMViT
-from bids_brainfm.models.files import CONFIG_FILES, config_file, weights_file
+from bids_brainfm.models.families import family, family_names, working_families
+from bids_brainfm.models.files import CONFIG_FILE, weights_file
 from bids_brainfm.models.head import Head
-
-FAMILIES = {family.model_type: family for family in (BrainLMViT, BrainLMLegacy, BrainJEPA)}
-
-# A key that only one kind of checkpoint has, and what to call that kind.
-SIGNATURES = {
-    'vit.embeddings.patch_embeddings.projection.weight': 'a ViT-MAE BrainLM (vit_mae)',
-    'vit.embeddings.xyz_embedding_projection.weight': 'a legacy 13M BrainLM (brainlm_mae)',
-    'target_encoder.norm.weight': 'a Brain-JEPA (brain_jepa)',
-}
-
-# What the official Brain-JEPA file holds: networks, and what belongs to their training.
-NETWORKS = ('encoder', 'predictor', 'target_encoder')
-TRAINING = ('opt', 'scaler', 'epoch', 'loss', 'batch_size', 'world_size', 'lr')
+from bids_brainfm.models.protocol import Network, check_network
 
 
 def read_config(folder: str | Path, default: dict | None = None) -> dict:
-    """Read the configuration of a checkpoint folder.
+    """Read the configuration of a checkpoint folder, `default` where there is none.
 
-    Parameters
-    ----------
-    folder : path-like
-        Holds ``config.json``, or ``architecture.json``, which describes a Brain-JEPA and need not
-        say so.
-    default : dict, optional
-        What is returned where neither is there: the official Brain-JEPA comes without.
+    It is ``config.json``, or the file of another name in which a family describes its checkpoints
+    and need not name itself: ``architecture.json`` of Brain-JEPA.
 
-    Raises
-    ------
-    BrainfmError
-        The file is absent, is not a JSON object, or does not name a ``model_type``.
+    Raises BrainfmError: the file is absent, is no JSON object, or names no ``model_type``.
     """
-    path = config_file(folder)
-    if path is None and default is not None:
+    path, known = Path(folder) / CONFIG_FILE, {}
+    if not path.is_file():
+        for kind in working_families():
+            if (other := path.with_name(kind.config_file)).is_file():
+                path, known = other, {'model_type': kind.model_type}
+    if not path.is_file() and default is not None:
         return default
-    path = path or Path(folder) / CONFIG_FILES[0]
-    known = {} if path.name == CONFIG_FILES[0] else {'model_type': BrainJEPA.model_type}
     try:
         config = json.loads(path.read_text(encoding='utf-8'))
     except OSError as error:
@@ -71,48 +52,37 @@ def read_config(folder: str | Path, default: dict | None = None) -> dict:
     if 'model_type' not in config:
         raise BrainfmError(
             f'{path} has no model_type, so the family of the model is unknown; fetch it again or '
-            f'add {" or ".join(FAMILIES)}.'
+            f'add {" or ".join(family_names())}.'
         )
     return config
 
 
-def build(config: dict) -> nn.Module:
+def build(config: dict[str, Any]) -> Network:
     """Build the network that a configuration describes, without weights.
 
-    The network stands on the meta device: it has names and shapes but no memory and no values
-    until ``load_checkpoint`` or ``initialise`` gives it some.
+    It is on the meta device, in evaluation mode: it has no memory and no values until
+    ``load_checkpoint`` or ``initialise`` gives it some. It has a head if its configuration has.
 
-    Parameters
-    ----------
-    config : dict
-        As in a checkpoint's ``config.json``; where it has a ``head``, the network gets one, see
-        :class:`bids_brainfm.models.head.Head`.
-
-    Returns
-    -------
-    BrainLMViT, BrainLMLegacy or BrainJEPA
-        In evaluation mode.
-
-    Raises
-    ------
-    BrainfmError
-        The family is unknown, a size is missing, or sizes do not fit each other.
+    Raises BrainfmError: the family cannot be used, a size is missing, or sizes do not fit.
     """
-    model_type = config.get('model_type')
-    if model_type not in FAMILIES:
-        raise BrainfmError(
-            f'The configuration has model_type {model_type!r}, which is not known here; '
-            f'known are {", ".join(FAMILIES)}.'
-        )
+    model_type = str(config.get('model_type'))
+    kind = family(model_type)
     if config.get('hidden_act', 'gelu') != 'gelu':
         raise BrainfmError(
             f'The configuration has hidden_act {config["hidden_act"]!r}; only gelu is supported.'
         )
     try:
         with torch.device('meta'):
-            network = FAMILIES[model_type](config)
+            network = kind(config)
+            network.head = None
+            if lacking := check_network(network):
+                raise BrainfmError(
+                    f'A network of the family {model_type} lacks {", ".join(lacking)}, which its '
+                    'capabilities promise: update the package that declares it.'
+                )
             if 'head' in config:
-                network.head = Head(config['head'], network.width, network.has_class_token)
+                can = network.capabilities
+                network.head = Head(config['head'], can.width, can.class_token)
             return network.eval()
     except KeyError as error:
         raise BrainfmError(
@@ -120,60 +90,31 @@ def build(config: dict) -> nn.Module:
         ) from error
 
 
-def load_checkpoint(module: nn.Module, checkpoint: str | Path) -> Path:
-    """Give a network the weights of a checkpoint, strictly.
+def load_checkpoint(network: Network, checkpoint: str | Path) -> Path:
+    """Give a network the weights of a checkpoint (a folder, or its file), strictly.
 
-    The file is mapped, not read: weights cost memory once, and only when they are used.
+    The file, which is returned, is mapped: weights cost memory once, and only when they are used.
 
-    Parameters
-    ----------
-    module : nn.Module
-        From ``build``.
-    checkpoint : path-like
-        A file of weights, or the folder of one; see
-        :func:`bids_brainfm.models.files.weights_file`.
-
-    Returns
-    -------
-    Path
-        The file that was loaded.
-
-    Raises
-    ------
-    BrainfmError
-        No weights file, a damaged one, one that would run code, or one that does not fit.
+    Raises BrainfmError: the file is absent, damaged, would run code, or does not fit.
     """
     path = weights_file(checkpoint)
-    state = _read_safetensors(path) if path.suffix == '.safetensors' else _read_pickle(path)
-    state = _flatten(state)
-    _check_fit(module, state, path)
+    content = _read_safetensors(path) if path.suffix == '.safetensors' else _read_pickle(path)
+    state = _check_fit(network, content, path)
     floats = {n: x.float() if x.is_floating_point() else x for n, x in state.items()}
-    module.load_state_dict(floats, assign=True)
+    network.load_state_dict(floats, assign=True)
     return path
 
 
-def initialise(module: nn.Module, seed: int) -> nn.Module:
-    """Give a network its family's official random initialisation, the same on every machine.
-
-    Parameters
-    ----------
-    module : nn.Module
-        From ``build``; changed in place.
-    seed : int
-
-    Returns
-    -------
-    nn.Module
-        The same network.
-    """
+def initialise(network: Network, seed: int) -> Network:
+    """Give a network its family's official random initialisation, the same on every machine."""
     generator = torch.Generator().manual_seed(seed)
     # the head comes after the network, which is then the same with and without one
-    head = module._modules.pop('head', None)
-    module.load_state_dict(module.initial_state(generator), assign=True)
+    head, network.head = network.head, None
+    network.load_state_dict(network.initial_state(generator), assign=True)
     if head is not None:
         head.load_state_dict(head.initial_state(generator), assign=True)
-        module.head = head
-    return module
+    network.head = head
+    return network
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -207,20 +148,6 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _flatten(state: dict) -> dict:
-    """Bring the official Brain-JEPA's nested state dicts, and names behind ``module.``, to ours.
-
-    >>> _flatten({'encoder': {'module.norm.bias': 1}, 'target_encoder': {}, 'epoch': 300})
-    {'encoder.norm.bias': 1}
-    """
-    parts = {part: state[part] for part in NETWORKS if isinstance(state.get(part), dict)}
-    if parts:
-        rest = {name: x for name, x in state.items() if name not in (*parts, *TRAINING)}
-        state = rest | {f'{part}.{name}': x for part in parts for name, x in parts[part].items()}
-    # The prefix of networks trained on several GPUs.
-    return {f'.{name}'.replace('.module.', '.')[1:]: x for name, x in state.items()}
-
-
 def _damaged(path: Path, reason: object) -> BrainfmError:
     first = str(reason).strip().splitlines()[0][:120] if str(reason).strip() else 'it ends early'
     return BrainfmError(
@@ -229,23 +156,29 @@ def _damaged(path: Path, reason: object) -> BrainfmError:
     )
 
 
-def _check_fit(module: nn.Module, state: dict, path: Path) -> None:
-    """Refuse a state dict that is not, name by name and shape by shape, the network's own."""
-    wanted = module.state_dict()
-    for key, family in SIGNATURES.items():
-        if key in state and key not in wanted:
+def _bare_names(state: dict[str, Any]) -> dict[str, Any]:
+    """Take ``module.``, of networks trained on several GPUs, out of names."""
+    return {f'.{name}'.replace('.module.', '.')[1:]: x for name, x in state.items()}
+
+
+def _check_fit(network: Network, content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return the state dict of a file if it is, name by name and shape by shape, the network's."""
+    wanted = network.state_dict()
+    for other in working_families():
+        key, kind = other.signature
+        if key not in wanted and key in _bare_names(other.unpack(content)):
             raise BrainfmError(
-                f'{path} holds {family} checkpoint, but its configuration says '
-                f'{module.model_type}; give the folder of one model with its own configuration.'
+                f'{path} holds {kind} checkpoint, but its configuration says '
+                f'{network.model_type}; give the folder of one model with its own configuration.'
             )
+    state = _bare_names(network.unpack(content))
     missing = [name for name in wanted if name not in state]
     extra = [name for name in state if name not in wanted]
-    if missing or extra:
-        faults = [f'lacks {_some(missing)}'] * bool(missing)
-        faults += [f'has unexpected {_some(extra)}'] * bool(extra)
+    found = {'lacks': missing, 'has unexpected': extra}
+    if faults := [f'{fault} {_some(names)}' for fault, names in found.items() if names]:
         raise BrainfmError(
             f'{path} does not fit its configuration: it {" and ".join(faults)}; give a complete '
-            f'checkpoint of this {module.model_type} model.'
+            f'checkpoint of this {network.model_type} model.'
         )
     wrong = [
         f'{name} is {_shape(state[name])} where {_shape(tensor)} is expected'
@@ -258,20 +191,17 @@ def _check_fit(module: nn.Module, state: dict, path: Path) -> None:
             f'{path} does not fit its configuration: {wrong[0]}{more}; correct the sizes there or '
             'give the checkpoint that belongs to it.'
         )
+    return state
 
 
 def _some(names: list[str]) -> str:
-    """Count names and quote the first few.
-
-    >>> _some(['a', 'b', 'c', 'd'])
-    '4 tensors (a, b, c, ...)'
-    """
+    """Count names and quote the first three: 4 tensors (a, b, c, ...)."""
     dots = ', ...' if len(names) > 3 else ''
     return f'{len(names)} tensor{"s" * (len(names) > 1)} ({", ".join(names[:3])}{dots})'
 
 
 def _shape(tensor: object) -> str:
     """Return 512×20 for such a tensor, its type for anything else."""
-    if not isinstance(tensor, Tensor):
-        return f'a {type(tensor).__name__}'
-    return '×'.join(map(str, tensor.shape))
+    if isinstance(tensor, Tensor):
+        return '×'.join(map(str, tensor.shape))
+    return f'a {type(tensor).__name__}'

@@ -1,73 +1,69 @@
 """Where the attention of a model falls: the first part of ``--outputs networks``."""
 
+from typing import Any
+
 import numpy as np
 
-from bids_brainfm.bids.run import BoldRun
-from bids_brainfm.outputs.context import Context, image_path, table_path
+from bids_brainfm.outputs.products import Context
+from bids_brainfm.outputs.tasks import ModelTask
+from bids_brainfm.outputs.words import described
+from bids_brainfm.reports.report import Figure
 
-NAME = 'networks'
-PICTURES = ('attention',)
-SETTINGS = ()
-
-
-def paths(run: BoldRun, task) -> list:
-    """Files of a run; the first one's sidecar is written last."""
-    table = table_path(run, task, 'boldmap', 'attention')
-    return [table, image_path(run, table)]
+FIGURES = {'attention': Figure('Attention',
+    'Share of attention in the last layer that falls on each parcel, relative to equal '
+    'shares.')}  # fmt: skip
 
 
-def token_note(task) -> str | None:
+def token_note(task: ModelTask) -> str | None:
     """What to say of a model without a token for each parcel."""
-    if task.spec.per_parcel:
+    parcels, points = task.spec.capabilities.token_span
+    if task.spec.capabilities.patches is not None:
         return None
-    patch = task.spec.card.config['patch_size']
     return (
-        f'A token of {task.spec.card.name} spans {patch} parcels (neighbours from back to front) '
-        f'and {patch} time points. These parcels are given equal parts of its attention, so the '
-        'map tells where along that axis the model attends, and cannot tell networks apart.'
+        f'A token of {task.spec.card.name} spans {parcels} parcels (neighbours from back to '
+        f'front) and {points} time points. These parcels are given equal parts of its attention, '
+        'so the map tells where along that axis the model attends, and cannot tell networks apart.'
     )
 
 
-def pattern(task) -> str:
-    """Glob of the first file of every run."""
-    return f'*_stat-attention_desc-{task.spec.label}_boldmap.tsv'
-
-
-def text(task) -> str:
-    """Sentences for the methods."""
-    whose = 'class token' if task.spec.pooling == 'class token' else 'mean over tokens'
+def methods(task: ModelTask) -> str:
+    """Sentences on the map."""
     return (
         f'Attention maps of {task.spec.card.name} show the share of attention (last layer, mean '
-        f'over heads, {whose}) that falls on each parcel. {token_note(task) or ""}'
+        f'over heads, {task.spec.capabilities.pooling}) that falls on each parcel. '
+        f'{token_note(task) or ""}'
     ).strip()
 
 
-def write(context: Context) -> None:
-    """Write the attention map: table, image, figure, sidecar."""
-    from bids_brainfm.reports import analysis_figures as figures
+def compute(context: Context) -> np.ndarray:
+    """Proportion of attention on each parcel and time patch, (P, K), mean over windows."""
+    profile = context.encoding.attention_profile
+    assert profile is not None  # asked for with this product
+    return context.own(profile.mean(axis=0))
 
-    task, note = context.task, token_note(context.task)
-    profile = context.own(context.encoding.attention_profile.mean(axis=0))
-    share = profile.sum(axis=1)
-    table = table_path(context.run, task, 'boldmap', 'attention')
-    columns = {'attention': share}
-    columns |= {f'patch{k:02d}': profile[:, k] for k in range(profile.shape[1])}
-    context.write_map(table, columns, share)
-    relative = share / np.nanmean(share)
-    context.save_figure(figures.attention(context.atlas.xyz, relative, profile, note), 'attention')
-    context.write_sidecar(
-        table,
-        {
-            'Description': f'Share of the attention of {task.spec.card.name} that falls on each '
-            'parcel: last layer, mean over heads and windows; '
-            + (
-                'of the class token.'
-                if context.encoder.network.has_class_token
-                else 'mean over all tokens.'
-            ),
-            'TokenSpan': note,
-            'Node': {'Description': f'Parcel of {context.atlas.name}'},
-            'attention': {'Description': 'Sum over time patches'},
-            'patch*': {'Description': 'At each time patch'},
-        },
-    )
+
+def write(context: Context, result: np.ndarray) -> None:
+    """Write the map: table, image, figure, sidecar."""
+    from bids_brainfm.reports.figures import attention as figures
+
+    spec, note = context.task.spec, token_note(context.task)
+    proportion, table = result.sum(axis=1), context.table('attention')
+    patches = {f'patch{k:02d}': column for k, column in enumerate(result.T)}
+    context.write_map(table, {'attention': proportion} | patches, proportion)
+    relative = proportion / np.nanmean(proportion)
+    context.save_figure(figures.attention(context.atlas.xyz, relative, result, note), 'attention')
+    whose = 'of the class token.' if spec.capabilities.class_token else 'mean over all tokens.'
+    content = {
+        'Description': f'Share of the attention of {spec.card.name} that falls on each '
+        f'parcel: last layer, mean over heads and windows; {whose}',
+        'TokenSpan': note,
+    } | described({
+        'Node': f'Parcel of {context.atlas.name}', 'attention': 'Sum over time patches',
+        'patch*': 'At each time patch',
+    })  # fmt: skip
+    context.write_sidecar(table, content)
+
+
+def facts(sidecar: dict[str, Any]) -> dict[str, Any]:
+    """What a token spans, where that matters."""
+    return {'Tokens': sidecar['TokenSpan']} if sidecar.get('TokenSpan') else {}

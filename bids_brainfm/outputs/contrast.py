@@ -2,175 +2,107 @@
 
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from bids_brainfm.bids.description import generators, read_description
+from bids_brainfm.analyses.contrast import Contrast
+from bids_brainfm.analyses.contrast import contrast as compare
+from bids_brainfm.bids.dataset import Record, describe_filters, find_whole, read_column
 from bids_brainfm.bids.files import write_table
-from bids_brainfm.bids.freshness import is_whole, write_sidecar
-from bids_brainfm.bids.naming import LONG_NAMES, own_uri, parse_name
-from bids_brainfm.bids.participants import read_column
-from bids_brainfm.bids.reading import check_participants
+from bids_brainfm.bids.freshness import write_sidecar
+from bids_brainfm.bids.naming import LONG_NAMES, own_uri
+from bids_brainfm.config import Settings
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.outputs.products import save_figure
+from bids_brainfm.outputs.registry import BY_NAME
+from bids_brainfm.outputs.words import described
 
 LOGGER = logging.getLogger('bids_brainfm')
-SUFFIX = 'stat-attention'
+Filters = dict[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
 class GroupMap:
-    """Attention maps of one model in one space.
+    """Attention maps of one model in one space."""
 
-    Attributes
-    ----------
-    name : str
-        Entities that begin the names of outputs.
-    label : str
-        Of the model.
-    image, table : Path
-        Image and table of the atlas, beside the outputs.
-    values : list of (dict, (P,) float)
-        Entities of each run, and its map.
-    paths : list of Path
-        Tables that the maps were read from.
-    """
-
-    name: str
-    label: str
-    image: Path
-    table: Path
-    values: list
-    paths: list
+    name: str  # entities that begin the names of outputs
+    label: str  # of the model
+    image: Path  # of the atlas, from the output dataset
+    table: Path  # of the atlas
+    records: list[Record]  # table of each run
+    maps: np.ndarray  # of each run, (N, P) float
 
 
-def read_maps(dataset: Path, filters: dict[str, tuple[str, ...]]) -> list[GroupMap]:
-    """Attention maps that the participant level wrote, by space, atlas and model.
+def wanted(settings: Settings) -> bool:
+    """Whether a contrast was asked for."""
+    return bool(settings.options.get('contrast'))
 
-    Parameters
-    ----------
-    dataset : Path
-    filters : dict of str to tuple of str
-        Labels of an entity to take; all where empty.
 
-    Raises
-    ------
-    BrainfmError
-        The dataset is not ours, or has none, or lacks a participant that was asked for.
+def find(dataset: Path, filters: Filters, settings: Settings) -> list[GroupMap]:
+    """Read the attention maps that the participant level wrote, by space, atlas and model.
+
+    A BrainfmError says that the dataset is not ours, or lacks maps or participants asked for.
     """
     import pandas as pd
 
-    found: dict[tuple, list] = {}
-    for entities, path in finished(dataset, f'*_{SUFFIX}_*_boldmap.tsv', filters):
-        values = pd.read_csv(path, sep='\t', na_values='n/a')['attention'].to_numpy(float)
-        key = tuple(entities[name] for name in ('space', 'atlas', 'desc'))
-        found.setdefault(key, []).append((entities, values, path))
+    attention = BY_NAME['attention']
+    found: dict[tuple[str, ...], list[Record]] = {}
+    for record in find_whole(dataset, attention.suffix, filters, stat=attention.stat):
+        key = tuple(record.entities[name] for name in ('space', 'atlas', 'desc'))
+        found.setdefault(key, []).append(record)
     if not found:
         raise BrainfmError(
-            f'{dataset} has no attention maps{asked_of(filters)}: run the participant level with '
-            f'--outputs networks first.'
+            f'{dataset} has no attention maps{describe_filters(filters)}: run the participant '
+            f'level with --outputs networks first.'
         )
-    return [_group_map(dataset, *key, maps) for key, maps in found.items()]
+    groups = []
+    for (space, atlas, label), records in found.items():
+        folder = dataset / 'sourcedata' / 'atlases' / f'tpl-{space}'
+        images = sorted(folder.glob(f'tpl-{space}_atlas-{atlas}_*_dseg*.nii*'))
+        if not images:
+            raise BrainfmError(
+                f'The image of atlas {atlas} is not in {folder}, where the participant level '
+                f'puts it: run that again.'
+            )
+        table = images[0].with_name(images[0].name.partition('.')[0] + '.tsv')
+        name = f'space-{space}_atlas-{atlas}_stat-{attention.stat}_desc-{label}'
+        read = lambda path: pd.read_csv(path, sep='\t', na_values='n/a')['attention']
+        maps = np.array([read(record.path).to_numpy(float) for record in records])
+        groups.append(GroupMap(name, label, images[0], table, records, maps))
+    return groups
 
 
-def finished(dataset: Path, pattern: str, filters: dict[str, tuple[str, ...]]) -> list:
-    """Whole tables that the participant level wrote; a warning names those that are not.
+def sides(
+    group: GroupMap, column: str, a: str, b: str, dataset: Path
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Maps of both sides of a contrast, (N, P) and (M, P), a mean over runs for each participant.
 
-    Parameters
-    ----------
-    dataset : Path
-    pattern : str
-        Glob of their names.
-    filters : dict of str to tuple of str
-        Labels of an entity to take; all where empty.
-
-    Returns
-    -------
-    list of (dict, Path)
-        Entities and path of each, participant by participant.
-
-    Raises
-    ------
-    BrainfmError
-        The dataset is not ours, or lacks a participant that was asked for.
+    They are paired, which is returned too, where rows of both are the same participants:
+    conditions are compared within, groups between participants. BrainfmError: a side has nobody.
     """
-    makers = [program.get('Name') for program in generators(read_description(dataset))]
-    if 'bids_brainfm' not in makers:
-        raise BrainfmError(
-            f'{dataset} was not written by bids_brainfm: the group level takes what the '
-            f'participant level wrote, bids_brainfm OUT OUT group.'
-        )
-    check_participants({'outputs': dataset}, filters.get('sub', ()))
-    found = []
-    for path in sorted(dataset.glob(f'sub-*/**/{pattern}')):
-        entities = parse_name(path.name)[0]
-        if any(labels and entities.get(name) not in labels for name, labels in filters.items()):
-            continue
-        if is_whole(path):
-            found.append((entities, path))
-        else:
-            LOGGER.warning(
-                '%s is left out, since it or its sidecar (.json) is not whole: run the '
-                'participant level on it again.', path,
-            )  # fmt: skip
-    return found
-
-
-def asked_of(filters: dict[str, tuple[str, ...]]) -> str:
-    """Words that say what was asked for, empty where everything was."""
-    asked = ', '.join(' '.join(labels) for labels in filters.values() if labels)
-    return f' of {asked}' if asked else ''
-
-
-def _group_map(dataset: Path, space: str, atlas: str, label: str, maps: list) -> GroupMap:
-    folder = dataset / 'sourcedata' / 'atlases' / f'tpl-{space}'
-    images = sorted(folder.glob(f'tpl-{space}_atlas-{atlas}_*_dseg*.nii*'))
-    if not images:
-        raise BrainfmError(
-            f'The image of atlas {atlas} is not in {folder}, where the participant level puts '
-            f'it: run that again.'
-        )
-    table = images[0].with_name(images[0].name.partition('.')[0] + '.tsv')
-    name = f'space-{space}_atlas-{atlas}_{SUFFIX}_desc-{label}'
-    values = [(entities, values) for entities, values, _ in maps]
-    return GroupMap(name, label, images[0], table, values, [path for *_, path in maps])
-
-
-def sides(of: GroupMap, column: str, a: str, b: str, dataset: Path) -> tuple:
-    """Maps of both sides of a contrast, a mean over runs for each participant.
-
-    Returns
-    -------
-    a, b : (N, P) and (M, P) float
-    paired : bool
-        Whether rows of both are the same participants: conditions are compared within, groups
-        between participants.
-
-    Raises
-    ------
-    BrainfmError
-        A side has nobody.
-    """
-    paired = any(column in entities for entities, _ in of.values)
+    paired = any(column in record.entities for record in group.records)
     try:
-        group = {} if paired else read_column(dataset, column)
+        levels = {} if paired else read_column(dataset, column)
     except BrainfmError as error:
         raise BrainfmError(
             f'--contrast {column}: this is no entity of the runs (task, ses, run, acq, ...), and '
             f'{error}'
         ) from None
-    found: dict[str, dict[str, list]] = {a: {}, b: {}}
+    found: dict[str, dict[str, list[np.ndarray]]] = {a: {}, b: {}}
     known = set()
-    for entities, values in of.values:
-        level = entities.get(column) if paired else group.get(entities['sub'])
+    for record, values in zip(group.records, group.maps, strict=True):
+        person = record.entities['sub']
+        level = record.entities.get(column) if paired else levels.get(person)
         known.add(str(level))
         if level in found:
-            found[level].setdefault(entities['sub'], []).append(values)
-    missing = [level for level, people in found.items() if not people]
-    if missing:
+            found[level].setdefault(person, []).append(values)
+    if missing := [level for level, people in found.items() if not people]:
         raise BrainfmError(
-            f'--contrast {column} {a} {b}: no attention map of {of.label} is of {column} '
+            f'--contrast {column} {a} {b}: no attention map of {group.label} is of {column} '
             f'{" or ".join(missing)}; there are {", ".join(sorted(known))}.'
         )
     people = [set(found[level]) for level in (a, b)]
@@ -181,91 +113,72 @@ def sides(of: GroupMap, column: str, a: str, b: str, dataset: Path) -> tuple:
                 f'--contrast {column} {a} {b}: no participant has runs of both; compare groups '
                 f'of participants by a column of participants.tsv.'
             )
-    maps = (
+    first, second = (
         np.array([np.mean(found[level][person], axis=0) for person in sorted(who)])
         for level, who in zip((a, b), people, strict=True)
     )
-    return *maps, paired
+    return first, second, paired
 
 
-def write_contrasts(
-    maps: list[GroupMap], dataset: Path, contrast: tuple[str, str, str], version: str = ''
+def write(
+    groups: Sequence[GroupMap], dataset: Path, settings: Settings, version: str
 ) -> list[Path]:
-    """Write a minus b for each model and space: table, image, figure, sidecar.
+    """Write a minus b for each model and space: table, image, figure, sidecar; return the tables.
 
-    Parameters
-    ----------
-    maps : list of GroupMap
-    dataset : Path
-        Where they are from, and where the folder ``group`` goes.
-    contrast : tuple of str
-        An entity of runs or a column of ``participants.tsv``, and its two levels.
-    version : str
-        Version of this program.
-
-    Returns
-    -------
-    list of Path
-        The tables.
-
-    Raises
-    ------
-    BrainfmError
-        Both levels are one, or no model has maps of both.
+    The option ``contrast`` is an entity of runs or a column of ``participants.tsv``, and two
+    levels of it. BrainfmError: both levels are one, or no model has maps of both.
     """
-    import pandas as pd
-
-    from bids_brainfm.analyses.contrast import contrast as compare
-    from bids_brainfm.reports import analysis_figures, figures
-    from bids_brainfm.signals.paint import paint_map
-
-    column, a, b = contrast
+    column, a, b = settings.options['contrast']
     plain = lambda text: re.sub('[^a-zA-Z0-9]', '', text)
     if a == b:
         raise BrainfmError(f'--contrast {column} {a} {b} subtracts {a} from itself: name two.')
     column = {long: short for short, long in LONG_NAMES.items()}.get(column, column)
     folder = dataset / 'group' / f'{plain(column)}-{plain(a)}-minus-{plain(b)}'
     written, lacking = [], []
-    for of in maps:
+    for group in groups:
         try:
-            first, second, paired = sides(of, column, a, b, dataset)
+            first, second, paired = sides(group, column, a, b, dataset)
         except BrainfmError as error:  # another model may have both sides
             lacking.append(error)
             continue
+        table = folder / f'{group.name}_{BY_NAME["attention"].suffix}.tsv'
         found = compare(first, second, paired)
-        parcels = pd.read_csv(of.table, sep='\t', dtype={'name': str})
-        table = folder / f'{of.name}_boldmap.tsv'
-        columns = {name: getattr(found, name) for name in ('difference', 't', 'p', 'q')}
-        write_table(table, {'Node': list(parcels['name'])} | columns)
-        extension = '.dscalar.nii' if of.image.name.endswith('.dlabel.nii') else '.nii.gz'
-        paint_map(table.with_suffix(extension), of.image, found.difference)
-        figure = analysis_figures.contrast(
-            parcels[['x', 'y', 'z']].to_numpy(), found.difference, found.q, a, b, found.n_a,
-            found.n_b,
+        _write_map(table, group, found, a, b)
+        paths = [*(record.path for record in group.records), group.image]
+        content = {
+            'Description': f'Share of the attention of {group.label} that falls on each '
+            f'parcel: {column} {a} minus {b}, a mean over runs for each participant.',
+            'Contrast': {'Of': column, 'Minuend': a, 'Subtrahend': b},
+            'Test': 'paired t-test' if paired else "Welch's t-test",
+            'NumberOfParticipants': {a: found.n_a, b: found.n_b},
+            'Sources': [own_uri(dataset, path) for path in paths], 'SoftwareVersion': version,
+        } | described(
+            Node='Parcel of the atlas', difference=f'{a} minus {b}', t='Statistic of the test',
+            p='Two-sided', q='p by false discovery rate over parcels (Benjamini & Hochberg)',
         )  # fmt: skip
-        figures.save(figure, table.with_suffix('.svg'))
-        write_sidecar(
-            table,
-            {
-                'Description': f'Share of the attention of {of.label} that falls on each parcel: '
-                f'{column} {a} minus {b}, a mean over runs for each participant.',
-                'Contrast': {'Of': column, 'Minuend': a, 'Subtrahend': b},
-                'Test': 'paired t-test' if paired else "Welch's t-test",
-                'NumberOfParticipants': {a: found.n_a, b: found.n_b},
-                'Sources': [own_uri(dataset, p) for p in (*of.paths, of.image)],
-                'SoftwareVersion': version,
-                'Node': {'Description': 'Parcel of the atlas'},
-                'difference': {'Description': f'{a} minus {b}'},
-                't': {'Description': 'Statistic of the test'},
-                'p': {'Description': 'Two-sided'},
-                'q': {
-                    'Description': 'p by false discovery rate over parcels (Benjamini & Hochberg)'
-                },
-            },
-        )
+        write_sidecar(table, content)
         written.append(table)
+        LOGGER.info('Contrast written: %s', table)
     if not written:
         raise lacking[0]
-    for error in lacking:
-        LOGGER.warning('%s', error)
+    for reason in lacking:
+        LOGGER.warning('%s', reason)
     return written
+
+
+def _write_map(table: Path, group: GroupMap, found: Contrast, a: str, b: str) -> None:
+    """Write table, image and figure of a contrast."""
+    import pandas as pd
+
+    from bids_brainfm.reports.figures import contrast as figures
+    from bids_brainfm.signals.paint import paint_map
+
+    parcels = pd.read_csv(group.table, sep='\t', dtype={'name': str})
+    columns: dict[str, Any] = {'Node': list(parcels['name'])}
+    columns |= {name: getattr(found, name) for name in ('difference', 't', 'p', 'q')}
+    write_table(table, columns)
+    extension = '.dscalar.nii' if group.image.name.endswith('.dlabel.nii') else '.nii.gz'
+    paint_map(table.with_suffix(extension), group.image, found.difference)
+    xyz = parcels[['x', 'y', 'z']].to_numpy()
+    figure = figures.contrast(xyz, found.difference, found.q, a, b, found.n_a, found.n_b)
+    save_figure(figure, table.with_suffix('.svg'))

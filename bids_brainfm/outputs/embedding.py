@@ -1,307 +1,189 @@
-"""What encoding writes for a run: embeddings, latent prediction, their sidecars and pictures."""
+"""Embedding of each window of a run: table, arrays, and the check of the parcels' order."""
 
-from dataclasses import dataclass
+import dataclasses
+import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from bids_brainfm.bids.files import atomic, read_relmat, write_matrix, write_table
-from bids_brainfm.bids.freshness import (
-    input_fingerprints,
-    is_current,
-    is_whole,
-    read_sidecar,
-    write_sidecar,
-)
-from bids_brainfm.bids.naming import derivative_path, own_uri
+from bids_brainfm.bids.files import atomic, read_relmat, write_matrix
+from bids_brainfm.bids.freshness import write_sidecar
 from bids_brainfm.bids.run import BoldRun
-from bids_brainfm.models.spec import ModelSpec
-from bids_brainfm.outputs.context import AnalysisSettings, source_sidecar
-from bids_brainfm.outputs.prediction import (
-    prediction_current,
-    remove_prediction,
-    write_prediction,
-)
-from bids_brainfm.outputs.series import (
-    FILL_RULE,
-    WINDOW_COLUMNS,
-    dimension_names,
-    display_order,
-    report_name,
-    series_paths,
-    window_rows,
-)
+from bids_brainfm.models.gradient_table import read_gradients
+from bids_brainfm.outputs.products import Context
+from bids_brainfm.outputs.series import FILL_RULE
+from bids_brainfm.outputs.tasks import ModelTask, Place
+from bids_brainfm.outputs.words import WINDOW_COLUMNS, dimension_names, rows_of
+from bids_brainfm.reports.report import Figure
 from bids_brainfm.resources import sha256_of
+from bids_brainfm.signals import order
 from bids_brainfm.signals.contract import Contract
 from bids_brainfm.signals.resample import same_rate
-from bids_brainfm.signals.scale import load_scale_stats, static_share, unusable
+from bids_brainfm.signals.scale import load_scale_stats, static_proportion, unusable
 
-BLOCKS = {
-    'cross-time': 'the last time patches of all parcels, from the patches before',
-    'cross-roi': 'every second parcel, from the others at the same times',
-    'double-cross': 'every second parcel at the last time patches, from the others before',
-}
-
-
-@dataclass(frozen=True)
-class EncodeTask:
-    """How one model encodes, for all runs.
-
-    Attributes
-    ----------
-    spec : ModelSpec
-    atlas : str
-        Name of its atlas.
-    contract : Contract
-    home : Path
-        Where fetched atlases are kept.
-    device, precision : str
-        As resolved: ``cpu`` or ``cuda``, ``float32`` or ``bfloat16``.
-    batch_size, threads : int
-        Windows at once; CPU threads.
-    tokens : bool
-        Whether to write token embeddings.
-    block : str or None
-        Block of the window that is predicted from the rest; None for no latent prediction.
-    analyses : AnalysisSettings
-        What is computed beside the embeddings.
-    output : Path
-        The output dataset.
-    version : str
-        Version of this program, for the sidecars.
-    """
-
-    spec: ModelSpec
-    atlas: str
-    contract: Contract
-    home: Path
-    device: str
-    precision: str
-    batch_size: int
-    threads: int
-    tokens: bool
-    block: str | None
-    analyses: AnalysisSettings
-    output: Path
-    version: str
-
-    @property
-    def arrays(self) -> list[str]:
-        """What is written as HDF5 beside the table."""
-        return ['parcels'] * self.spec.per_parcel + ['tokens'] * self.tokens
+FIGURES = {
+    'windows': Figure('Windows',
+        'Each bar is one window that the model saw; hatching is padding, and grey is recorded '
+        "time that lies in no window. At the right, the share of each window's samples that come "
+        'from flagged volumes and the share that was padded.'),
+    'embedding': Figure('Embedding',
+        'From three windows on: each dot is a window, joined in time, on the two directions in '
+        "which the run's embeddings differ most; at the right, the correlation of each pair of "
+        'windows. Its colours span only the range found, which may be narrow.'),
+    'order': Figure('Order of the parcels',
+        'Parcels that lie near to each other in the gradient space that the model was given '
+        'should be functionally connected. Should a wrong order of the rows fit better than the '
+        "one as read, the atlas or the table is not in the model's order, and the embeddings "
+        'mean nothing. Swapped hemispheres can hardly be told this way, since both sides are '
+        'connected alike. Where they are drawn, expected values are those of a group (HCP); one '
+        'run is noisier.'),
+}  # fmt: skip
 
 
-def latent_name(label: str) -> str:
-    """Entities of the maps of latent prediction."""
-    return f'stat-latenterror_desc-{label}'
+def companions(run: BoldRun, place: Place, task: ModelTask | None = None) -> list[Path]:
+    """Arrays of parcels and tokens as HDF5."""
+    arrays = place.path(run, 'embedding', extension='.h5')
+    return [arrays] if task is None or task.arrays else []
 
 
-def embedding_path(run: BoldRun, task: EncodeTask) -> Path:
-    """Path of the table of embeddings of a run; arrays stand beside it as HDF5."""
-    return derivative_path(
-        task.output, run, 'embedding', '.tsv', atlas=task.atlas, desc=task.spec.label
-    )
+def settings(task: ModelTask) -> dict[str, Any]:
+    """Contract, weights and precision."""
+    spec, contract = task.spec, dataclasses.asdict(task.contract)
+    if contract['stats'] is not None:
+        contract['stats'] = f'sha256 {sha256_of(contract["stats"])}'
+    config = json.dumps(spec.card.config, sort_keys=True)
+    return contract | {
+        'weights': spec.weights, 'gradients': spec.gradients and f'sha256 {spec.gradients.sha256}',
+        'architecture_sha256': hashlib.sha256(config.encode()).hexdigest(),
+        'parcel_order': spec.card.parcel_order, 'atlas': task.place.atlas,
+        'precision': task.precision,
+    }  # fmt: skip
 
 
-def latent_path(run: BoldRun, task: EncodeTask) -> Path:
-    """Path of the table of latent prediction of a run."""
-    return derivative_path(
-        task.output, run, 'boldmap', '.tsv',
-        atlas=task.atlas, stat='latenterror', desc=task.spec.label,
-    )  # fmt: skip
-
-
-def embedding_current(run: BoldRun, task: EncodeTask) -> bool:
-    """Whether all that a task writes for a run stands and fits the inputs."""
+def methods(task: ModelTask) -> str:
+    """Sentences on the model, its input and its embedding."""
+    spec, card = task.spec, task.spec.card
+    weights = '' if spec.trained else ' with random, untrained weights'
+    placed = predicting = ''
+    if table := spec.gradients:
+        placed = f' Parcels were placed by the brain gradients {table.path.name} '
+        placed += f'(sha256 {table.sha256[:12]}).'
+    if spec.predicted:
+        predicting = f' Its head predicted {card.config["head"]["target"]} from each window.'
     return (
-        _table_current(run, task)
-        and (not task.block or _latent_current(run, task))
-        and (not task.spec.predicted or prediction_current(run, task))
+        f'For {card.name} ({card.description}), parcels without signal were filled with '
+        f'{FILL_RULE}. Series {_windows_text(task.contract)} Every window was encoded '
+        f'without masking by {card.name}{weights}; its embedding is the '
+        f'{spec.capabilities.pooling} after the last normalisation.{predicting}{placed}\n\n'
     )
 
 
-def _table_current(run: BoldRun, task: EncodeTask) -> bool:
-    path = embedding_path(run, task)
-    if not is_current(path, input_fingerprints(run)):
-        return False
-    written = read_sidecar(path.with_suffix('.json'))['Arrays']
-    whole = not written or is_whole(path.with_suffix('.h5'))
-    return whole and set(task.arrays) <= set(written)
+def _scaling_text(contract: Contract) -> str:
+    """How series were scaled, from "Series" on."""
+    text = {
+        'none': 'were not scaled',
+        'run-robust': 'were scaled for each run (whole-brain mean to 10000, each parcel demeaned '
+        'and divided by its interquartile range, and clipped)',
+        'global-z': 'were standardised with one mean and standard deviation for the whole run',
+        'parcel-z': 'were standardised for each parcel',
+        'cohort': 'were scaled by statistics fitted on a cohort',
+        'cohort-means': 'were scaled for each parcel by the median and interquartile range of its '
+        'temporal mean over a cohort',
+    }[contract.scaling]
+    divided = contract.scaling != 'none' and contract.divide_by != 1
+    return f'{text} and divided by {contract.divide_by:g}' if divided else text
 
 
-def _latent_current(run: BoldRun, task: EncodeTask) -> bool:
-    return is_current(latent_path(run, task), input_fingerprints(run))
+def _windows_text(contract: Contract) -> str:
+    """How series became windows, from "Series" on."""
+    scaling, filling = _scaling_text(contract), 'the mean of each parcel'
+    if contract.temporal == 'official':
+        filling = 'its last volume'
+        text = (
+            f'{scaling}, and windows of {contract.window} samples were taken from them as in the '
+            f'official code, spread evenly over {contract.official_volumes} volumes'
+        )
+    else:
+        text = (
+            f'were resampled to {contract.tr:g} s with an anti-aliasing filter where their '
+            f'repetition time differs, {scaling}, and cut into windows of {contract.window} '
+            f'samples ({contract.window * contract.tr:.1f} s)'
+        )
+    text += f', one every {contract.stride or contract.window} samples.'
+    ended, missing = 'Where a run ended before its last window', f'{1 - contract.min_real:.0%}'
+    if contract.short_runs == 'tile':
+        return f'{text} {ended}, it was repeated from its start.'
+    if contract.short_runs == 'pad':
+        return f'{text} {ended}, {filling} was continued.'
+    if contract.min_real < 1:
+        text += f' {ended}, but no more than {missing} of it was missing, {filling} was continued.'
+    return text
 
 
-def write_outputs(run: BoldRun, task: EncodeTask, atlas, windows, donors, encoding) -> None:
-    """Write what an encoder says of a run, but for what stands already.
-
-    Parameters
-    ----------
-    run : BoldRun
-    task : EncodeTask
-    atlas : Atlas
-    windows : Windows
-    donors : (P,) int
-        See :func:`bids_brainfm.signals.contract.prepare`.
-    encoding : Encoding
-    """
-    source, common = source_sidecar(run, task), common_metadata(run, task)
-    name, rows = report_name(run, atlas.name), _rows(windows, source)
-    if not prediction_current(run, task):
-        remove_prediction(run, task)  # what stands is of an earlier input
-        if task.spec.predicted:
-            write_prediction(run, task, encoding.prediction, rows, common)
-    if not _latent_current(run, task):
-        if task.block:
-            write_latent(run, task, atlas, encoding, common, name)
-        else:  # a map of an earlier input would not belong to these embeddings
-            _remove_latent(run, task, name)
-    if not _table_current(run, task):
-        filled = {atlas.names[i]: atlas.names[d] for i, d in enumerate(donors) if d >= 0}
-        write_embedding(run, task, atlas, windows, rows, filled, encoding, source, common, name)
+# Sidecar entry on the order of the parcels, gradients, and connectivity
+OrderCheck = tuple[dict[str, Any], np.ndarray, np.ndarray]
 
 
-def _rows(windows, source: dict) -> list[str]:
-    """First columns of tables with a row a window; flagged is n/a where it was not assessed."""
-    assessed = 'NumberOfVolumesFlagged' in source
-    flagged = windows.flagged if assessed else np.full(len(windows.data), np.nan)
-    return window_rows(windows.onset, windows.duration, windows.real, flagged)
+def compute(context: Context) -> OrderCheck | None:
+    """Check the order of the parcels, where the model is given gradients."""
+    table, place = context.task.spec.gradients, context.task.place
+    if table is None:
+        return None
+    gradients = read_gradients(table.path)
+    relmat = read_relmat(place.of_series.table(context.run, 'connectome'))
+    found = order.order_check(gradients, relmat, dict(context.atlas.misorders))
+    expected = order.EXPECTED if table.sha256 == order.EXPECTED_OF else None
+    warning = order.order_warning(found)
+    entry = {'Correlation': found, 'Expected': expected, 'Warning': warning}
+    return entry, gradients, relmat
 
 
-def common_metadata(run: BoldRun, task: EncodeTask) -> dict:
-    """What all sidecars of a run and model say."""
-    series = series_paths(task.output, run, task.atlas)['series']
-    source = source_sidecar(run, task)
-    return {
-        'InputFiles': source['InputFiles'],
-        'SoftwareVersion': task.version,
-        'Sources': [own_uri(task.output, series), *source['Sources']],
-    }
+def write(context: Context, result: OrderCheck | None) -> None:
+    """Write table, arrays, figures and sidecar."""
+    from bids_brainfm.reports.figures import embedding as figures
+    from bids_brainfm.reports.figures.order import order_check
 
-
-def write_embedding(
-    run, task: EncodeTask, atlas, windows, rows, filled, encoding, source, common, name
-) -> None:
-    """Write one run's embeddings: table, arrays, figures, sidecar.
-
-    Parameters
-    ----------
-    rows : list of str
-        First columns of the table.
-    filled : dict of str to str
-        Parcels that were filled, and from which.
-    source : dict
-        Sidecar of the parcel series.
-    common : dict
-        What all sidecars of the run say.
-    name : str
-        What the report calls the run.
-    """
-    from bids_brainfm.reports import figures
-    from bids_brainfm.reports.report import figure_path
-
-    spec, path = task.spec, embedding_path(run, task)
-    shares = (windows.onset, windows.duration, windows.real, windows.flagged)
+    task, windows, encoding = context.task, context.windows, context.encoding
+    table = context.table('embedding')
     header = [*WINDOW_COLUMNS, *dimension_names(encoding.summary.shape[1])]
-    write_matrix(path, encoding.summary, header, rows)
-    if task.arrays:
-        write_arrays(path.with_suffix('.h5'), encoding, windows, atlas)
-    else:  # those of an earlier input would not belong to this table
-        path.with_suffix('.h5').unlink(missing_ok=True)
+    write_matrix(table, encoding.summary, header, rows_of(windows, context.source))
+    for arrays in companions(context.run, task.place, task):
+        write_arrays(arrays, context)
     recorded = (windows.onset + windows.duration).max() + windows.left_over
-    pictures = {
-        'windows': figures.windows(*shares, recorded),
-        'embedding': figures.embedding(encoding.summary, windows.onset),
-    }
-    order = {}
-    if spec.gradients is not None:
-        order, pictures['order'] = check_order(run, task, atlas)
-    for what, figure in pictures.items():
-        figures.save(figure, figure_path(task.output, name, what, spec.label))
-    content = _describe(task, atlas, source, windows, encoding.summary.shape[1], filled, order)
-    write_sidecar(path, content | common)
+    seen = windows.onset, windows.duration, windows.real, windows.flagged
+    context.save_figure(figures.windows(*seen, recorded), 'windows')
+    context.save_figure(figures.embedding(encoding.summary, windows.onset), 'embedding')
+    entry: dict[str, Any] = {}
+    if result is not None:
+        entry, gradients, relmat = result
+        drawn = order_check(entry['Correlation'], gradients, relmat, entry['Expected'])
+        context.save_figure(drawn, 'order')
+    write_sidecar(table, _describe(context, entry) | context.common)
 
 
-def check_order(run: BoldRun, task: EncodeTask, atlas) -> tuple[dict, object]:
-    """Hold the order of the parcels against the run's connectivity: sidecar entry and figure."""
-    from bids_brainfm.analyses.order import EXPECTED, EXPECTED_OF, order_check, order_warning
-    from bids_brainfm.models.gradient_table import read_gradients
-    from bids_brainfm.reports import figures
+def write_arrays(path: Path, context: Context) -> None:
+    """Write parcel embeddings and tokens as HDF5.
 
-    gradients = read_gradients(task.spec.gradients.path)
-    relmat = read_relmat(series_paths(task.output, run, atlas.name)['relmat'])
-    found = order_check(gradients, relmat, atlas.misorders)
-    expected = EXPECTED if task.spec.gradients.sha256 == EXPECTED_OF else None
-    facts = {'Correlation': found, 'Expected': expected, 'Warning': order_warning(found)}
-    return facts, figures.order_check(found, gradients, relmat, expected)
+    Datasets: ``parcels`` (windows, parcels, dimensions), where the model has a token or more per
+    parcel; ``tokens`` (windows, tokens, dimensions) in canonical order without the class token
+    and ``attention`` (windows, parcels), where tokens were asked for; ``onset`` (windows,) in
+    seconds and ``parcel_names``.
+    """
+    import h5py
 
-
-def write_latent(run, task: EncodeTask, atlas, encoding, common: dict, name: str) -> None:
-    """Write how well each parcel's latents are predicted: table, figure, sidecar."""
-    from bids_brainfm.reports import figures
-    from bids_brainfm.reports.report import figure_path
-
-    error, baseline = encoding.latent_error, encoding.latent_baseline
-    n_windows, n_parcels, n_patches = error.shape
-    columns = {
-        'window': np.repeat(np.arange(n_windows), n_parcels),
-        'Node': list(atlas.names) * n_windows,
-    }
-    columns |= {f'patch{k:02d}': error[:, :, k].ravel() for k in range(n_patches)}
-    for what, values in (('error', error), ('baseline', baseline)):
-        columns[what] = _mean(values, axis=2).ravel()
-    path, label = latent_path(run, task), task.spec.label
-    write_table(path, columns)
-    order, order_label = display_order(atlas.xyz)
-    figure = figures.latent_error(error, baseline, order, order_label=order_label)
-    figures.save(figure, figure_path(task.output, name, 'latent', label))
-    write_sidecar(
-        path,
-        {
-            'Description': f'How well {task.spec.card.name} predicts the latents of a block of '
-            f'each window: {BLOCKS[task.block]}. Smooth L1 error (beta 1), mean over '
-            f'dimensions, of the predicted against the layer-normalised target latents.',
-            'Model': {'Name': task.spec.card.name, 'Weights': task.spec.weights},
-            'Block': task.block,
-            'MeanError': float(np.nanmean(error)),
-            'MeanBaseline': float(np.nanmean(baseline)),
-            'window': {'Description': 'Number of the window, from 0'},
-            'Node': {'Description': f'Parcel of {atlas.name}'},
-            'patch*': {'Description': 'Error at each time patch, n/a where it was the context'},
-            'error': {'Description': "Mean over the parcel's patches"},
-            'baseline': {
-                'Description': 'The same for a guess without a model: the mean target latent of '
-                "the window's context"
-            },
-        }
-        | common,
-    )
+    with atomic(path) as temporary, h5py.File(temporary, 'w') as file:
+        file['onset'], file['parcel_names'] = context.windows.onset, list(context.atlas.names)
+        for name in ('parcels', 'tokens', 'attention'):
+            if (values := getattr(context.encoding, name)) is not None:
+                file.create_dataset(name, data=values, compression='gzip', compression_opts=1)
 
 
-def _remove_latent(run, task: EncodeTask, name: str) -> None:
-    from bids_brainfm.reports.report import figure_path
-
-    path = latent_path(run, task)
-    for old in (
-        path,
-        path.with_suffix('.json'),
-        figure_path(task.output, name, 'latent', task.spec.label),
-    ):
-        old.unlink(missing_ok=True)
-
-
-def _mean(values: np.ndarray, axis: int) -> np.ndarray:
-    """Mean of what is not NaN, NaN where there is nothing."""
-    count = np.isfinite(values).sum(axis=axis)
-    return np.divide(
-        np.nansum(values, axis=axis), count, out=np.full(count.shape, np.nan), where=count > 0
-    )
-
-
-def _warnings(task: EncodeTask, atlas, windows, filled: dict, order: dict) -> list[str]:
+def _warnings(context: Context, filled: dict[str, str], checked: dict[str, Any]) -> list[str]:
     """What is out of the ordinary with the windows of a run, one sentence each."""
-    spec, contract, warnings = task.spec, task.contract, []
+    spec, contract, windows = context.task.spec, context.task.contract, context.windows
+    atlas, warnings = context.atlas, []
     if not spec.trained:
         warnings.append(
             f'{spec.label} is untrained (random weights): its embeddings are a control, '
@@ -312,8 +194,8 @@ def _warnings(task: EncodeTask, atlas, windows, filled: dict, order: dict) -> li
             f'{spec.label} was given the table of gradients {spec.gradients.path.name} that lies '
             f'beside its weights, not the one that the card of {spec.card.name} names.'
         )
-    if order.get('Warning'):
-        warnings.append(f'{spec.label}: {order["Warning"]}')
+    if checked.get('Warning'):
+        warnings.append(f'{spec.label}: {checked["Warning"]}')
     if not same_rate(windows.tr, spec.card.tr):
         warnings.append(
             f'The official frame sampling gave {spec.label} one sample in {windows.tr:.4g} s '
@@ -324,15 +206,13 @@ def _warnings(task: EncodeTask, atlas, windows, filled: dict, order: dict) -> li
     if contract.stats is not None:
         stats = load_scale_stats(contract.stats, atlas.name, atlas.n_parcels)
         if (lost := unusable(stats)).size:
+            names = ', '.join(atlas.names[i] for i in lost[:5]) + ' and others' * (lost.size > 5)
             warnings.append(
                 f'{lost.size} parcels have no usable statistics in {contract.stats.name} and are '
-                f'zero: {", ".join(atlas.names[i] for i in lost[:5])}'
-                + (' and others.' if lost.size > 5 else '.')
+                f'zero: {names}.'
             )
-    if windows.left_over > 0:
-        warnings.append(
-            f'The last {windows.left_over:.1f} s of the run are in no window of {spec.label}.'
-        )
+    if (left := windows.left_over) > 0:
+        warnings.append(f'The last {left:.1f} s of the run are in no window of {spec.label}.')
     if (windows.real < 1).any():
         how = 'pad' if contract.short_runs == 'refuse' else contract.short_runs
         warnings.append(
@@ -342,99 +222,75 @@ def _warnings(task: EncodeTask, atlas, windows, filled: dict, order: dict) -> li
     return warnings
 
 
-def _describe(
-    task: EncodeTask, atlas, source: dict, windows, size: int, filled: dict, order: dict
-) -> dict:
-    """Sidecar of a run's embeddings, but for what all its sidecars say.
-
-    Parameters
-    ----------
-    task : EncodeTask
-    atlas : Atlas
-    source : dict
-        Sidecar of the parcel series.
-    windows : Windows
-    size : int
-        Dimensions of the embedding.
-    filled : dict of str to str
-        Parcels that were filled, and from which.
-    order : dict
-        What the check of the parcels' order found, empty where there is none.
-    """
+def _describe(context: Context, checked: dict[str, Any]) -> dict[str, Any]:
+    """Sidecar of the table, without what all sidecars of the run say."""
+    task, source, windows = context.task, context.source, context.windows
     spec, card, contract = task.spec, task.spec.card, task.contract
-    assessed = 'NumberOfVolumesFlagged' in source
+    names = context.atlas.names
+    filled = {names[i]: names[d] for i, d in enumerate(context.data.donors) if d >= 0}
     official = contract.temporal == 'official'
     resampled = not official and not same_rate(source['RepetitionTime'], card.tr)
     method = 'polyphase with anti-aliasing filter' if resampled else None
     table = spec.gradients
     # Official windows follow one another by whole volumes, a sample each volume that is picked
     sample = windows.tr
-    if official:
+    if contract.official_volumes is not None and official:
         sample = contract.official_volumes / card.window * source['RepetitionTime']
     return {
-        'Description': f'Embedding of each window of the run by {card.name}: the {spec.pooling} '
-        f'after the last normalisation.',
+        'Description': f'Embedding of each window of the run by {card.name}: the '
+        f'{spec.capabilities.pooling} after the last normalisation.',
         'Model': {
-            'Name': card.name,
-            'Description': card.description,
-            'Trained': spec.trained,
-            'Weights': spec.weights,
-            'WeightsSHA256': spec.sha256,
+            'Name': card.name, 'Description': card.description, 'Trained': spec.trained,
+            'Weights': spec.weights, 'WeightsSHA256': spec.sha256,
             'GradientTable': table and {'Name': table.path.name, 'SHA256': table.sha256},
-            'License': card.licence,
-            'Source': card.source,
-            'Citation': card.citation,
-            'Training': card.training,
-            'Architecture': card.config,
+            'License': card.licence, 'Source': card.source, 'Citation': card.citation,
+            'Training': card.training, 'Architecture': card.config,
         },
-        'Pooling': spec.pooling,
-        'Arrays': task.arrays,
-        'ParcelOrder': card.parcel_order,
-        'OrderCheck': order or None,
-        'EmbeddingSize': size,
-        'NumberOfWindows': len(windows.data),
-        'WindowLength': card.window * sample,
-        'WindowSamples': card.window,
-        'WindowStride': (contract.stride or card.window) * sample,
-        'WindowOnsets': windows.onset,
-        'SamplingFrequency': 1 / windows.tr,
-        'RepetitionTime': source['RepetitionTime'],
+        'Pooling': spec.capabilities.pooling, 'Arrays': task.arrays,
+        'ParcelOrder': card.parcel_order, 'OrderCheck': checked or None,
+        'EmbeddingSize': context.encoding.summary.shape[1], 'NumberOfWindows': len(windows.data),
+        'WindowLength': card.window * sample, 'WindowSamples': card.window,
+        'WindowStride': (contract.stride or card.window) * sample, 'WindowOnsets': windows.onset,
+        'SamplingFrequency': 1 / windows.tr, 'RepetitionTime': source['RepetitionTime'],
         'Resampled': resampled or official,
         'ResamplingMethod': 'frames picked as by the official code' if official else method,
         'Scaling': contract.scaling,
         'DividedBy': contract.divide_by if contract.scaling != 'none' else None,
         'ScaleStatistics': contract.stats
         and {'Name': contract.stats.name, 'SHA256': sha256_of(contract.stats)},
-        'StaticVariance': static_share(np.concatenate(windows.data, axis=1).T),
-        'ShortRuns': contract.short_runs,
-        'LeftOver': windows.left_over,
+        'StaticVariance': static_proportion(np.concatenate(windows.data, axis=1).T),
+        'ShortRuns': contract.short_runs, 'LeftOver': windows.left_over,
         'Denoising': source['Denoising'],
-        'ShareFlagged': windows.flagged if assessed else None,
-        'ShareReal': windows.real,
-        'FilledParcels': filled,
-        'FillRule': FILL_RULE,
-        'Precision': task.precision,
-        'Device': task.device,
-        'Space': source['Space'],
-        'Atlas': source['Atlas'],
-        'Warnings': _warnings(task, atlas, windows, filled, order),
-    } | WINDOW_COLUMNS
+        'ShareFlagged': windows.flagged if 'NumberOfVolumesFlagged' in source else None,
+        'ShareReal': windows.real, 'FilledParcels': filled, 'FillRule': FILL_RULE,
+        'Precision': task.precision, 'Device': task.device, 'Space': source['Space'],
+        'Atlas': source['Atlas'], 'Warnings': _warnings(context, filled, checked),
+    } | WINDOW_COLUMNS  # fmt: skip
 
 
-def write_arrays(path: Path, encoding, windows, atlas) -> None:
-    """Write parcel embeddings and tokens as HDF5.
-
-    Datasets: ``parcels`` (windows, parcels, dimensions), where the model has a token or more a
-    parcel; ``tokens`` (windows, tokens, dimensions) in canonical order without the class token
-    and ``attention`` (windows, parcels), where tokens were asked for; ``onset`` (windows,) in
-    seconds and ``parcel_names``.
-    """
-    import h5py
-
-    with atomic(path) as temporary, h5py.File(temporary, 'w') as file:
-        file['onset'] = windows.onset
-        file['parcel_names'] = list(atlas.names)
-        for name in ('parcels', 'tokens', 'attention'):
-            values = getattr(encoding, name)
-            if values is not None:
-                file.create_dataset(name, data=values, compression='gzip', compression_opts=1)
+def facts(sidecar: dict[str, Any]) -> dict[str, Any]:
+    """Weights, input, embedding, and what placed the parcels."""
+    resampled, divided = '', sidecar.get('DividedBy', 1)
+    if sidecar['Resampled']:
+        resampled = f', one in {1 / sidecar["SamplingFrequency"]:.5g} s'
+        resampled += f' ({sidecar["ResamplingMethod"]})'
+    lines = {
+        'Weights': sidecar['Model']['Weights'],
+        'Input': f'{sidecar["WindowSamples"]} samples ({sidecar["WindowLength"]:g} s) a window'
+        + resampled,
+        'Scaling': sidecar['Scaling'] + (f', divided by {divided:g}' if divided != 1 else ''),
+        'Static share': f'{sidecar["StaticVariance"]:.1%} of the variance that the model is '
+        f'given does not change over time',
+        'Embedding': f'{sidecar["EmbeddingSize"]} dimensions ({sidecar["Pooling"]})',
+        'Filled parcels': len(sidecar['FilledParcels']),
+        'Ran on': f'{sidecar["Device"]}, {sidecar["Precision"]}',
+    }
+    if table := sidecar['Model'].get('GradientTable'):
+        found, *others = sidecar['OrderCheck']['Correlation'].items()
+        wrong = ', '.join(f'{r:.2f} ({name})' for name, r in others)
+        lines['Gradient table'] = f'{table["Name"]}, sha256 {table["SHA256"]}'
+        lines['Order of parcels'] = (
+            f'correlation of connectivity with nearness in gradient space {found[1]:.2f}, in '
+            f'wrong orders {wrong}'
+        )
+    return lines

@@ -1,80 +1,57 @@
-"""From parcel series to embeddings: one model, many runs, one load of the weights."""
+"""Run one model over many runs: one load of the weights, batches that cross runs."""
 
-import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bids_brainfm.atlases.atlas import load_atlas
 from bids_brainfm.bids.run import BoldRun
 from bids_brainfm.config import available_cpus
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.models.spec import SEED
-from bids_brainfm.outputs.embedding import EncodeTask
-from bids_brainfm.outputs.model_outputs import write_run
 from bids_brainfm.outputs.outcome import Outcome, attempt
-from bids_brainfm.outputs.series import series_paths
-from bids_brainfm.signals.contract import prepare_input, windows_of
+from bids_brainfm.outputs.products import Context, product_current, write_products
+from bids_brainfm.outputs.registry import BY_NAME, OF_MODELS
+from bids_brainfm.outputs.tasks import ModelTask
 from bids_brainfm.signals.series import read_series
+
+if TYPE_CHECKING:
+    from bids_brainfm.models.model import Model
 
 LOGGER = logging.getLogger('bids_brainfm')
 
 
-def encode_step(atlas: str, label: str) -> str:
-    """What encoding with a model is called in the log folder."""
-    return f'atlas-{atlas}_desc-{label}'
+def run_current(run: BoldRun, task: ModelTask) -> bool:
+    """Whether all products of a model that are asked for exist and fit the inputs."""
+    return all(product_current(BY_NAME[name], run, task) for name in task.parameters)
 
 
-def load_encoder(task: EncodeTask, xyz: np.ndarray):
+def load(task: ModelTask) -> 'Model':
     """Build the network of a task and give it its weights."""
     import torch
 
-    from bids_brainfm.models.encoder import Encoder, ascending_y
-    from bids_brainfm.models.gradient_table import read_gradients
-    from bids_brainfm.models.weights import build, initialise, load_checkpoint
+    from bids_brainfm.models.model import Model
 
     # a cluster's plugin may run this with fewer CPUs than the process that settled the threads
     torch.set_num_threads(min(task.threads, available_cpus()))
-    spec = task.spec
-    network = build(spec.card.config)
-    if spec.checkpoint is None:
-        initialise(network, SEED)
-    else:
-        load_checkpoint(network, spec.checkpoint)
-    if spec.gradients is not None:
-        network.set_gradients(read_gradients(spec.gradients.path))
-    order = ascending_y(xyz) if spec.card.parcel_order == 'ascending-y' else None
-    return Encoder(
-        network,
-        name=spec.card.name,
-        order=order,
-        xyz=xyz,
-        device=task.device,
-        precision=task.precision,
-        block=task.block,
-    )
+    atlas = load_atlas(task.spec.card.atlas, task.home)
+    asked = task.parameters.get('prediction_error')
+    return Model(
+        task.spec, atlas, task.contract, device=task.device, precision=task.precision,
+        block=asked and asked.latent_prediction,
+    )  # fmt: skip
 
 
 def encode_all(
-    runs: list[BoldRun], task: EncodeTask, stop: bool = False, made: Sequence[Outcome] = ()
+    runs: Sequence[BoldRun], task: ModelTask, stop: bool = False, made: Sequence[Outcome] = ()
 ) -> list[Outcome]:
-    """Encode runs whose parcel series are written, and write their embeddings.
+    """Encode runs whose parcel series are written, and write what is made from that.
 
-    Parameters
-    ----------
-    runs : list of BoldRun
-    task : EncodeTask
-    stop : bool
-        Whether the first failure is raised.
-    made : sequence of Outcome
-        Of the parcel series that were made now; runs that failed are left out.
-
-    Returns
-    -------
-    list of Outcome
-        One a run.
+    Runs that failed according to `made`, the outcomes of the parcel series that were made now, are
+    left out; `stop` raises the first failure. There is one outcome per run.
     """
     from tqdm import tqdm
 
@@ -82,14 +59,13 @@ def encode_all(
     runs = [run for run in runs if run.name not in failed]
     if not runs:
         return []
-    step, name = encode_step(task.atlas, task.spec.label), task.spec.card.name
+    name, place, started = task.spec.card.name, task.place, time.monotonic()
     outcomes: list[Outcome] = []
-    started = time.monotonic()
     with tqdm(total=len(runs), desc=f'Encoding with {name}', unit='run', disable=None) as bar:
 
-        def settle(run, work):
-            outcome = attempt(task.output, run, step, work, stop)
-            outcomes.append(outcome)
+        def settle(run: BoldRun, found: Context | Exception) -> None:
+            work = partial(_write, found, task)
+            outcomes.append(outcome := attempt(place.output, run, place.step, work, stop))
             bar.update()
             head = f'[{len(outcomes)}/{len(runs)}]'
             if outcome.error:
@@ -99,82 +75,63 @@ def encode_all(
                 LOGGER.info('%s %s: encoded with %s (%.1f s)', head, run.name, name, seconds)
 
         try:
-            for run, work in _encode(runs, task, lambda n: bar.set_postfix(windows=n)):
-                settle(run, work)
+            for run, found in _encode(runs, task, lambda n: bar.set_postfix(windows=n)):
+                settle(run, found)
         except Exception as error:  # the encoder itself failed: all that is left fails with it
             if stop:
                 raise
-            failing = partial(_fail, _explain(error, task))
             settled = {outcome.run for outcome in outcomes}
             for run in runs:
                 if run.name not in settled:
-                    settle(run, failing)
+                    settle(run, error)
     return outcomes
 
 
-def _encode(runs: list[BoldRun], task: EncodeTask, progress):
-    """Yield each run with the work that writes its embeddings, or that raises what was wrong."""
-    from bids_brainfm.atlases.atlas import load_atlas
+def _encode(
+    runs: Sequence[BoldRun], task: ModelTask, progress: Callable[[int], None]
+) -> Iterator[tuple[BoldRun, Context | Exception]]:
+    """Yield each run with what its products are made from, or with what was wrong."""
     from bids_brainfm.models.encoder import encode_runs
 
-    atlas = load_atlas(task.spec.card.atlas, task.home)
-    exact = encoder = load_encoder(task, atlas.xyz)
-    if 'perturbation' in task.analyses.outputs and task.precision != 'float32':
-        exact = load_encoder(dataclasses.replace(task, precision='float32'), atlas.xyz)
-    failed, prepared = [], {}
+    model = load(task)
+    failed: list[tuple[BoldRun, Exception]] = []
+    prepared = {}
 
-    def windows_of_runs():
+    def windows_of_runs() -> Iterator[tuple[BoldRun, np.ndarray]]:
         for run in runs:
             try:
-                series = read_series(series_paths(task.output, run, atlas.name)['series'])
-                data = prepare_input(
-                    series, task.contract, atlas.xyz, atlas.name, atlas.structures
-                )
-                prepared[run] = data, windows_of(data, task.contract)
+                data = model.prepare_input(read_series(task.place.of_series.table(run, 'series')))
+                prepared[run] = data, model.windows(data)
+            except BrainfmError as error:
+                words = f'{run.name}: {task.spec.card.name} cannot take it: {error}'
+                failed.append((run, BrainfmError(words)))
             except Exception as error:
-                failed.append((run, partial(_fail, _named(error, run, task))))
+                failed.append((run, error))
             else:
                 yield run, prepared[run][1].data
 
-    attention = 'networks' in task.analyses.outputs
+    attention = 'attention' in task.parameters
     encodings = encode_runs(
-        encoder, windows_of_runs(), task.batch_size, task.tokens, attention, progress
+        model.encoder, windows_of_runs(), task.batch_size, task.tokens, attention, progress
     )
     for run, encoding in encodings:
         data, windows = prepared.pop(run)
-        yield run, partial(_write, run, task, atlas, data, windows, encoding, encoder, exact)
+        yield run, Context(run, task, model, data, windows, encoding)
         while failed:
             yield failed.pop(0)
     yield from failed
 
 
-def _write(run: BoldRun, task: EncodeTask, *what) -> None:
+def _write(found: Context | Exception, task: ModelTask) -> None:
+    """Write the products of a run, or raise what was wrong with it."""
     import torch
 
     try:
-        write_run(run, task, *what)
-    except torch.OutOfMemoryError as error:
-        raise _explain(error, task) from None
-
-
-def _fail(error: Exception):
-    raise error
-
-
-def _named(error: Exception, run: BoldRun, task: EncodeTask) -> Exception:
-    """Say which model it was that refused the run."""
-    if isinstance(error, BrainfmError):
-        return BrainfmError(f'{run.name}: {task.spec.card.name} cannot take it: {error}')
-    return error
-
-
-def _explain(error: Exception, task: EncodeTask) -> Exception:
-    """Say what to do where the GPU's memory is too small."""
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError):
-        return BrainfmError(
+        if isinstance(found, Exception):
+            raise found
+        write_products(OF_MODELS, found.run, task, task.parameters, found)
+    except torch.OutOfMemoryError:
+        raise BrainfmError(
             f'{task.spec.card.name} with {task.batch_size} windows at once does not fit into the '
             f"GPU's memory: lower --batch-size, or use --precision bfloat16 or --device cpu."
-        )
-    return error
+        ) from None

@@ -1,151 +1,206 @@
 """``--outputs networks``: functional networks out of parcel features, for runs and participants.
 
 Features come from the derivatives: connectivity, attention of a class token, or an embedding for
-each parcel. What they give is held against reference networks.
+each parcel. What they give is compared with reference networks.
 """
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from bids_brainfm.analyses import networks as analysis
+from bids_brainfm.analyses.knn import KnnResult, knn_protocol
+from bids_brainfm.atlases.atlas import Atlas, load_atlas
+from bids_brainfm.atlases.reference import NONE, reference_networks
+from bids_brainfm.bids import freshness
+from bids_brainfm.bids.dataset import iterate_records
 from bids_brainfm.bids.files import read_relmat, write_table
-from bids_brainfm.bids.freshness import (
-    input_fingerprints,
-    is_current,
-    is_whole,
-    read_sidecar,
-    write_sidecar,
-)
-from bids_brainfm.bids.naming import derivative_path, own_uri
+from bids_brainfm.bids.naming import own_uri
 from bids_brainfm.bids.run import BoldRun
-from bids_brainfm.models.connectome import LABEL as CONNECTOME
+from bids_brainfm.models.gradient_table import read_gradients
 from bids_brainfm.outputs.outcome import Outcome, attempt
-from bids_brainfm.outputs.series import report_name, series_paths, voxel_size
-from bids_brainfm.reports.report import figure_path
+from bids_brainfm.outputs.products import known_mean, product_current, remove, save_figure
+from bids_brainfm.outputs.registry import BY_NAME
+from bids_brainfm.outputs.tasks import Place
+from bids_brainfm.outputs.words import as_number, described
+from bids_brainfm.reports.report import Figure
+from bids_brainfm.resources import sha256_of
+from bids_brainfm.signals.connectome import LABEL as CONNECTOME
 
-AUTO = 'auto'
-PICTURES = ('networks', 'knn')
-# Kinds of features, and the files that hold them ({}: label of the model)
+PRODUCT = BY_NAME['networks']
+FIGURES = {
+    'networks': Figure('Networks',
+        'Clusters of parcels found without labels from the features of this model (or '
+        'connectivity), in the colours of the reference networks they overlap most, beside the '
+        'reference. Confidence is the silhouette of a parcel. Under a heading without a task '
+        'stands the map of all runs of the participant, where there are several.'),
+    'knn': Figure('Networks of held-out parcels',
+        'Share of held-out parcels whose reference network is told by their nearest neighbours '
+        'in the features, beside what the largest network, the place of the parcels alone and '
+        'shuffled labels give. Dots are surrogates of the features with the same spatial '
+        'autocorrelation.'),
+}  # fmt: skip
+# In the form of the citations of atlas cards
+REFERENCES = [
+    'Yeo et al. 2011, Journal of Neurophysiology 106:1125-1165, doi:10.1152/jn.00338.2011',
+    'Wagner & Dray 2015, Methods Ecol. Evol. 6:1169-1178, doi:10.1111/2041-210X.12407',
+]
+# Kinds of features, in words
 FEATURES = {
     CONNECTOME: "each parcel's connectivity with all others (Fisher z)",
     'attention': 'attention of the class token to each parcel at each time patch, mean over '
     'windows',
     'parcels': "mean of each parcel's tokens, mean over windows",
 }
-ENDINGS = {
-    CONNECTOME: '_stat-pearsoncorrelation_relmat.tsv',
-    'attention': '_stat-attention_desc-{}_boldmap.tsv',
-    'parcels': '_desc-{}_embedding.h5',
-}
 
 
 @dataclass(frozen=True)
-class Source:
-    """What features come from.
+class Search:
+    """How networks are found, for all runs of one atlas."""
 
-    Attributes
-    ----------
-    label : str
-        BIDS label of the model, or the baseline's.
-    kind : str
-        A key of `FEATURES`.
-    gradients : Path or None
-        Table by which the model is told where parcels lie.
-    """
-
-    label: str
-    kind: str
-    gradients: Path | None = None
-
-
-@dataclass(frozen=True)
-class NetworkTask:
-    """How networks are found, for all runs of one atlas.
-
-    Attributes
-    ----------
-    name, atlas : str
-        Name of the atlas, and the same or the path of its card.
-    home : Path
-        Where fetched atlases are kept.
-    sources : tuple of Source
-        What features come from.
-    n_clusters : str or None
-        Number of clusters, or ``auto`` for the best silhouette; None: as many as there are
-        reference networks.
-    reference : Path or None
-        Table of reference networks; None: the atlas's own.
-    seed : int
-    output : Path
-        The output dataset.
-    version : str
-        Version of this program, for the sidecars.
-    """
-
-    name: str
-    atlas: str
-    home: Path
-    sources: tuple[Source, ...]
+    card: str  # name of the atlas, or the path of its card
+    home: Path  # where fetched atlases are kept
+    # Number of clusters, or 'auto' for the best silhouette; None: that of reference networks
     n_clusters: str | None
-    reference: Path | None
+    reference: Path | None  # table of reference networks; None: the atlas's own
     seed: int
-    output: Path
-    version: str
 
     @cached_property
-    def loaded(self):
+    def atlas(self) -> Atlas:
         """The atlas."""
-        from bids_brainfm.atlases.atlas import load_atlas
-
-        return load_atlas(self.atlas, self.home)
+        return load_atlas(self.card, self.home)
 
     @cached_property
     def networks(self) -> tuple[str, ...] | None:
         """Reference network of each parcel, None where nothing is known."""
-        from bids_brainfm.atlases.reference import reference_networks
-
-        return reference_networks(self.loaded, self.reference)
+        return reference_networks(self.atlas, self.reference)
 
     @property
     def clusters(self) -> int | None:
         """Number of clusters to make, None for the best silhouette."""
-        from bids_brainfm.atlases.reference import NONE
-
-        if self.n_clusters not in (None, AUTO):
+        if self.n_clusters not in (None, 'auto'):
             return int(self.n_clusters)
-        if self.n_clusters == AUTO or self.networks is None:
+        if self.n_clusters == 'auto' or self.networks is None:
             return None
         return len(set(self.networks) - {NONE})
 
 
-def networks_name(atlas: str) -> str:
-    """What finding the networks of an atlas is called among settings, methods and failures."""
-    return f'atlas-{atlas}_networks'
+@dataclass(frozen=True)
+class NetworksTask:
+    """Networks of one atlas from one source of features."""
+
+    place: Place  # its label is that of the model, or of the connectome
+    search: Search
+    kind: str  # a key of FEATURES
+    gradients: Path | None  # table by which the model is given the places of parcels
+    version: str
+
+    def step(self, of: BoldRun) -> str:
+        """What finding the networks of a run, or of a participant in a space, is called."""
+        whose = '' if 'task' in of.entities else f'-{of.space}'
+        return f'atlas-{self.place.atlas}_networks{whose}_desc-{self.place.label}'
+
+    def features_file(self, run: BoldRun) -> Path:
+        """File that features of a run are read from."""
+        if self.kind == 'parcels':
+            return self.place.path(run, 'embedding', extension='.h5')
+        place = self.place.of_series if self.kind == CONNECTOME else self.place
+        return place.table(run, self.kind)
 
 
-def networks_step(of: BoldRun, source: Source, task: NetworkTask) -> str:
-    """What finding the networks of a run, or of a participant in a space, is called in the log."""
-    whose = '' if 'task' in of.entities else f'-{of.space}'
-    return f'{networks_name(task.name)}{whose}_desc-{source.label}'
+def whole_participant(run: BoldRun) -> BoldRun:
+    """Return what names outputs of all runs of a participant in one space."""
+    entities = {key: run.entities[key] for key in ('sub', 'space')}
+    return dataclasses.replace(run, name=f'sub-{run.subject}', entities=entities)
 
 
-def source_text(source: Source, task: NetworkTask) -> str:
-    """Sentence for the methods on what networks were found from."""
-    return f'Networks of {task.name} were found from {source.label}: {FEATURES[source.kind]}.'
+@dataclass(frozen=True)
+class Member:
+    """A run whose derivatives exist, with the fingerprints of what they were made from."""
+
+    run: BoldRun
+    inputs: dict[str, Any]
 
 
-def networks_text(task: NetworkTask) -> str:
-    """Sentences for the methods."""
-    k = 'with the best mean silhouette' if task.clusters is None else f'{task.clusters}'
+def members_of(runs: Sequence[BoldRun], place: Place) -> list[tuple[BoldRun, list[Member]]]:
+    """List what networks are found of: each run, and each participant's runs in a space.
+
+    A participant's runs are all that the output holds, also those of other commands.
+    """
+    live = {(run.name, run.space): Member(run, freshness.input_fingerprints(run)) for run in runs}
+    found = [(run, [live[run.name, run.space]]) for run in runs]
+    connectome = BY_NAME['connectome']
+    for space, run in {run.space: run for run in reversed(runs)}.items():
+        records = iterate_records(
+            place.output, connectome.suffix, subjects=[run.subject], space=space,
+            atlas=place.atlas, stat=connectome.stat,
+        )  # fmt: skip
+        members = []
+        for record in records:
+            if record.sidecar is not None:
+                other = dataclasses.replace(run, name=record.name, entities=record.entities)
+                stored = Member(other, record.sidecar['InputFiles'])
+                members.append(live.get((record.name, space), stored))
+        found.append((whole_participant(run), members))
+    return found
+
+
+def sources(
+    runs: Sequence[BoldRun], tasks: Sequence[NetworksTask]
+) -> Iterator[tuple[BoldRun, NetworksTask, list[Member]]]:
+    """Yield what networks are found of, how, and the runs with features of the same inputs."""
+    for of, members in members_of(runs, tasks[0].place):
+        for task in tasks:
+            file = task.features_file
+            yield of, task, [m for m in members if freshness.is_current(file(m.run), m.inputs)]
+
+
+def features_of(run: BoldRun, task: NetworksTask) -> np.ndarray:
+    """Features (P, F) of a run, read from its derivatives; NaN where there is none."""
+    import h5py
+    import pandas as pd
+
+    file = task.features_file(run)
+    if task.kind == 'attention':
+        return pd.read_csv(file, sep='\t', na_values='n/a').filter(like='patch').to_numpy(float)
+    connectivity = analysis.fisher_z(read_relmat(task.place.of_series.table(run, 'connectome')))
+    if task.kind == CONNECTOME:
+        return connectivity
+    with h5py.File(file) as arrays:
+        features = arrays['parcels'][:].mean(axis=0).astype(float)
+    features[np.isnan(connectivity).all(axis=1)] = np.nan  # these were filled from others
+    return features
+
+
+def companions(of: BoldRun, place: Place, task: NetworksTask | None = None) -> list[Path]:
+    """Image and table of the clusters and, where there is a reference, scores of the protocol."""
+    image = place.path(of, 'dseg', extension='.dlabel.nii' if of.is_cifti else '.nii.gz')
+    scores = [place.path(of, 'knn')] if task is None or task.search.networks is not None else []
+    return [image, place.path(of, 'dseg'), *scores]
+
+
+def settings(task: NetworksTask) -> dict[str, Any]:
+    """Clusters, reference and seed."""
+    search = task.search
+    reference = search.reference and f'sha256 {sha256_of(search.reference)}'
+    return {'clusters': search.clusters, 'reference': reference, 'seed': search.seed}
+
+
+def methods(task: NetworksTask) -> str:
+    """Sentences on clusters and the protocol."""
+    search, atlas = task.search, task.place.atlas
+    k = 'with the best mean silhouette' if search.clusters is None else f'{search.clusters}'
     text = (
-        f'Functional networks of the parcels of {task.name} were sought without labels, from '
-        f'features of each parcel: k-means on rows of unit length, number of clusters {k}, '
-        f'confidence by silhouette.'
+        f'Functional networks of the parcels of {atlas} were sought without labels, from features '
+        f'of each parcel: k-means on rows of unit length, number of clusters {k}, confidence by '
+        f'silhouette.'
     )
-    if task.networks is None:
+    if search.networks is None:
         return text
     return (
         f'{text} Clusters were matched to reference networks by overlap. Beside it stands the '
@@ -155,380 +210,209 @@ def networks_text(task: NetworkTask) -> str:
     )
 
 
-def whole_participant(run: BoldRun) -> BoldRun:
-    """What stands for all runs of a participant in one space, in names of outputs."""
-    entities = {key: run.entities[key] for key in ('sub', 'space')}
-    return dataclasses.replace(run, name=f'sub-{run.subject}', entities=entities)
+def source_methods(task: NetworksTask) -> str:
+    """Sentence on what networks are found from."""
+    place = task.place
+    return f'Networks of {place.atlas} were found from {place.label}: {FEATURES[task.kind]}.'
 
 
-def paths(of: BoldRun, label: str, task: NetworkTask) -> dict[str, Path]:
-    """Files of a run or participant and a source of features."""
-
-    def path(suffix, extension='.tsv', **entities):
-        return derivative_path(
-            task.output, of, suffix, extension, atlas=task.name, desc=label, **entities
-        )
-
-    found = {
-        'parcels': path('boldmap', stat='network'),
-        'image': path('dseg', '.dlabel.nii' if of.is_cifti else '.nii.gz'),
-        'table': path('dseg'),
-    }
-    return found | ({} if task.networks is None else {'knn': path('knn')})
+def participant_current(runs: Sequence[BoldRun], tasks: Sequence[NetworksTask]) -> bool:
+    """Whether all networks of a participant exist and fit what they are made from."""
+    found = (each for each in sources(runs, tasks) if each[2])
+    return all(product_current(PRODUCT, of, task, _inputs(used)) for of, task, used in found)
 
 
-@dataclass(frozen=True)
-class Member:
-    """A run whose derivatives stand.
-
-    Attributes
-    ----------
-    stem : Path
-        What the names of its derivatives begin with, up to the atlas.
-    inputs : dict
-        Fingerprints of what they were made from.
-    """
-
-    stem: Path
-    inputs: dict
-
-    @property
-    def name(self) -> str:
-        """Name of the run."""
-        return self.stem.name.partition('_space-')[0]
-
-    def file(self, kind: str, label: str = '') -> Path:
-        """Where features of a kind, a key of `FEATURES`, are read from."""
-        return self.stem.with_name(self.stem.name + ENDINGS[kind].format(label))
-
-    def has(self, source: Source) -> bool:
-        """Whether features stand that were made from the same inputs."""
-        file = self.file(source.kind, source.label)
-        return is_current(file, self.inputs)
-
-
-def members_of(runs: list[BoldRun], task: NetworkTask) -> list[tuple[BoldRun, list[Member]]]:
-    """What networks are found of: each run, and what stands of the participant in each space.
-
-    The participant's runs are all that the output holds, also those of other commands.
-    """
-    relmat = lambda run: series_paths(task.output, run, task.name)['relmat']
-    stem = lambda path: path.with_name(path.name.removesuffix(ENDINGS[CONNECTOME]))
-    live = {stem(relmat(run)): input_fingerprints(run) for run in runs}
-    found = [
-        (run, [Member(s, inputs)]) for run, (s, inputs) in zip(runs, live.items(), strict=True)
-    ]
-    for space, run in {run.space: run for run in reversed(runs)}.items():
-        pattern = f'**/func/*_space-{space}_atlas-{task.name}{ENDINGS[CONNECTOME]}'
-        standing = {}
-        for path in sorted((task.output / f'sub-{run.subject}').glob(pattern)):
-            sidecar = read_sidecar(path.with_suffix('.json'))
-            if sidecar is not None:
-                standing[stem(path)] = sidecar['InputFiles']
-        members = [Member(s, live.get(s, inputs)) for s, inputs in standing.items()]
-        found.append((whole_participant(run), members))
-    return found
-
-
-def features_of(member: Member, source: Source) -> np.ndarray:
-    """Features (P, F) of a run, read from its derivatives; NaN where there is none."""
-    import h5py
-    import pandas as pd
-
-    from bids_brainfm.analyses.networks import fisher_z
-
-    file = member.file(source.kind, source.label)
-    if source.kind == 'attention':
-        table = pd.read_csv(file, sep='\t', na_values='n/a')
-        return table.filter(like='patch').to_numpy(float)
-    connectivity = fisher_z(read_relmat(member.file(CONNECTOME)))
-    if source.kind == CONNECTOME:
-        return connectivity
-    with h5py.File(file) as arrays:
-        features = arrays['parcels'][:].mean(axis=0).astype(float)
-    features[np.isnan(connectivity).all(axis=1)] = np.nan  # these were filled from others
-    return features
-
-
-def mean_features(features: list[np.ndarray]) -> np.ndarray:
-    """Mean over runs of what each parcel has; 0 where only that is missing in all of them.
-
-    >>> nan = np.nan
-    >>> mean_features([np.array([[1.0, 2], [nan, nan]]), np.array([[3.0, nan], [5, nan]])])
-    array([[2., 2.],
-           [5., 0.]])
-    """
-    from bids_brainfm.analyses.networks import fill_gaps
-
-    known = np.isfinite(features)
-    total = np.where(known, features, 0).sum(axis=0)
-    count = known.sum(axis=0)
-    return fill_gaps(np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0))
-
-
-def participant_current(runs: list[BoldRun], task: NetworkTask) -> bool:
-    """Whether all networks of a participant stand and fit what they are made from."""
-    return all(
-        _current(of, source.label, used, task)
-        for of, members in members_of(runs, task)
-        for source in task.sources
-        if (used := [member for member in members if member.has(source)])
-    )
-
-
-def _inputs(members: list[Member]) -> dict:
+def _inputs(members: Sequence[Member]) -> dict[str, Any]:
     return {uri: state for member in members for uri, state in member.inputs.items()}
 
 
-def _current(of: BoldRun, label: str, used: list[Member], task: NetworkTask) -> bool:
-    files = paths(of, label, task)
-    whole = all(is_whole(path) for path in files.values())
-    return whole and is_current(files['parcels'], _inputs(used))
-
-
-def make_networks(runs: list[BoldRun], task: NetworkTask, stop: bool = False) -> list[Outcome]:
+def make_networks(
+    runs: Sequence[BoldRun], tasks: Sequence[NetworksTask], stop: bool = False
+) -> list[Outcome]:
     """Find the networks of each run of a participant, and of all its runs together.
 
-    Parameters
-    ----------
-    runs : list of BoldRun
-        Of one participant.
-    task : NetworkTask
-    stop : bool
-        Whether the first failure is raised.
+    There is a task for each source of features, all of one atlas; `stop` raises the first failure.
     """
     from threadpoolctl import threadpool_limits
 
-    known: dict = {}
-    with threadpool_limits(1):  # other participants are done beside this one
+    known: dict[Any, Found] = {}
+    with threadpool_limits(1):  # other participants are worked on at the same time
         return [
             attempt(
-                task.output,
-                of,
-                networks_step(of, source, task),
-                partial(_find_and_write, of, members, source, task, known),
-                stop,
+                task.place.output, of, task.step(of),
+                partial(_find_and_write, of, task, used, known), stop,
             )
-            for of, members in members_of(runs, task)
-            for source in task.sources
-        ]
+            for of, task, used in sources(runs, tasks)
+        ]  # fmt: skip
 
 
 def _find_and_write(
-    of: BoldRun, members: list[Member], source: Source, task: NetworkTask, known: dict
+    of: BoldRun, task: NetworksTask, used: Sequence[Member], known: 'dict[Any, Found]'
 ) -> None:
     """Write what is not current; what was found is kept in `known`, for one run may be all."""
-    # a run that failed has been told of, and has nothing to add
-    used = [member for member in members if member.has(source)]
-    if not used or _current(of, source.label, used, task):
+    # a run that failed has been reported, and has nothing to add
+    if not used or product_current(PRODUCT, of, task, _inputs(used)):
         return
-    key = source.label, *(member.stem for member in used)
+    key = task.place.label, *(member.run.name for member in used)
     if key not in known:
-        features = mean_features([features_of(member, source) for member in used])
-        known[key] = find_networks(features, source, task)
-    draw = 'task' in of.entities or len(used) > 1
-    write_networks(of, used, source, known[key], task, draw)
+        features = known_mean([features_of(member.run, task) for member in used], axis=0)
+        # what all runs lack of a parcel that has features is 0
+        known[key] = find_networks(analysis.fill_gaps(features), task)
+    write_networks(of, used, known[key], task, draw='task' in of.entities or len(used) > 1)
 
 
-def remove_stale(output: Path, run: BoldRun, atlas: str) -> None:
-    """Remove networks that were found from inputs that are no more, of a run and its participant.
+def remove_stale(run: BoldRun, place: Place) -> None:
+    """Remove networks of a run and its participant that were found from inputs of the past.
 
     Those who ask for networks get them anew; to others the old ones would look like new.
     """
-    live = input_fingerprints(run)
+    live = freshness.input_fingerprints(run)
     for of in (run, whole_participant(run)):
-        start = f'{report_name(of, atlas)}_stat-network_desc-'
-        for sidecar in (output / f'sub-{run.subject}').glob(f'**/func/{start}*_boldmap.json'):
-            recorded = (read_sidecar(sidecar) or {}).get('InputFiles', {})
-            if all(recorded.get(uri, state) == state for uri, state in live.items()):
-                continue
-            label = sidecar.name.removeprefix(start).removesuffix('_boldmap.json')
-            stem = report_name(of, atlas)
-            sidecar.unlink()
-            for ending in (f'stat-network_desc-{label}_*', f'desc-{label}_dseg.*',
-                           f'desc-{label}_knn.*'):  # fmt: skip
-                for path in sidecar.parent.glob(f'{stem}_{ending}'):
-                    path.unlink()
-            for what in PICTURES:
-                figure_path(output, stem, what, label).unlink(missing_ok=True)
+        records = iterate_records(
+            place.output, PRODUCT.suffix, subjects=[run.subject], extension='.json',
+            stat=PRODUCT.stat, space=run.space, atlas=place.atlas,
+        )  # fmt: skip
+        for record in [record for record in records if record.name == of.name]:
+            inputs = (freshness.read_sidecar(record.path) or {}).get('InputFiles', {})
+            if any(inputs.get(uri, state) != state for uri, state in live.items()):
+                remove(PRODUCT, of, dataclasses.replace(place, label=record.entities['desc']))
 
 
 @dataclass(frozen=True)
 class Found:
-    """Networks that were found, and how they fare.
+    """Networks that were found, and how they compare with the reference, where there is one."""
 
-    Attributes
-    ----------
-    clusters : Clusters
-    names : list of str
-        What each cluster is called: the reference network that it was matched to.
-    agreement : dict or None
-        With the reference, None where there is none.
-    knn : KnnResult or None
-    """
-
-    clusters: object
-    names: list[str]
-    agreement: dict | None
-    knn: object | None
+    clusters: analysis.Clusters
+    names: list[str]  # of clusters: the reference networks that they were matched to
+    agreement: dict[str, Any] | None
+    knn: KnnResult | None
 
 
-def find_networks(features: np.ndarray, source: Source, task: NetworkTask) -> Found:
-    """Cluster features (P, F) and hold them against the reference."""
-    from bids_brainfm.analyses.networks import (
-        agreement,
-        cluster_parcels,
-        knn_protocol,
-        match_networks,
-    )
-    from bids_brainfm.models.gradient_table import read_gradients
-
-    given = {}
-    if source.gradients is not None:
-        given['gradient table'] = read_gradients(source.gradients)
-    clusters, reference = cluster_parcels(features, task.clusters, task.seed), task.networks
+def find_networks(features: np.ndarray, task: NetworksTask) -> Found:
+    """Cluster features (P, F) and compare them with the reference."""
+    search, table = task.search, task.gradients
+    given = {'gradient table': read_gradients(table)} if table else {}
+    clusters = analysis.cluster_parcels(features, search.clusters, search.seed)
+    reference = search.networks
     if reference is None:
         names = [f'cluster {k + 1}' for k in range(clusters.n_clusters)]
         return Found(clusters, names, None, None)
-    names = match_networks(clusters.labels, reference)
+    names = analysis.match_networks(clusters.labels, reference)
     # in the order of the reference, so that a number means the same network in all maps
     order = sorted(range(clusters.n_clusters), key=lambda k: (names[k], k))
     rank = np.argsort(order) + 1
     clusters = dataclasses.replace(clusters, labels=np.append(0, rank)[clusters.labels])
     return Found(
-        clusters,
-        [names[k] for k in order],
-        agreement(clusters.labels, reference),
-        knn_protocol(features, reference, task.loaded.xyz, seed=task.seed, given=given),
-    )
+        clusters, [names[k] for k in order], analysis.agreement(clusters.labels, reference),
+        knn_protocol(features, reference, search.atlas.xyz, seed=search.seed, given=given),
+    )  # fmt: skip
 
 
 def write_networks(
-    of: BoldRun, used: list[Member], source: Source, found: Found, task: NetworkTask, draw: bool
+    of: BoldRun, used: Sequence[Member], found: Found, task: NetworksTask, draw: bool
 ) -> None:
     """Write clusters as table and image, the protocol's scores, figures and sidecars.
 
-    Parameters
-    ----------
-    of : BoldRun
-        The run, or what stands for the participant.
-    used : list of Member
-        What features are the mean of.
-    source : Source
-    found : Found
-    task : NetworkTask
-    draw : bool
-        Whether the report shows it.
+    They are of the run, or the participant, that `of` names, and features were the mean of those
+    of the runs `used`; with `draw` the report shows them.
     """
-    from bids_brainfm.reports import analysis_figures as drawing
-    from bids_brainfm.reports import figures
+    from bids_brainfm.reports.figures import networks as figures
+    from bids_brainfm.signals.bold import voxel_size
     from bids_brainfm.signals.paint import paint_labels
 
-    atlas, reference, label = task.loaded, task.networks, source.label
-    files = paths(of, label, task)
-    files['parcels'].with_suffix('.json').unlink(missing_ok=True)
+    atlas, reference, label = task.search.atlas, task.search.networks, task.place.label
+    table = task.place.table(of, PRODUCT.name)
+    image, groups, *scores = companions(of, task.place, task)
+    freshness.sidecar_path(table).unlink(missing_ok=True)
     common = {
-        'Features': FEATURES[source.kind],
-        'Runs': [member.name for member in used],
-        'Seed': task.seed,
-        'InputFiles': _inputs(used),
-        'SoftwareVersion': task.version,
-        'Sources': [own_uri(task.output, member.file(source.kind, label)) for member in used],
-    }
+        'Features': FEATURES[task.kind], 'Runs': [member.run.name for member in used],
+        'Seed': task.search.seed, 'InputFiles': _inputs(used), 'SoftwareVersion': task.version,
+        'Sources': [own_uri(task.place.output, task.features_file(m.run)) for m in used],
+    }  # fmt: skip
     clusters, names, knn = found.clusters, found.names, found.knn
-    numbers = list(range(1, clusters.n_clusters + 1))
-    image = atlas.image_for(of.space, voxel_size(of.bold)).path
-    paint_labels(files['image'], image, clusters.labels, names, f'networks {label}')
-    write_table(
-        files['table'],
-        {
-            'index': numbers,
-            'name': names,
-            'parcels': [int((clusters.labels == k).sum()) for k in numbers],
-        },
-    )
-    write_sidecar(
-        files['table'],
-        {
-            'Description': f'Clusters of parcels by {label}, in the order of the names of the '
-            'reference networks that they were matched to; without a reference, by size',
-            'index': {'Description': 'Label in the image'},
-            'name': {'Description': 'Reference network that the cluster was matched to'},
-            'parcels': {'Description': 'Number of parcels'},
-        }
-        | common,
-    )
-    pictures = {
-        'networks': drawing.networks(
-            atlas.xyz, clusters.labels, names, reference, clusters.confidence, found.agreement
-        )
-    }
+    atlas_image = atlas.image_for(of.space, voxel_size(of.bold)).path
+    paint_labels(image, atlas_image, clusters.labels, names, f'networks {label}')
+    _write_groups(groups, found, label, common)
+    shown = clusters.labels, names, reference, clusters.confidence, found.agreement
+    plots = {'networks': figures.networks(atlas.xyz, *shown)}
     if knn is not None:
-        _write_knn(files['knn'], knn, label, common)
-        pictures['knn'] = drawing.knn(knn.scores, knn.null)
-    for what, figure in pictures.items():
-        path = figure_path(task.output, report_name(of, task.name), what, label)
+        _write_knn(scores[0], knn, label, common)
+        plots['knn'] = figures.knn(knn.scores, knn.null)
+    for name, figure in plots.items():
+        path = task.place.figure(of, name)
         if draw:
-            figures.save(figure, path)
+            save_figure(figure, path)
         else:
             path.unlink(missing_ok=True)
-    columns = {'cluster': clusters.labels}
-    if reference is not None:
-        columns['network'] = ['n/a' if k == 0 else names[k - 1] for k in clusters.labels]
-    columns['confidence'] = clusters.confidence
-    if reference is not None:
-        columns['reference'] = list(reference)
-    write_table(files['parcels'], {'Node': list(atlas.names)} | columns)
-    write_sidecar(
-        files['parcels'],
-        {
-            'Description': f'Network of each parcel as found by clustering {label}.',
-            'NumberOfClusters': clusters.n_clusters,
-            'Silhouette': clusters.silhouette,
-            'Agreement': found.agreement,
-            'KNN': knn and {name: score.accuracy for name, score in knn.scores.items()},
-            'KNNp': knn and knn.scores['features'].p,
-            'Node': {'Description': f'Parcel of {task.name}'},
-            'cluster': {'Description': 'Number of the cluster, 0 for a parcel without features'},
-            'network': {'Description': 'Reference network that the cluster was matched to'},
-            'confidence': {'Description': 'Silhouette of the parcel, -1 to 1'},
-            'reference': {'Description': 'Reference network of the parcel'},
-        }
-        | common,
-    )
+    columns = {
+        'cluster': clusters.labels,
+        'network': reference and ['n/a' if k == 0 else names[k - 1] for k in clusters.labels],
+        'confidence': clusters.confidence,
+        'reference': reference and list(reference),
+    }
+    given = {name: values for name, values in columns.items() if values is not None}
+    write_table(table, {'Node': list(atlas.names)} | given)
+    content = {
+        'Description': f'Network of each parcel as found by clustering {label}.',
+        'NumberOfClusters': clusters.n_clusters, 'Silhouette': clusters.silhouette,
+        'Agreement': found.agreement,
+        'KNN': knn and {name: score.accuracy for name, score in knn.scores.items()},
+        'KNNp': knn and knn.scores['features'].p,
+    } | described(
+        Node=f'Parcel of {task.place.atlas}',
+        cluster='Number of the cluster, 0 for a parcel without features',
+        network='Reference network that the cluster was matched to',
+        confidence='Silhouette of the parcel, -1 to 1',
+        reference='Reference network of the parcel',
+    )  # fmt: skip
+    freshness.write_sidecar(table, content | common)
 
 
-def _write_knn(path: Path, knn, label: str, common: dict) -> None:
+def _write_groups(path: Path, found: Found, label: str | None, common: dict[str, Any]) -> None:
+    """Write the table of clusters that belongs to the image."""
+    numbers = list(range(1, found.clusters.n_clusters + 1))
+    counts = [int((found.clusters.labels == k).sum()) for k in numbers]
+    write_table(path, {'index': numbers, 'name': found.names, 'parcels': counts})
+    content = {
+        'Description': f'Clusters of parcels by {label}, in the order of the names of the '
+        'reference networks that they were matched to; without a reference, by size',
+    } | described(
+        index='Label in the image',
+        name='Reference network that the cluster was matched to', parcels='Number of parcels',
+    )  # fmt: skip
+    freshness.write_sidecar(path, content | common)
+
+
+def _write_knn(path: Path, knn: KnnResult, label: str | None, common: dict[str, Any]) -> None:
     """Write the scores of the protocol."""
-    rows = list(knn.scores.items())
-    write_table(
-        path,
-        {
-            'features': [name for name, _ in rows],
-            'accuracy': [score.accuracy for _, score in rows],
-            'balanced_accuracy': [score.balanced_accuracy for _, score in rows],
-            'p': [score.p for _, score in rows],
-        },
-    )
-    write_sidecar(
-        path,
-        {
-            'Description': 'k-nearest neighbours with held-out parcels (a fifth at a time, '
-            f'stratified) against reference networks, from {label}.',
-            'NumberOfNeighbours': knn.n_neighbours,
-            'NumberOfSurrogates': len(knn.null),
-            'SpatialNull': knn.null,
-            'LeftAside': knn.left_aside,
-            'features': {
-                'Description': 'What the classifier is given: features; majority, always the '
-                "largest network; xyz, the parcels' centres; gradient table, what the model is "
-                'told of the place of parcels; shuffled, the features with '
-                'shuffled labels; spatial null, surrogates of the features with the same '
-                'spatial autocorrelation (Wagner & Dray 2015)'
-            },
-            'accuracy': {'Description': 'Share of held-out parcels'},
-            'balanced_accuracy': {'Description': 'Mean over networks'},
-            'p': {'Description': 'Share of surrogates that do at least as well'},
-        }
-        | common,
-    )
+    scores = list(knn.scores.values())
+    measures = ('accuracy', 'balanced_accuracy', 'p')
+    columns = {name: [getattr(s, name) for s in scores] for name in measures}
+    write_table(path, {'features': list(knn.scores)} | columns)
+    content = {
+        'Description': 'k-nearest neighbours with held-out parcels (a fifth at a time, '
+        f'stratified) against reference networks, from {label}.',
+        'NumberOfNeighbours': knn.n_neighbours, 'NumberOfSurrogates': len(knn.null),
+        'SpatialNull': knn.null, 'LeftAside': knn.left_aside,
+    } | described(
+        features='What the classifier is given: features; majority, always the largest network; '
+        "xyz, the parcels' centres; gradient table, what the model is told of the place of "
+        'parcels; shuffled, the features with shuffled labels; spatial null, surrogates of the '
+        'features with the same spatial autocorrelation (Wagner & Dray 2015)',
+        accuracy='Share of held-out parcels', balanced_accuracy='Mean over networks',
+        p='Share of surrogates that do at least as well',
+    )  # fmt: skip
+    freshness.write_sidecar(path, content | common)
+
+
+def facts(sidecar: dict[str, Any]) -> dict[str, Any]:
+    """Number of clusters, agreement with the reference, scores of the protocol."""
+    text = f'{sidecar["NumberOfClusters"]} clusters'
+    if sidecar.get('Agreement'):
+        index = sidecar['Agreement']['AdjustedRandIndex']
+        text += f', adjusted Rand index {as_number(index)} with the reference'
+    lines = {'Networks': text}
+    if sidecar.get('KNN'):
+        scores = ', '.join(f'{as_number(s)} ({name})' for name, s in sidecar['KNN'].items())
+        lines['Networks, held-out parcels'] = f'accuracy {scores}; p = {sidecar["KNNp"]:.2g}'
+    return lines

@@ -1,10 +1,11 @@
 """What a node says about a run: that it is done, or in one sentence why not.
 
 A run that fails must not stop the others, so failures travel through the graph as outcomes, not
-as exceptions, and stand in the participant's log folder until the run succeeds.
+as exceptions, and are kept in the participant's log folder until the run succeeds.
 """
 
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,21 +16,11 @@ from bids_brainfm.errors import BrainfmError
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of one step for one run.
+    """Result of one step for one run."""
 
-    Attributes
-    ----------
-    run : str
-        Name of the run.
-    step : str
-        What was done, e.g. ``atlas-A424`` or ``atlas-A424_desc-brainlm111m``.
-    error : str or None
-        One sentence, None where the step succeeded.
-    """
-
-    run: str
-    step: str
-    error: str | None = None
+    run: str  # its name
+    step: str  # what was done, e.g. ``atlas-A424`` or ``atlas-A424_desc-brainlm111m``
+    error: str | None = None  # one sentence, None where the step succeeded
 
     def path(self, output: Path) -> Path:
         """File of the output dataset that says why the step failed."""
@@ -44,34 +35,23 @@ class Outcome:
             write_text(path, f'{self.error}\n{details}')
 
 
-def attempt(output: Path, run: BoldRun, step: str, work, stop: bool = False) -> Outcome:
-    """Do some work for a run and tell how it went.
+def attempt(
+    output: Path, run: BoldRun, step: str, work: Callable[[], object], stop: bool = False
+) -> Outcome:
+    """Do the work of a `step` for a run, and record in the log folder of `output` how it went.
 
-    Parameters
-    ----------
-    output : Path
-        The output dataset.
-    run : BoldRun
-    step : str
-        Names the work in the log folder.
-    work : callable
-        Takes no argument; raises where it fails.
-    stop : bool
-        Whether a failure is raised after it was recorded.
+    With `stop` a failure is raised after it was recorded.
     """
     done = Outcome(run.name, step)
     try:
         work()
     except Exception as error:
-        details = ''
-        if isinstance(error, BrainfmError):
-            sentence = str(error)
-        elif isinstance(error, MemoryError):
+        sentence, details = str(error), ''
+        if isinstance(error, MemoryError):
             sentence = 'there is not enough memory: ask for more, or lower --nprocs.'
-        else:
-            path = done.path(output)
+        elif not isinstance(error, BrainfmError):
+            path, details = done.path(output), traceback.format_exc()
             sentence = f'unexpected {type(error).__name__}: {error} (details in {path}).'
-            details = traceback.format_exc()
         if not sentence.startswith(run.name):
             sentence = f'{run.name}: {sentence}'
         failed = Outcome(run.name, step, sentence)
@@ -88,6 +68,5 @@ def read_failures(output: Path, subject: str) -> list[Outcome]:
     outcomes = []
     for path in sorted((output / f'sub-{subject}' / 'log').glob('failed-*.txt')):
         run, _, step = path.stem.removeprefix('failed-').partition('_atlas-')
-        sentence = path.read_text().partition('\n')[0]
-        outcomes.append(Outcome(run, f'atlas-{step}', sentence))
+        outcomes.append(Outcome(run, f'atlas-{step}', path.read_text().partition('\n')[0]))
     return outcomes

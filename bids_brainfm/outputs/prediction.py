@@ -1,71 +1,59 @@
-"""What the head of a fine-tuned model says of a run: a table with a row a window."""
+"""What the head of a fine-tuned model predicts from each window of a run."""
 
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from bids_brainfm.bids.files import write_matrix
-from bids_brainfm.bids.freshness import input_fingerprints, is_current, write_sidecar
-from bids_brainfm.bids.run import BoldRun
-from bids_brainfm.outputs.context import model_metadata, table_path
-from bids_brainfm.outputs.series import WINDOW_COLUMNS
+from bids_brainfm.outputs.products import Context
+from bids_brainfm.outputs.words import WINDOW_COLUMNS, as_number, as_words, described, rows_of
+from bids_brainfm.reports.report import Figure
+
+FIGURES: dict[str, Figure] = {}
 
 
-def prediction_path(run: BoldRun, task) -> Path:
-    """Path of the table of predictions of a run."""
-    return table_path(run, task, 'prediction')
+def compute(context: Context) -> np.ndarray:
+    """Prediction of each window, (W, C): in the target's units, or probabilities."""
+    assert context.encoding.prediction is not None  # the network has a head
+    return context.encoding.prediction
 
 
-def prediction_current(run: BoldRun, task) -> bool:
-    """Whether the predictions of a run stand and fit the inputs."""
-    return is_current(prediction_path(run, task), input_fingerprints(run))
-
-
-def remove_prediction(run: BoldRun, task) -> None:
-    """Remove the predictions of a run, the sidecar first, so that nothing half old stays."""
-    path = prediction_path(run, task)
-    for old in (path.with_suffix('.json'), path):
-        old.unlink(missing_ok=True)
-
-
-def write_prediction(
-    run: BoldRun, task, prediction: np.ndarray, rows: list[str], common: dict
-) -> None:
-    """Write the predictions of a run: table and sidecar.
-
-    Parameters
-    ----------
-    run : BoldRun
-    task : EncodeTask
-        Of a model with a head.
-    prediction : (W, C) float32
-        In the target's units, or probabilities of the classes.
-    rows : list of str
-        First columns of the W rows, see :func:`bids_brainfm.outputs.series.window_rows`.
-    common : dict
-        What all sidecars of the run say.
-    """
-    card, columns, path = task.spec.card, task.spec.predicted, prediction_path(run, task)
-    head, training = card.config['head'], card.training or {}
+def write(context: Context, result: np.ndarray) -> None:
+    """Write table and sidecar."""
+    card, columns = context.task.spec.card, context.task.spec.predicted
+    head, training, table = card.config['head'], card.training or {}, context.table('prediction')
     classes, target = head.get('classes'), head['target']
-    write_matrix(path, prediction, [*WINDOW_COLUMNS, *columns], rows)
-    if classes:
-        said = [f'Probability that {target} is {name}' for name in classes]
-    else:
-        said = [f'Predicted {target}, in the units of the training data']
-    described = {c: {'Description': text} for c, text in zip(columns, said, strict=True)}
+    rows = rows_of(context.windows, context.source)
+    write_matrix(table, result, [*WINDOW_COLUMNS, *columns], rows)
+    texts = [f'Probability that {target} is {name}' for name in classes or ()]
+    texts = texts or [f'Predicted {target}, in the units of the training data']
     content = {
         'Description': f'What {card.name} predicts of the participant from each window of the '
         f'run: {target} ({head["task"]}).',
-        'Target': target,
-        'Task': head['task'],
-        'Classes': classes,
-        'RunPrediction': dict(zip(columns, prediction.mean(axis=0, dtype=float), strict=True)),
-        'NumberOfWindows': len(prediction),
-        'TestScores': training.get('test'),
+        'Target': target, 'Task': head['task'], 'Classes': classes,
+        'RunPrediction': dict(zip(columns, result.mean(axis=0, dtype=float), strict=True)),
+        'NumberOfWindows': len(result), 'TestScores': training.get('test'),
         'TestBaselines': training.get('test_baselines'),
-    }
-    write_sidecar(
-        path,
-        WINDOW_COLUMNS | described | content | model_metadata(task, task.precision) | common,
-    )
+    }  # fmt: skip
+    columns_described = WINDOW_COLUMNS | described(dict(zip(columns, texts, strict=True)))
+    context.write_sidecar(table, columns_described | content)
+
+
+def facts(sidecar: dict[str, Any]) -> dict[str, Any]:
+    """The prediction, and how well the model predicted held-out participants."""
+    target, n = sidecar['Target'], sidecar['NumberOfWindows']
+    values = sidecar['RunPrediction'].values()
+    if classes := sidecar.get('Classes'):
+        pairs = zip(classes, values, strict=True)
+        text = ', '.join(f'{name} with probability {as_number(value)}' for name, value in pairs)
+    else:
+        text = f'{next(iter(values)):.4g}'
+    lines = {f'Predicted {target}': f'{text} (mean of {n} window{"s" * (n > 1)})'}
+    if 'TestScores' in sidecar:
+        baselines = sidecar.get('TestBaselines') or {}
+        scored = {'model': sidecar['TestScores']}
+        scored |= baselines if isinstance(baselines, dict) else {'baselines': baselines}
+        lines['Held-out participants'] = '; '.join(
+            f'{name}: {as_words(scores)}' for name, scores in scored.items()
+        )
+    return lines

@@ -1,55 +1,101 @@
-"""``--outputs reconstruction``: the run rebuilt by the model, its scores, and the gain check."""
+"""``--outputs reconstruction``: the run as a model rebuilds it, its scores, the gain check."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from bids_brainfm.analyses.reconstruct import (
-    GAIN_MARGIN,
-    gain_check,
-    reconstruct,
-    target_level,
-)
-from bids_brainfm.analyses.scores import score
+from bids_brainfm.analyses.scores import Score, score
+from bids_brainfm.atlases.atlas import Atlas
 from bids_brainfm.bids.files import write_matrix
 from bids_brainfm.bids.freshness import write_sidecar
 from bids_brainfm.bids.naming import derivative_path
 from bids_brainfm.bids.run import BoldRun
-from bids_brainfm.outputs.context import (
-    Context,
-    image_path,
-    score_metadata,
-    series_metadata,
-    source_sidecar,
-    table_path,
-)
-from bids_brainfm.outputs.series import display_order
+from bids_brainfm.config import Settings
+from bids_brainfm.models.protocol import Reconstructing
+from bids_brainfm.models.spec import ModelSpec
+from bids_brainfm.outputs.products import Context, display_order
+from bids_brainfm.outputs.tasks import ModelTask, Place
+from bids_brainfm.outputs.words import described, pooled_scores, score_metadata
+from bids_brainfm.reports.report import Figure
 from bids_brainfm.signals.windows import cover
 
+if TYPE_CHECKING:
+    from bids_brainfm.analyses.reconstruct import GainCheck, Reconstruction
+
 NAME = 'reconstruction'
-PICTURES = ('reconstruction', 'r2', 'gain')
-SETTINGS = ('mask_ratio', 'aggregate', 'seed')
+FIGURES = {
+    'reconstruction': Figure('Reconstruction',
+        'Traces of the parcels that the model reconstructs best, middling and worst, in the '
+        "model's units: shaded stretches were hidden from it in the first pass. Below, all "
+        'parcels as they are, as the model saw them in that pass, and as it reconstructed them, '
+        'each point from windows in which it was hidden.'),
+    'r2': Figure('Where the reconstruction holds',
+        "Share of variance explained (R2) of hidden points, not floored: below 0 the parcel's "
+        'own mean is nearer. The baselines fill the same points with the mean of what was '
+        'visible of the parcel, and by linear interpolation in time.'),
+    'gain': Figure('Gain check',
+        'R2 of hidden points of the first window when the input is made smaller or larger. It '
+        'needs no labels. A model reconstructs best what has the amplitude of its training data, '
+        "so a best gain far from 1 means that these data do not lie in the model's range."),
+}  # fmt: skip
 
 
-def paths(run: BoldRun, task) -> list:
-    """Files of a run; the first one's sidecar is written last."""
-    scores = table_path(run, task, 'boldmap', 'r2')
-    files = [scores, image_path(run, scores), table_path(run, task, 'timeseries')]
-    return files + ([bold_path(run, task)] if task.analyses.bold else [])
+@dataclass(frozen=True)
+class Parameters:
+    """How runs are reconstructed, as in :func:`bids_brainfm.analyses.reconstruct.reconstruct`."""
+
+    mask_ratio: float  # proportion of tokens that a pass hides
+    seed: int  # of the masks
+    aggregate: str = 'first'
+    bold: bool = False  # whether the reconstruction is written as BOLD, too
 
 
-def bold_path(run: BoldRun, task):
-    """Path of the reconstruction as BOLD."""
-    extension = '.dtseries.nii' if run.is_cifti else '.nii.gz'
-    return derivative_path(task.output, run, 'bold', extension, desc=task.spec.label)
+def network_of(spec: ModelSpec) -> Reconstructing:
+    """Network of a model without its weights, to see what it can hide."""
+    from bids_brainfm.models.weights import build
+
+    return cast(Reconstructing, build(spec.card.config))
 
 
-def pattern(task) -> str:
-    """Glob of the first file of every run."""
-    return f'*_stat-r2_desc-{task.spec.label}_boldmap.tsv'
+def mask_ratio(settings: Settings, spec: ModelSpec) -> float:
+    """Proportion of tokens to hide, once it is seen that the model can hide so many."""
+    import torch
+
+    from bids_brainfm.models.masking import leave_out
+
+    ratio = settings.options.get('mask_ratio') or spec.capabilities.mask_ratio or 0.75
+    leave_out(network_of(spec).tokens, ratio, torch.Generator())
+    return ratio
 
 
-def text(task) -> str:
-    """Sentences for the methods."""
-    asked = task.analyses
+def parameters(settings: Settings, spec: ModelSpec, atlas: Atlas) -> Parameters:
+    """Settle the masks."""
+    given = settings.options
+    aggregate, bold = given.get('aggregate') or 'first', bool(given.get('write_bold'))
+    return Parameters(mask_ratio(settings, spec), settings.random_seed, aggregate, bold)
+
+
+def companions(run: BoldRun, place: Place, task: ModelTask | None = None) -> list[Path]:
+    """The series, and BOLD where it is asked for."""
+    files = [place.path(run, 'timeseries')]
+    asked = task.parameters.get(NAME) if task else None
+    if task is None or (asked and asked.bold):
+        extension = '.dtseries.nii' if run.is_cifti else '.nii.gz'
+        files.append(derivative_path(place.output, run, 'bold', extension, desc=place.label))
+    return files
+
+
+def settings(task: ModelTask) -> dict[str, Any]:
+    """Masks and their aggregation."""
+    given = asdict(task.parameters[NAME])
+    return {name: given[name] for name in ('mask_ratio', 'aggregate', 'seed')}
+
+
+def methods(task: ModelTask) -> str:
+    """Sentences on masks, scores and baselines."""
+    asked = task.parameters[NAME]
     return (
         f'Runs were reconstructed by {task.spec.card.name}: in each pass {asked.mask_ratio:.0%} '
         f'of the tokens of a window were hidden at random, until each had been hidden '
@@ -60,99 +106,101 @@ def text(task) -> str:
     )
 
 
-def write(context: Context) -> None:
-    """Write series, scores, images, figures and sidecars."""
-    from bids_brainfm.reports import analysis_figures as figures
+@dataclass(frozen=True)
+class Result:
+    """A reconstruction with its scores by method, for each parcel and pooled, and the gain."""
 
-    run, task, data, asked = context.run, context.task, context.data, context.asked
-    made = reconstruct(
-        context.encoder, data.data, asked.mask_ratio, asked.aggregate, asked.seed, task.batch_size
-    )
+    found: 'Reconstruction'
+    by_parcel: dict[str, Score]
+    pooled: dict[str, Score]
+    gain: 'GainCheck'
+
+
+def compute(context: Context) -> Result:
+    """Reconstruct and score the run."""
+    from bids_brainfm.analyses.reconstruct import gain_check, reconstruct, target_level
+
+    task, data, encoder = context.task, context.data, context.model.encoder
+    asked = task.parameters[NAME]
+    how = asked.mask_ratio, asked.aggregate, asked.seed, task.batch_size
+    found = reconstruct(encoder, data.data, *how)
     windows, samples = cover(data.data, task.spec.card.window)
     first = (samples[0] >= 0)[:, None] & context.scored[samples[0]]
-    gain = gain_check(context.encoder, windows[0], asked.mask_ratio, asked.seed, first.T)
-
-    target = np.where(context.scored, made.target, np.nan)
+    gain = gain_check(encoder, windows[0], asked.mask_ratio, asked.seed, first.T)
+    target = np.where(context.scored, found.target, np.nan)
     level = target_level(target)
-    by_parcel = {name: score(values, target, axis=0) for name, values in made.ways.items()}
-    pooled = {name: score(v - level, target - level) for name, v in made.ways.items()}
+    return Result(
+        found, {name: score(values, target, axis=0) for name, values in found.predictions.items()},
+        {name: score(v - level, target - level) for name, v in found.predictions.items()}, gain,
+    )  # fmt: skip
 
-    series = data.in_bold_units(made.model)
-    series_table = table_path(run, task, 'timeseries')
-    write_matrix(series_table, series, list(context.atlas.names))
-    context.write_sidecar(series_table, _describe_series(context))
+
+def write(context: Context, result: Result) -> None:
+    """Write series, scores, images, figures and sidecars."""
+    from bids_brainfm.reports.figures import reconstruction as figures
+
+    run, task, data, atlas = context.run, context.task, context.data, context.atlas
+    found, by_parcel, gain = result.found, result.by_parcel, result.gain
+    series = data.in_bold_units(found.model)
+    series_table = task.place.path(run, 'timeseries')
+    write_matrix(series_table, series, list(atlas.names))
+    content = {
+        'Description': f'Reconstruction by {task.spec.card.name} of each parcel, each sample '
+        'from windows in which it was hidden; BOLD units, a row a row of the parcel series. n/a '
+        'where nothing was reconstructed.',
+    }
+    asked = task.parameters[NAME]
+    masking = {'MaskRatio': asked.mask_ratio, 'Aggregate': asked.aggregate, 'Seed': asked.seed}
+    context.write_sidecar(series_table, content | context.series_metadata | masking)
     if asked.bold:
         _write_bold(context, series)
 
-    scores_table = table_path(run, task, 'boldmap', 'r2')
+    scores_table = context.table(NAME)
     columns = {'r2': by_parcel['model'].r2, 'r': by_parcel['model'].r}
     for name in ('mean', 'interpolation'):
         columns |= {f'r2_{name}': by_parcel[name].r2, f'r_{name}': by_parcel[name].r}
     context.write_map(scores_table, columns, by_parcel['model'].r2)
 
-    order, label = display_order(context.atlas.xyz)
-    r2 = {name: found.r2 for name, found in by_parcel.items()}
-    shown, drawn = (np.where(data.own, x, np.nan) for x in (made.target, made.model))
-    names = list(context.atlas.names)
-    context.save_figure(
-        figures.reconstruction(
-            shown, made.hidden, drawn, data.tr, r2['model'], names, order,
-            order_label=label, start=data.series.start,
-        ),
-        'reconstruction',
+    order, label = display_order(atlas.xyz)
+    shown, drawn = (np.where(data.own, x, np.nan) for x in (found.target, found.model))
+    figure = figures.reconstruction(
+        shown, found.hidden, drawn, data.tr, by_parcel['model'].r2, list(atlas.names), order,
+        order_label=label, start=data.series.start,
     )  # fmt: skip
-    titled = {
-        'model': r2['model'],
-        'mean': r2['mean'],
-        'linear interpolation': r2['interpolation'],
-    }
-    context.save_figure(figures.r2_map(context.atlas.xyz, titled), 'r2')
+    context.save_figure(figure, 'reconstruction')
+    titles = {'model': 'model', 'mean': 'mean', 'interpolation': 'linear interpolation'}
+    r2 = {title: by_parcel[name].r2 for name, title in titles.items()}
+    context.save_figure(figures.r2_map(atlas.xyz, r2), 'r2')
     context.save_figure(figures.gain(gain.gains, gain.r2, gain.warned), 'gain')
-    context.write_sidecar(scores_table, _describe_scores(context, made, pooled, gain))
-
-
-def _masking(context: Context) -> dict:
-    asked = context.asked
-    return {'MaskRatio': asked.mask_ratio, 'Aggregate': asked.aggregate, 'Seed': asked.seed}
-
-
-def _describe_series(context: Context) -> dict:
-    return {
-        'Description': f'Reconstruction by {context.task.spec.card.name} of each parcel, each '
-        'sample from windows in which it was hidden; BOLD units, a row a row of the parcel '
-        'series. n/a where nothing was reconstructed.',
-        **series_metadata(context.run, context.task),
-    } | _masking(context)
+    context.write_sidecar(scores_table, _describe_scores(context, result) | masking)
 
 
 def _write_bold(context: Context, series: np.ndarray) -> None:
     from bids_brainfm.signals.paint import paint_series
 
     run, tr = context.run, context.data.series.tr
-    path, source = bold_path(run, context.task), source_sidecar(run, context.task)
+    _, path = companions(run, context.task.place)
     paint_series(path, run.bold, context.image, series, tr)
-    write_sidecar(
-        path,
-        {
-            'Description': f'Reconstruction by {context.task.spec.card.name}: every voxel holds '
-            'the series of its parcel.',
-            'RepetitionTime': tr,
-            'TaskName': run.entities.get('task'),
-            'StartTime': source['StartTime'],
-            'SkullStripped': True,
-            # an image in that space which is at hand: the atlas, last among the sources
-            'SpatialReference': context.common['Sources'][-1],
-            'Resolution': run.entities.get('res') and 'as the input',
-            'GapRule': 'Volumes without reconstruction hold the mean over the others',
-            'VolumesWithoutReconstruction': np.flatnonzero(np.isnan(series).all(axis=1)),
-        }
-        | context.common,
-    )
+    content = {
+        'Description': f'Reconstruction by {context.task.spec.card.name}: every voxel holds '
+        'the series of its parcel.',
+        'RepetitionTime': tr,
+        'TaskName': run.entities.get('task'),
+        'StartTime': context.source['StartTime'],
+        'SkullStripped': True,
+        # an image in that space which is at hand: the atlas, last among the sources
+        'SpatialReference': context.common['Sources'][-1],
+        'Resolution': run.entities.get('res') and 'as the input',
+        'GapRule': 'Volumes without reconstruction hold the mean over the others',
+        'VolumesWithoutReconstruction': np.flatnonzero(np.isnan(series).all(axis=1)),
+    }
+    write_sidecar(path, content | context.common)
 
 
-def _describe_scores(context: Context, made, pooled: dict, gain) -> dict:
-    warnings = []
-    label = context.task.spec.label
+def _describe_scores(context: Context, result: Result) -> dict[str, Any]:
+    from bids_brainfm.analyses.reconstruct import GAIN_MARGIN
+
+    gain, label, warnings = result.gain, context.task.spec.label, []
     if gain.warned:
         warnings.append(
             f'{label} reconstructs these data better when they are {gain.best:g} times as large '
@@ -164,21 +212,30 @@ def _describe_scores(context: Context, made, pooled: dict, gain) -> dict:
         'was hidden: share of variance explained (R2, not floored; 0 is what the mean of the '
         'parcel over the run explains) and Pearson r, in the units of the model. Flagged volumes, '
         'which were interpolated, are not scored.',
-        'ShareFlagged': context.data.flagged.mean(),
-        'NumberOfPasses': made.n_passes,
-        'Pooled': score_metadata(pooled),
+        'ShareFlagged': context.data.flagged.mean(), 'NumberOfPasses': result.found.n_passes,
+        'Pooled': score_metadata(result.pooled),
         'GainCheck': {
             'Description': 'R2 of the hidden points of the first window when the input is '
             f'multiplied by each gain. It is warned about where another gain gives an R2 above 0 '
             f'that is higher by more than {GAIN_MARGIN}',
-            'Gain': gain.gains,
-            'R2': gain.r2,
-            'Best': gain.best,
+            'Gain': gain.gains, 'R2': gain.r2, 'Best': gain.best,
         },
         'Warnings': warnings,
-        'Node': {'Description': f'Parcel of {context.atlas.name}'},
-        'r2': {'Description': 'Of the model'},
-        'r': {'Description': 'Of the model'},
-        '*_mean': {'Description': "Of the mean of the parcel's visible points in the window"},
-        '*_interpolation': {'Description': 'Of linear interpolation between visible points'},
-    } | _masking(context)
+    } | described({
+        'Node': f'Parcel of {context.atlas.name}', 'r2': 'Of the model', 'r': 'Of the model',
+        '*_mean': "Of the mean of the parcel's visible points in the window",
+        '*_interpolation': 'Of linear interpolation between visible points',
+    })  # fmt: skip
+
+
+def facts(sidecar: dict[str, Any]) -> dict[str, Any]:
+    """Scores, and what the gain check found."""
+    check = sidecar['GainCheck']
+    best = max(value for value in check['R2'] if value == value)
+    return {
+        'Reconstruction': f'R2 {pooled_scores(sidecar)}; {sidecar["MaskRatio"]:.0%} of the tokens '
+        f'hidden in each of {sidecar["NumberOfPasses"]} passes',
+        'Gain check': f'best R2 {best:.2f}, when the input is multiplied by {check["Best"]:g}'
+        if best > 0
+        else 'at no gain is the model nearer than the mean',
+    }

@@ -3,20 +3,22 @@
 import hashlib
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
+from bids_brainfm.bids.dataset import Record, describe_filters, find_whole
 from bids_brainfm.bids.files import read_matrix, write_json, write_table
-from bids_brainfm.bids.freshness import read_sidecar
-from bids_brainfm.bids.naming import join_name, own_uri
+from bids_brainfm.bids.naming import own_uri
+from bids_brainfm.config import Settings
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.outputs.contrast import asked_of, finished
+from bids_brainfm.outputs.registry import BY_NAME
 from bids_brainfm.signals.cohort_stats import CohortFit
 from bids_brainfm.signals.scale import ScaleStats, check_stats, stats_content, unusable
 
 LOGGER = logging.getLogger('bids_brainfm')
-SERIES = 'stat-mean_timeseries'
 # Quartiles of fewer people depend on each of them
 FEW = 20
 WHAT = {
@@ -25,153 +27,112 @@ WHAT = {
     'cohort-means': 'median and interquartile range over participants of the mean over time, in '
     'BOLD units',
 }
-# Entities that tell two files of one recording apart
-_PLACE = ('space', 'res', 'den', 'atlas', 'stat')
+Filters = dict[str, tuple[str, ...]]
 
 
-def find_series(
-    dataset: Path, filters: dict[str, tuple[str, ...]]
-) -> dict[str, list[tuple[dict, Path]]]:
-    """Parcel series that the participant level finished, by atlas.
+def wanted(settings: Settings) -> bool:
+    """Whether statistics are to be fitted: the option was given without a file."""
+    return settings.scale_stats == ()
 
-    Parameters
-    ----------
-    dataset : Path
-    filters : dict of str to tuple of str
-        Labels of an entity to take; all where empty.
 
-    Raises
-    ------
-    BrainfmError
-        The dataset is not ours, has none, lacks a participant that was asked for, or has one
-        recording in two spaces.
+def find(dataset: Path, filters: Filters, settings: Settings) -> dict[str, list[Record]]:
+    """Find the parcel series that the participant level finished, by atlas.
+
+    A BrainfmError says that the dataset is not ours, has no series, lacks a participant that was
+    asked for, or has one recording in two spaces.
     """
-    found: dict[str, list[tuple[dict, Path]]] = {}
-    names: dict[str, Path] = {}
-    for entities, path in finished(dataset, f'*_{SERIES}.tsv', filters):
-        found.setdefault(entities['atlas'], []).append((entities, path))
-        name = join_name({k: v for k, v in entities.items() if k not in _PLACE})
-        first = names.setdefault(f'{name}_atlas-{entities["atlas"]}', path)
-        if first != path:
+    series = BY_NAME['series']
+    found: dict[str, list[Record]] = {}
+    first: dict[tuple[str, str], Record] = {}
+    for record in find_whole(dataset, series.suffix, filters, stat=series.stat):
+        atlas = record.entities['atlas']
+        found.setdefault(atlas, []).append(record)
+        other = first.setdefault((record.name, atlas), record)
+        if other is not record:
             raise BrainfmError(
-                f'{dataset} has {name} in two spaces ({first.name}, {path.name}), and it would '
-                f'count twice: choose one with --space.'
+                f'{dataset} has {record.name} in two spaces ({other.path.name}, '
+                f'{record.path.name}), and it would count twice: choose one with --space.'
             )
     if not found:
         raise BrainfmError(
-            f'{dataset} has no parcel series{asked_of(filters)}: run the participant level first, '
-            f'with --stop-after timeseries where the statistics are wanted before encoding.'
+            f'{dataset} has no parcel series{describe_filters(filters)}: run the participant '
+            f'level first, with --stop-after timeseries where the statistics are wanted before '
+            f'encoding.'
         )
     return found
 
 
-def write_scale_stats(
-    series: dict[str, list[tuple[dict, Path]]], dataset: Path, version: str
-) -> list[tuple[str, Path]]:
+def write(
+    series: Mapping[str, Sequence[Record]], dataset: Path, settings: Settings, version: str
+) -> list[Path]:
     """Fit and write the statistics of every atlas, for both ways of scaling by a cohort.
 
-    A file's name has its version, which follows from its numbers: other runs make another file,
-    and outputs that were scaled by an older one still find it.
-
-    Parameters
-    ----------
-    series : dict of str to list of (dict, Path)
-        From :func:`find_series`.
-    dataset : Path
-        Where they are from, and where the folder ``group`` goes.
-    version : str
-        Of this program.
-
-    Returns
-    -------
-    list of (str, Path)
-        Way of scaling and file,
-        ``group/scale/atlas-<A>_stat-<series|temporalmean>_desc-<version>_scale.json``.
-
-    Raises
-    ------
-    BrainfmError
-        A run is damaged or has no BOLD level, or no parcel can be scaled by what was found.
+    A file's name, ``group/scale/atlas-<A>_stat-<series|temporalmean>_desc-<version>_scale.json``,
+    has its version, which follows from its numbers: other runs make another file, and outputs that
+    were scaled by an older one still find it. BrainfmError: a run is damaged or has no BOLD level,
+    or no parcel can be scaled by what was found.
     """
     written = []
-    for atlas, runs in series.items():
-        fit, names, denoising, lengths = CohortFit(atlas), [], set(), []
-        for entities, path in tqdm(runs, desc=f'Runs of {atlas}', unit='run', disable=None):
-            data, names = read_matrix(path)
-            facts_of = _facts(path)
+    for atlas, records in series.items():
+        fit, names, denoising, lengths = CohortFit(atlas), list[str](), set[str](), list[int]()
+        for record in tqdm(records, desc=f'Runs of {atlas}', unit='run', disable=None):
+            data, names = read_matrix(record.path)
+            sidecar = record.sidecar or {}
+            level, cleaning = sidecar.get('BrainMean'), sidecar.get('Denoising')
+            if not (level and isinstance(cleaning, dict) and cleaning.get('Name')):
+                raise BrainfmError(
+                    f'The sidecar (.json) of {record.path} lacks the BrainMean or the Denoising: '
+                    f'remove both and run the participant level again.'
+                )
             try:
-                fit.add(entities['sub'], data, facts_of['BrainMean'])
+                fit.add(record.entities['sub'], data, level)
             except BrainfmError as error:
-                raise BrainfmError(f'{path.name}: {error}') from None
-            denoising.add(facts_of['Denoising']['Name'])
+                raise BrainfmError(f'{record.path.name}: {error}') from None
+            denoising.add(cleaning['Name'])
             lengths.append(len(data))
-        people = {entities['sub'] for entities, _ in runs}
+        people = {record.entities['sub'] for record in records}
         facts = {
-            'NumberOfRuns': len(runs),
-            'NumberOfParticipants': len(people),
-            'Denoising': sorted(denoising),
-            'SoftwareVersion': version,
-            'Node': names,
-        }
+            'NumberOfRuns': len(records), 'NumberOfParticipants': len(people),
+            'Denoising': sorted(denoising), 'SoftwareVersion': version, 'Node': names,
+        }  # fmt: skip
         if len(people) < FEW:
             LOGGER.warning(
                 'The statistics of %s are of %d participants only: with fewer than %d they say '
                 'more of these people than of a cohort.', atlas, len(people), FEW,
             )  # fmt: skip
-        table = {'run': [path.name.partition(f'_{SERIES}')[0] for _, path in runs]}
-        table['volumes'] = lengths
-        for method, stats in {
-            'cohort': fit.series(),
-            'cohort-means': fit.temporal_means(),
-        }.items():
+        ending = f'_stat-{BY_NAME["series"].stat}'
+        runs = [record.path.name.partition(ending)[0] for record in records]
+        table = {'run': runs, 'volumes': lengths}
+        fitted = {'cohort': fit.series(), 'cohort-means': fit.temporal_means()}
+        for method, stats in fitted.items():
             try:
                 check_stats(stats, method)
             except BrainfmError as error:
                 LOGGER.warning('Not written, for %s: %s', method, error)
                 continue
-            written.append((method, _write(dataset, method, stats, facts, table)))
+            written.append(path := _write_stats(dataset, method, stats, facts, table))
+            LOGGER.info('Statistics for models scaled by %s: %s', method, path)
     if not written:
         raise BrainfmError(
             f'The parcel series of {dataset} give no statistics that a model could be scaled by '
             f'(see the warnings): run the participant level on more participants first.'
         )
+    LOGGER.info('Use them with --scale cohort --scale-stats FILE ..., those of your models.')
     return written
 
 
-def _facts(path: Path) -> dict:
-    """Sidecar of parcel series.
-
-    Raises
-    ------
-    BrainfmError
-        It lacks something.
-    """
-    sidecar = read_sidecar(path.with_suffix('.json'))
-    try:
-        complete = bool(sidecar['BrainMean'] and sidecar['Denoising']['Name'])
-    except (KeyError, TypeError):
-        complete = False
-    if not complete:
-        raise BrainfmError(
-            f'The sidecar (.json) of {path} lacks the BrainMean or the Denoising: remove both and '
-            f'run the participant level again.'
-        )
-    return sidecar
-
-
-def _write(dataset: Path, method: str, stats: ScaleStats, facts: dict, table: dict) -> Path:
-    """Write statistics, and beside them the table of runs that they are of."""
+def _write_stats(
+    dataset: Path, method: str, stats: ScaleStats, facts: dict[str, Any], table: dict[str, Any]
+) -> Path:
+    """Write statistics, and next to them the table of their runs."""
     content = stats_content(stats)
     digest = hashlib.sha256(json.dumps([content, table]).encode()).hexdigest()[:8]
-    kind = stats.statistic.replace(' ', '')
-    stem = f'atlas-{stats.atlas}_stat-{kind}_desc-{digest}_scale'
-    runs = dataset / 'group' / 'scale' / f'{stem}.tsv'
+    kind, folder = stats.statistic.replace(' ', ''), dataset / 'group' / 'scale'
+    runs = folder / f'atlas-{stats.atlas}_stat-{kind}_desc-{digest}_scale.tsv'
     write_table(runs, table)
     head = {
         'Description': f'Statistics of the parcels of {stats.atlas} over runs: {WHAT[method]}.',
-        'ScalesBy': method,
-        'Version': digest,
-        'Runs': own_uri(dataset, runs),
+        'ScalesBy': method, 'Version': digest, 'Runs': own_uri(dataset, runs),
         'ParcelsWithout': [facts['Node'][i] for i in unusable(stats)],
-    }
+    }  # fmt: skip
     return write_json(runs.with_suffix('.json'), head | facts | content)

@@ -9,7 +9,7 @@ DATA = Path(__file__).parents[1] / 'data' / 'reports'
 
 
 def methods_path(output: Path) -> Path:
-    """Where the methods text stands."""
+    """File of the methods text."""
     return output / 'logs' / 'CITATION.md'
 
 
@@ -24,20 +24,9 @@ def write_methods(
 ) -> Path:
     """Write ``logs/CITATION.md``, from the parts of this run and of those before it.
 
-    Parameters
-    ----------
-    output : Path
-        The output dataset.
-    parts : dict of str to (str, list of str)
-        Name of each kind of output, as in ``logs/settings``: what was done, and what to cite for
-        it. The tools that the text names are added.
-    record : bool
-        Whether the parts are of outputs that are now made, and stay for later runs' texts.
-
-    Returns
-    -------
-    Path
-        The file.
+    `parts` has, by the name of each kind of output as in ``logs/settings``, what was done and what
+    to cite for it; the tools that the text names are added. `record` says whether the outputs are
+    now written, so that the parts stay for later runs' texts.
     """
     folder = output / 'logs' / 'methods'
     own = {name: {'Text': text, 'References': list(c)} for name, (text, c) in parts.items()}
@@ -52,7 +41,7 @@ def write_methods(
 
 
 def _recorded(folder: Path) -> dict[str, dict]:
-    """Parts of the methods text that stand, by name."""
+    """Recorded parts of the methods text, by name."""
     parts = {path.stem: read_sidecar(path) for path in sorted(folder.glob('*.json'))}
     return {name: part for name, part in parts.items() if part}
 

@@ -1,89 +1,62 @@
-"""What all pictures of the report share: look, colours, and how they are written.
+"""What all figures share: their look, the parts that recur, and how they are written.
 
 Figures are made with Matplotlib's objects, not with pyplot, so that nothing global is left behind
-and no display is needed. Colours are Okabe and Ito's (https://jfly.uni-koeln.de/color/), grey
-scales, and diverging or perceptually uniform maps that survive colour blindness.
+and no display is needed.
 """
 
 import base64
 import io
 import re
 import textwrap
-from contextlib import contextmanager
-from functools import wraps
+from contextlib import _GeneratorContextManager
+from pathlib import Path
+from typing import Any, Literal
 
+import matplotlib.style
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.colors import Colormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from bids_brainfm.bids.files import write_text
 
+# Okabe and Ito's colours (https://jfly.uni-koeln.de/color/), which survive colour blindness
 BLUE, ORANGE, VERMILION = '#0072B2', '#E69F00', '#D55E00'
 SKY, GREEN, YELLOW, PURPLE = '#56B4E9', '#009E73', '#F0E442', '#CC79A7'
 INK, GREY, PALE = '#333333', '#999999', '#ECECEC'
 # Missing parcels: a grey outside diverging maps; in a grey-scale carpet grey means a value.
 MISSING, MISSING_IN_GREY = '#BDBDBD', '#BFD9EA'
 WIDTH = 9.0  # inches, the width of the page's column
+ALPHA = 0.05  # below it a p or q is called significant
+FLOOR = -1.0  # R2 has no lower end; what lies below is counted, not drawn
 
-STYLE = {
-    'font.size': 9,
-    'axes.titlesize': 9.5,
-    'axes.titlelocation': 'left',
-    'axes.titleweight': 'bold',
-    'axes.labelsize': 9,
-    'axes.spines.top': False,
-    'axes.spines.right': False,
-    'axes.edgecolor': INK,
-    'axes.labelcolor': INK,
-    'axes.titlecolor': INK,
+STYLE: dict[str, Any] = {
+    **dict.fromkeys(('axes.edgecolor', 'axes.labelcolor', 'axes.titlecolor'), INK),
+    **dict.fromkeys(('text.color', 'xtick.color', 'ytick.color'), INK),
+    **dict.fromkeys(('font.size', 'axes.labelsize'), 9),
+    **dict.fromkeys(('xtick.labelsize', 'ytick.labelsize', 'legend.fontsize'), 8),
+    **dict.fromkeys(('axes.spines.top', 'axes.spines.right', 'legend.frameon'), False),
+    **{'axes.titlesize': 9.5, 'axes.titlelocation': 'left', 'axes.titleweight': 'bold'},
     'axes.linewidth': 0.7,
-    'text.color': INK,
-    'xtick.color': INK,
-    'ytick.color': INK,
-    'xtick.labelsize': 8,
-    'ytick.labelsize': 8,
-    'legend.fontsize': 8,
-    'legend.frameon': False,
     'image.interpolation': 'none',  # rasters keep their own pixels, the viewer scales them
     'svg.hashsalt': 'bids_brainfm',  # ids inside the SVG are the same in every process
 }
 
 
-@contextmanager
-def style():
-    """Our look on top of Matplotlib's defaults, whatever the user's matplotlibrc says."""
-    import matplotlib
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
-        yield
+def look() -> _GeneratorContextManager[None]:
+    """Our look, whatever the user's matplotlibrc says: as a context, or to decorate a drawing."""
+    return matplotlib.style.context(STYLE, after_reset=True)
 
 
-def styled(draw):
-    """Draw in our look: a decorator of pictures."""
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure as SVG, atomically, and return its path; equal figures give equal bytes.
 
-    @wraps(draw)
-    def drawn(*args, **kwargs):
-        with style():
-            return draw(*args, **kwargs)
-
-    return drawn
-
-
-def save(figure, path):
-    """Write a figure as SVG, atomically; equal figures give equal bytes.
-
-    Parameters
-    ----------
-    figure : matplotlib.figure.Figure
-    path : path-like
-        Ends in ``.svg``; its folder is made if need be.
-
-    Returns
-    -------
-    pathlib.Path
+    The name ends in ``.svg``; its folder is created if need be.
     """
     drawn = io.StringIO()
-    with style():
+    with look():
         figure.savefig(drawn, format='svg', dpi=150, metadata={'Date': None, 'Creator': None})
     figure.set_layout_engine('none')  # it would move things a little in a second save
     text = re.sub(
@@ -98,7 +71,7 @@ def save(figure, path):
     return write_text(path, text)
 
 
-def _with_palette(encoded):
+def _with_palette(encoded: str) -> str:
     """The same PNG (base64) with one byte per pixel where 256 colours do: half the size."""
     from PIL import Image
 
@@ -114,49 +87,46 @@ def _with_palette(encoded):
     return base64.b64encode(packed.getvalue()).decode('ascii')
 
 
-def new_figure(height):
+def new_figure(height: float) -> Figure:
     """An empty figure of the page's width, `height` inches high."""
-    from matplotlib.figure import Figure
-
     return Figure(figsize=(WIDTH, height), layout='constrained', facecolor='white')
 
 
-def colour_map(name, levels, bad):
+def colour_map(name: str, levels: int, missing: str = MISSING) -> Colormap:
     """A colour map of few levels: rasters compress better, colour bars have fewer pieces."""
-    from matplotlib import colormaps
-
-    return colormaps[name].resampled(levels).with_extremes(bad=bad)
+    return matplotlib.colormaps[name].resampled(levels).with_extremes(bad=missing)
 
 
-def headline(figure, text, color=INK):
+def headline(figure: Figure, text: str, warned: bool = False) -> None:
     """Title of a whole figure, at the left, on as many lines as it takes."""
     lines = '\n'.join(textwrap.wrap(text, 112))
-    figure.suptitle(lines, x=0.01, ha='left', fontsize=9.5, fontweight='bold', color=color)
+    colour = VERMILION if warned else INK
+    figure.suptitle(lines, x=0.01, ha='left', fontsize=9.5, fontweight='bold', color=colour)
 
 
-def whole_numbers(axis):
+def whole_numbers(axis: Axis) -> None:
     """Ticks of an axis at whole numbers only."""
-    from matplotlib.ticker import MaxNLocator
-
     axis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
 
 
-def shrink(values, rows, columns):
+def legend_above(
+    axes: Axes, loc: Literal['lower left', 'lower right'], pad: float, ncols: int = 1, **look: Any
+) -> None:
+    """A legend whose corner `loc` is that corner above the axes; `pad` in font sizes."""
+    corner = (float(loc == 'lower right'), 1)
+    axes.legend(loc=loc, bbox_to_anchor=corner, borderaxespad=pad, ncols=ncols, **look)
+
+
+def say_none(axes: Axes) -> None:
+    """Say in the middle of axes that there is nothing to draw."""
+    axes.text(0.5, 0.5, 'none', transform=axes.transAxes, ha='center', va='center', color=GREY)
+
+
+def shrink(values: np.ndarray, rows: int, columns: int) -> np.ndarray:
     """Average neighbouring rows and columns until at most so many are left.
 
-    Parameters
-    ----------
-    values : (N, M) float
-        May hold NaN, which the averages leave out; all NaN stays NaN.
-    rows, columns : int
-        Largest size of the answer.
+    NaN is left out of the averages; what is NaN throughout stays so.
 
-    Returns
-    -------
-    (n, m) float
-
-    Examples
-    --------
     >>> shrink(np.array([[1.0, 3.0, 5.0, np.nan]]), rows=1, columns=2)
     array([[2., 5.]])
     """
@@ -165,8 +135,8 @@ def shrink(values, rows, columns):
         step = -(-size // limit)
         if step > 1:
             starts = np.arange(0, size, step)
-            there = np.isfinite(values)
-            count = np.add.reduceat(there, starts, axis=axis, dtype=float)
-            total = np.add.reduceat(np.where(there, values, 0.0), starts, axis=axis)
+            known = np.isfinite(values)
+            count = np.add.reduceat(known, starts, axis=axis, dtype=float)
+            total = np.add.reduceat(np.where(known, values, 0.0), starts, axis=axis)
             values = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
     return values

@@ -4,27 +4,17 @@ import numpy as np
 
 from bids_brainfm.signals.scale import CLIP_SD, GRAND_MEAN, STATISTICS, ScaleStats, brain_level
 
-# Width of a bin as a share of the value that it stands for
-_RELATIVE_WIDTH = 5e-4
-# Values are told apart up to so many units from zero
-_REACH = 1e9
+_RELATIVE_WIDTH = 5e-4  # of a bin, as a proportion of its value
+_REACH = 1e9  # values are distinguished up to so many units from zero
 
 
 class Sketch:
     """Quantiles of each parcel from counts in bins that widen with the distance from zero.
 
-    Counts take no more memory however many values come, need no second look at the data, and do
-    not depend on the order of runs. As in DDSketch (Masson et al. 2019, Proceedings of the VLDB
-    Endowment 12:2195-2205) the error is a share of the value.
+    Memory does not grow with the values, and the order of runs does not matter. As in DDSketch
+    (Masson et al. 2019, Proceedings of the VLDB Endowment 12:2195-2205) the error is a proportion
+    of the value; values smaller than `unit` are counted as if they were this large.
 
-    Parameters
-    ----------
-    n_parcels : int
-    unit : float
-        Values smaller than this are told apart as if they were this large.
-
-    Examples
-    --------
     >>> sketch = Sketch(1)
     >>> for part in (np.arange(0, 500.0), np.arange(500, 1001.0)):
     ...     sketch.add(part[:, None])
@@ -32,13 +22,12 @@ class Sketch:
     (array([250.]), array([1001]))
     """
 
-    def __init__(self, n_parcels: int, unit: float = 1.0):
+    def __init__(self, n_parcels: int, unit: float = 1.0) -> None:
         self.unit = unit
         self._middle = int(np.arcsinh(_REACH) / _RELATIVE_WIDTH)
         # Rows are touched only where there are values, and memory is taken only there
         self._counts = np.zeros((n_parcels, 2 * self._middle + 1), np.uint32)
-        self._least = np.full(n_parcels, np.inf)
-        self._most = np.full(n_parcels, -np.inf)
+        self._least, self._most = np.full(n_parcels, np.inf), np.full(n_parcels, -np.inf)
 
     @property
     def count(self) -> np.ndarray:
@@ -56,16 +45,15 @@ class Sketch:
         self._least = np.fmin(self._least, np.where(known, values, np.inf).min(axis=0))
         self._most = np.fmax(self._most, np.where(known, values, -np.inf).max(axis=0))
 
-    def quantile(self, share: float) -> np.ndarray:
-        """Value below which a share of each parcel's values lies, (P,); NaN without values."""
+    def quantile(self, proportion: float) -> np.ndarray:
+        """Value below which a proportion of each parcel's values lies, (P,); NaN without any."""
         found = np.full(len(self._counts), np.nan)
         for parcel, counts in enumerate(self._counts):
             filled = np.flatnonzero(counts)
             if not filled.size:
                 continue
             until = np.cumsum(counts[filled], dtype=int)
-            # between the values next to the rank, as NumPy does it
-            rank = share * (until[-1] - 1)
+            rank = proportion * (until[-1] - 1)  # between the values next to it, as in NumPy
             ranks = np.array([np.floor(rank), np.ceil(rank)])
             at = np.searchsorted(until, ranks, side='right')
             inside = counts[filled[at]]
@@ -81,12 +69,6 @@ class Sketch:
 class CohortFit:
     """Both kinds of statistics of a cohort, from its runs, one after the other.
 
-    Parameters
-    ----------
-    atlas : str
-
-    Examples
-    --------
     >>> rng, fit = np.random.default_rng(0), CohortFit('A424')
     >>> for participant in ('01', '02', '03'):
     ...     fit.add(participant, 9000 + rng.normal(0, 90, (400, 2)), brain_mean=9000.0)
@@ -95,36 +77,24 @@ class CohortFit:
     array([1., 1.])
     """
 
-    def __init__(self, atlas: str):
+    def __init__(self, atlas: str) -> None:
         self.atlas = atlas
-        self._samples: Sketch | None = None
-        self._people: Sketch | None = None
+        self._samples = self._people = Sketch(0)  # until the number of parcels is known
         self._squares: np.ndarray | float = 0.0
         self._participant: str | None = None
         self._means: list[np.ndarray] = []
 
     def add(self, participant: str, data: np.ndarray, brain_mean: float) -> None:
-        """Take in a run; those of a participant must follow one another.
+        """Take in a run (T, P) in BOLD units; those of a participant must follow one another.
 
-        Parameters
-        ----------
-        participant : str
-        data : (T, P) array
-            Series in BOLD units; NaN for parcels to be left out.
-        brain_mean : float
-            Mean over the brain and all volumes, in BOLD units.
-
-        Raises
-        ------
-        BrainfmError
-            The brain mean is no BOLD level.
+        NaN for parcels to be left out; a `brain_mean` that is no BOLD level is refused.
         """
         series, level = np.asarray(data, float), brain_level(brain_mean)
         mean = series.mean(axis=0)
         values = (series - mean) * (GRAND_MEAN / level)
-        if self._samples is None:
+        if self._participant is None:
             self._samples = Sketch(len(mean))
-            # Data may be in any units; people differ by far more than this share of their level
+            # Data may be in any units; people differ by far more than this part of their level
             self._people = Sketch(len(mean), unit=1e-4 * level)
         self._samples.add(values)
         self._squares = self._squares + np.nan_to_num(values**2).sum(axis=0)
@@ -145,10 +115,8 @@ class CohortFit:
     def series(self) -> ScaleStats:
         """Statistics of ``'cohort'``, which BrainLM was trained with, over all samples.
 
-        Of series whose grand mean is 10 000 and whose parcel means are taken out. Bounds lie at
-        -3.6 and 3.7 SD, as for ``'run-robust'``: on a cohort of one run both scale alike,
-        where the model takes its repetition time: samples are those of the runs as they were
-        recorded, and a model scales what was resampled.
+        Of series whose grand mean is 10 000 and whose parcel means are taken out, with bounds at
+        -3.6 and 3.7 SD, as for ``'run-robust'``; samples are those recorded, not resampled.
         """
         count = self._samples.count
         median, iqr = _median_iqr(self._samples)
@@ -170,5 +138,5 @@ class CohortFit:
 
 
 def _median_iqr(sketch: Sketch) -> tuple[np.ndarray, np.ndarray]:
-    first, median, third = (sketch.quantile(share) for share in (0.25, 0.5, 0.75))
+    first, median, third = (sketch.quantile(part) for part in (0.25, 0.5, 0.75))
     return median, third - first

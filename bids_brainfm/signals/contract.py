@@ -18,52 +18,25 @@ TEMPORAL = ('resample', 'official')
 
 @dataclass(frozen=True)
 class Contract:
-    """What a model expects, and what was asked for instead.
+    """What a model expects, and what was asked for instead."""
 
-    Attributes
-    ----------
-    tr : float
-        Seconds between samples.
-    window : int
-        Samples per window.
-    scaling : str
-        Method of :func:`bids_brainfm.signals.scale.scale`.
-    divide_by : float
-        Constant that scaled values are divided by.
-    stride : int or None
-        Samples between the starts of windows, the window's length if None.
-    short_runs : {'refuse', 'pad', 'tile'}
-        What to do with less than one window of data.
-    min_coverage : float
-        Share of a parcel below which its series is replaced.
-    stats : Path or None
-        Fitted statistics of ``cohort`` and ``cohort-means`` scaling.
-    temporal : {'resample', 'official'}
-        Resample to `tr`, or scale the run at its own repetition time and pick the frames that
-        the official code picks, whatever that repetition time is.
-    official_volumes : int or None
-        Volumes that a window of official sampling spans; None for a model without it.
-    min_real : float
-        Share of recorded samples that suffices for a window (1: none may be missing).
-    """
-
-    tr: float
-    window: int
-    scaling: str
-    divide_by: float = 1.0
-    stride: int | None = None
-    short_runs: str = 'refuse'
-    min_coverage: float = 0.5
-    stats: Path | None = None
+    tr: float  # seconds between samples
+    window: int  # samples per window
+    scaling: str  # method of signals.scale.fit_scaling
+    divide_by: float = 1.0  # constant that scaled values are divided by
+    stride: int | None = None  # samples between the starts of windows, `window` if None
+    short_runs: str = 'refuse'  # or 'pad' or 'tile': what to do with less than one window of data
+    min_coverage: float = 0.5  # proportion of a parcel below which its series is replaced
+    stats: Path | None = None  # fitted statistics of cohort and cohort-means scaling
+    # 'resample' to `tr`, or 'official': scale at the run's own, pick the official code's frames
     temporal: str = 'resample'
-    official_volumes: int | None = None
-    min_real: float = 1.0
+    official_volumes: int | None = None  # that a window of official sampling spans
+    min_real: float = 1.0  # proportion of recorded samples that suffices for a window
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.temporal not in TEMPORAL:
-            raise BrainfmError(
-                f'--temporal is one of {", ".join(TEMPORAL)}, not {self.temporal!r}.'
-            )
+            names = ', '.join(TEMPORAL)
+            raise BrainfmError(f'--temporal is one of {names}, not {self.temporal!r}.')
         if self.temporal == 'official' and self.official_volumes is None:
             raise BrainfmError(
                 '--temporal official: the card of this model gives no official_volumes, so it has '
@@ -73,30 +46,14 @@ class Contract:
 
 @dataclass(frozen=True)
 class ModelInput:
-    """One run as a model takes it, not yet cut into windows.
+    """One run as a model takes it, not yet cut into windows."""
 
-    Attributes
-    ----------
-    data : (S, P) float32
-        Scaled samples, without gaps.
-    tr : float
-        Seconds between samples.
-    flagged : (S,) bool
-        Samples that come from flagged volumes.
-    scaling : Scaling
-        How BOLD units became the model's.
-    donors : (P,) int
-        For each parcel the parcel that it was filled from, -1 where it has its own series.
-    series : ParcelSeries
-        What it was made from.
-    """
-
-    data: np.ndarray
-    tr: float
-    flagged: np.ndarray
-    scaling: Scaling
-    donors: np.ndarray
-    series: ParcelSeries
+    data: np.ndarray  # (S, P) float32, scaled samples without gaps
+    tr: float  # seconds between samples
+    flagged: np.ndarray  # (S,) bool, samples that come from flagged volumes
+    scaling: Scaling  # how BOLD units became the model's
+    donors: np.ndarray  # (P,) int, parcel that each was filled from, -1 for its own series
+    series: ParcelSeries  # what it was made from
 
     @property
     def own(self) -> np.ndarray:
@@ -104,19 +61,9 @@ class ModelInput:
         return self.donors < 0
 
     def in_bold_units(self, values: np.ndarray) -> np.ndarray:
-        """Bring values of the model back to the volumes and units of the run.
+        """Convert values (S, P) in place of ``data`` to the volumes and units of the run, (T, P).
 
-        Parameters
-        ----------
-        values : (S, P) float
-            In place of ``data``; NaN where there is none.
-
-        Returns
-        -------
-        (T, P) float32
-            A row a volume of the series. NaN where the nearest sample has no value, at a last
-            volume that lies beyond the last sample, and for parcels without a series of their
-            own.
+        NaN where the nearest sample is NaN, after the last one, and for filled parcels.
         """
         n_volumes, run_tr = len(self.series.data), self.series.tr
         # gaps are bridged by the run itself, so that the filter does not spread them
@@ -130,30 +77,14 @@ class ModelInput:
 
 
 def prepare_input(
-    series: ParcelSeries,
-    contract: Contract,
-    xyz: np.ndarray,
-    atlas: str,
+    series: ParcelSeries, contract: Contract, xyz: np.ndarray, atlas: str,
     structures: Sequence[str] | None = None,
-) -> ModelInput:
+) -> ModelInput:  # fmt: skip
     """Fill, resample and scale one run.
 
-    Parameters
-    ----------
-    series : ParcelSeries
-    contract : Contract
-    xyz : (P, 3) array
-        Centroids of the parcels in mm; a parcel without signal takes the series of the nearest
-        parcel that has it.
-    atlas : str
-        Name of the atlas, which fitted statistics must be of.
-    structures : sequence of P str, optional
-        Structure of each parcel, within which parcels without signal are filled.
-
-    Raises
-    ------
-    BrainfmError
-        The run has too little coverage, or cannot be scaled.
+    A parcel without signal takes the series of the nearest parcel that has it, by the centroids
+    `xyz` (P, 3) in mm and, where given, within the same of the P `structures`. Fitted statistics
+    must be of the atlas. Runs of too little coverage, or that cannot be scaled, are refused.
     """
     data, donors = fill_uncovered(
         series.data, series.coverage, xyz, contract.min_coverage, structures, atlas
@@ -169,53 +100,22 @@ def prepare_input(
 
 
 def windows_of(run: ModelInput, contract: Contract) -> Windows:
-    """Cut one run into the windows that are embedded.
-
-    Raises
-    ------
-    BrainfmError
-        The run is too short.
-    """
+    """Cut one run into the windows that are embedded; one that is too short is refused."""
+    span = contract.official_volumes if contract.temporal == 'official' else None
     windows = cut(
-        run.data,
-        run.flagged,
-        run.tr,
-        contract.window,
-        stride=contract.stride,
-        short=contract.short_runs,
-        start=run.series.start,
-        min_real=contract.min_real,
-        span=contract.official_volumes if contract.temporal == 'official' else None,
-    )
+        run.data, run.flagged, run.tr, contract.window, contract.stride, contract.short_runs,
+        run.series.start, contract.min_real, span,
+    )  # fmt: skip
     if not len(windows.data):
         raise BrainfmError(_too_short(len(run.series.data), run.series.tr, contract))
     return windows
-
-
-def prepare(
-    series: ParcelSeries,
-    contract: Contract,
-    xyz: np.ndarray,
-    atlas: str,
-    structures: Sequence[str] | None = None,
-) -> tuple[Windows, np.ndarray]:
-    """Fill, resample, scale and cut one run: :func:`prepare_input`, then :func:`windows_of`.
-
-    Returns
-    -------
-    windows : Windows
-    donors : (P,) int
-        For each parcel the parcel that it was filled from, -1 where it has its own series.
-    """
-    run = prepare_input(series, contract, xyz, atlas, structures)
-    return windows_of(run, contract), run.donors
 
 
 def _too_short(n_volumes: int, tr: float, contract: Contract) -> str:
     """What a run lacks to give one window."""
     samples = contract.window, math.ceil(contract.min_real * contract.window - 1e-9)
     if contract.temporal == 'official':
-        last = official_frames(contract.window, contract.official_volumes)
+        last = official_frames(contract.window, contract.official_volumes or contract.window)
         needed, enough = (int(last[n - 1]) + 1 for n in samples)
     else:
         needed, enough = (volumes_for(n, tr, contract.tr) for n in samples)

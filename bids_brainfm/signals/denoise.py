@@ -8,39 +8,42 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.validation import Condition, build, read_card
 
-PRESETS = Path(__file__).resolve().parents[1] / 'data' / 'denoising'
-_PATTERNS = ('columns', 'optional_columns')
+if TYPE_CHECKING:
+    import pandas as pd
+
+FOLDER = 'denoising'
+Components = Annotated[
+    dict[str, str], Condition(lambda value: set(value) <= {'mask'}, 'one with the one key mask')
+]
 
 
 @dataclass(frozen=True)
 class Preset:
-    """What is regressed out.
-
-    Attributes
-    ----------
-    name, description : str
-        The description is prose for the methods section.
-    columns : tuple of str
-        Names or regular expressions; each must match at least one whole column name.
-    optional_columns : tuple of str
-        The same, but may match nothing (fMRIPrep writes no cosines for a very short run).
-    components : dict
-        ``{'mask': NAME}``: of the CompCor columns keep those retained from this mask.
-    outliers : dict
-        Column name to threshold; volumes above one of them are flagged.
-    """
+    """What is regressed out."""
 
     name: str
-    description: str = ''
-    columns: tuple[str, ...] = ()
-    optional_columns: tuple[str, ...] = ()
-    components: dict[str, str] = field(default_factory=dict)
-    outliers: dict[str, float] = field(default_factory=dict)
+    description: str = ''  # prose for the methods section
+    columns: tuple[str, ...] = ()  # names or regular expressions; each must match whole names
+    optional_columns: tuple[str, ...] = ()  # may match nothing (such as cosines of a short run)
+    # {'mask': NAME}: of the CompCor columns keep those retained from this mask.
+    components: Components = field(default_factory=dict)
+    outliers: dict[str, float] = field(default_factory=dict)  # volumes above these are flagged
+
+    def __post_init__(self) -> None:
+        for pattern in self.columns + self.optional_columns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise BrainfmError(
+                    f'the column {pattern!r} is not a regular expression ({error}).'
+                ) from error
 
     @property
     def touches_nothing(self) -> bool:
@@ -50,151 +53,38 @@ class Preset:
 
 @dataclass(frozen=True)
 class Confounds:
-    """Confounds of one run.
+    """Confounds of one run."""
 
-    Attributes
-    ----------
-    regressors : (T, K) float64
-        One row per volume of the run, without gaps.
-    names : tuple of str
-        The K columns.
-    flagged : (T,) bool
-        Volumes above an outlier threshold or marked as non-steady after the start.
-    dummy : int
-        Non-steady volumes at the start, to be dropped.
-    """
-
-    regressors: np.ndarray
-    names: tuple[str, ...]
-    flagged: np.ndarray
-    dummy: int
+    regressors: np.ndarray  # (T, K) float64, one row per volume of the run, without gaps
+    names: tuple[str, ...]  # the K columns
+    flagged: np.ndarray  # (T,) bool, above an outlier threshold, or non-steady after the start
+    dummy: int  # non-steady volumes at the start, to be dropped
 
 
-def load_preset(name_or_path) -> Preset:
-    """Read a denoising preset: one of ours by name, or a user's YAML file of the same form.
-
-    Parameters
-    ----------
-    name_or_path : str or path-like
-        ``'none'``, ``'simple'``, ``'36P'``, ``'acompcor'`` or a ``.yml`` file.
-
-    Returns
-    -------
-    Preset
-
-    Raises
-    ------
-    BrainfmError
-        Unknown name, missing file, unknown or malformed entries.
-
-    Examples
-    --------
-    >>> load_preset('none').touches_nothing
-    True
-    >>> load_preset('simple').columns[-2:]
-    ('white_matter', 'csf')
-    """
-    import yaml
-
-    path = Path(name_or_path)
-    if path.suffix not in {'.yml', '.yaml'}:
-        path = PRESETS / f'{name_or_path}.yml'
-        if not path.is_file():
-            known = ', '.join(sorted(p.stem for p in PRESETS.glob('*.yml')))
-            raise BrainfmError(
-                f'There is no denoising preset {str(name_or_path)!r}; '
-                f'choose one of {known}, or give a .yml file.'
-            )
-    try:
-        content = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except FileNotFoundError:
-        raise BrainfmError(f'The denoising file {path} does not exist.') from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = ' '.join(str(error).split())
-        raise BrainfmError(f'The denoising file {path} cannot be read ({reason}).') from error
-    return _preset(content, path)
+def load_preset(name: str | Path) -> Preset:
+    """Read a denoising preset: one of ours by name, or a user's YAML file of the same form."""
+    path, content = read_card(name, FOLDER, 'denoising preset')
+    return build(Preset, {'name': path.stem} | content, f'The denoising preset {path}')
 
 
-def _preset(content, path):
-    known = {
-        'name': str,
-        'description': str,
-        'columns': list,
-        'optional_columns': list,
-        'components': dict,
-        'outliers': dict,
-    }
-    if not isinstance(content, dict):
-        raise BrainfmError(f'The denoising file {path} must hold the keys {", ".join(known)}.')
-    for key, value in content.items():
-        if key not in known:
-            raise BrainfmError(
-                f'The denoising file {path} has an unknown key {key!r}; '
-                f'known keys are {", ".join(known)}.'
-            )
-        if not isinstance(value, known[key]):
-            raise BrainfmError(
-                f'In the denoising file {path} the value of {key!r} must be a '
-                f'{known[key].__name__}.'
-            )
-    components, outliers = content.get('components', {}), content.get('outliers', {})
-    if components and set(components) != {'mask'}:
-        raise BrainfmError(
-            f"In the denoising file {path} 'components' must have the one key 'mask'."
-        )
-    if not all(isinstance(limit, int | float) for limit in outliers.values()):
-        raise BrainfmError(
-            f"In the denoising file {path} the thresholds under 'outliers' must be numbers."
-        )
-    patterns = {key: tuple(map(str, content.get(key, ()))) for key in _PATTERNS}
-    for pattern in sum(patterns.values(), ()):
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise BrainfmError(
-                f'In the denoising file {path} the column {pattern!r} is not a regular '
-                f'expression ({error}).'
-            ) from error
-    return Preset(
-        name=content.get('name', path.stem),
-        description=content.get('description', ''),
-        components=components,
-        outliers=outliers,
-        **patterns,
-    )
+def read_confounds(
+    tsv: Path | None, json_path: Path | None, preset: Preset, n_volumes: int
+) -> Confounds:
+    """Take a preset's columns out of an fMRIPrep confounds table and its sidecar.
 
+    The table is not opened if the preset touches nothing. Derivatives have no value in the first
+    volume; they get the second one's, as in nilearn's ``load_confounds``.
 
-def read_confounds(tsv, json_path, preset, n_volumes) -> Confounds:
-    """Take a preset's columns out of an fMRIPrep confounds table.
-
-    Parameters
-    ----------
-    tsv : path-like
-        ``*_desc-confounds_timeseries.tsv``. Not opened if the preset touches nothing.
-    json_path : path-like or None
-        Its sidecar, which tells the CompCor components apart.
-    preset : Preset
-        From :func:`load_preset`.
-    n_volumes : int
-        Volumes T of the run.
-
-    Returns
-    -------
-    Confounds
-
-    Raises
-    ------
-    BrainfmError
-        Missing file, another number of rows than volumes, a required column that is absent, or
-        values that are not numbers.
-
-    Notes
-    -----
-    Derivatives have no value in the first volume; they get the second one's, as in nilearn's
-    ``load_confounds``.
+    Refused are a missing file, another number of rows than volumes, a required column that is
+    absent, and values that are not numbers.
     """
     if preset.touches_nothing:
         return Confounds(np.empty((n_volumes, 0)), (), np.zeros(n_volumes, bool), 0)
+    if tsv is None:
+        raise BrainfmError(
+            f'There is no confounds table, which denoising "{preset.name}" needs: copy it from '
+            'the fMRIPrep output, or choose --denoise none.'
+        )
     table = _read_table(tsv, n_volumes)
     names = _choose(list(table.columns), preset, tsv)
     if preset.components:
@@ -204,8 +94,7 @@ def read_confounds(tsv, json_path, preset, n_volumes) -> Confounds:
     steady = _numbers(table, [c for c in table if c.startswith('non_steady_state_outlier')], tsv)
     non_steady = steady.any(axis=1)
     dummy = n_volumes if non_steady.all() else int(np.argmin(non_steady))
-    flagged = non_steady.copy()
-    flagged[:dummy] = False
+    flagged: np.ndarray = non_steady & (np.arange(n_volumes) >= dummy)
     for column, limit in preset.outliers.items():
         if column not in table:
             raise BrainfmError(
@@ -216,7 +105,7 @@ def read_confounds(tsv, json_path, preset, n_volumes) -> Confounds:
     return Confounds(regressors, tuple(names), flagged, dummy)
 
 
-def _read_table(tsv, n_volumes):
+def _read_table(tsv: Path, n_volumes: int) -> 'pd.DataFrame':
     import pandas as pd
 
     try:
@@ -237,26 +126,23 @@ def _read_table(tsv, n_volumes):
     return table
 
 
-def _choose(header, preset, tsv):
+def _choose(header: list[str], preset: Preset, tsv: Path) -> list[str]:
     """Columns that match the preset's patterns, in the order of the header."""
     chosen = set()
     for pattern in preset.columns + preset.optional_columns:
         found = {column for column in header if re.fullmatch(pattern, column)}
         if not found and pattern in preset.columns:
-            stem = re.match(r'\w*', pattern).group()[:4].lower()
+            stem = re.split(r'\W', pattern)[0][:4].lower()
             kin = [c for c in header if stem and c.lower().startswith(stem)]
-            kin = (
-                f'of this kind it has {", ".join(kin[:6])}' if kin else 'it has none of this kind'
-            )
             raise BrainfmError(
-                f'{tsv} has no column {pattern}, which the denoising {preset.name} needs '
-                f'({kin}); choose another --denoise.'
+                f'{tsv} has no column {pattern}, which the denoising {preset.name} needs (of this '
+                f'kind it has {", ".join(kin[:6]) or "none"}); choose another --denoise.'
             )
         chosen |= found
     return [column for column in header if column in chosen]
 
 
-def _retained(names, mask, tsv, json_path):
+def _retained(names: list[str], mask: str, tsv: Path, json_path: Path | None) -> list[str]:
     """Drop the CompCor columns that are not retained components of the mask."""
     try:
         described = json.loads(Path(json_path).read_text(encoding='utf-8')) if json_path else {}
@@ -264,27 +150,20 @@ def _retained(names, mask, tsv, json_path):
         raise BrainfmError(
             f'The confounds sidecar {json_path} cannot be read ({error}); copy it again.'
         ) from error
-
-    def wanted(name):
-        entry = described.get(name, {})
-        return entry.get('Mask') == mask and entry.get('Retained') is True
-
     components = [name for name in names if '_comp_cor_' in name]
-    if not any(map(wanted, components)):
+    entries = {name: described.get(name, {}) for name in components}
+    wanted = [c for c, e in entries.items() if e.get('Mask') == mask and e.get('Retained') is True]
+    if not wanted:
         raise BrainfmError(
             f'The sidecar of {tsv} ({json_path or "absent"}) describes no retained CompCor '
             f'component of the {mask} mask; copy it from the fMRIPrep output, or choose another '
             '--denoise.'
         )
-    return [name for name in names if name not in components or wanted(name)]
+    return [name for name in names if name not in components or name in wanted]
 
 
-def _numbers(table, names, tsv, fill=True):
-    """(T, K) float64 columns without gaps.
-
-    The first row, which has no change since the volume before, is filled from the second, or is 0
-    where nothing should be made of it.
-    """
+def _numbers(table: 'pd.DataFrame', names: list[str], tsv: Path, fill: bool = True) -> np.ndarray:
+    """(T, K) float64 columns; the first row is filled from the second, or with 0."""
     columns = table[names]
     for name, kind in columns.dtypes.items():
         if kind.kind not in 'iufb':
@@ -295,9 +174,7 @@ def _numbers(table, names, tsv, fill=True):
     values = columns.to_numpy(dtype=float, copy=True)
     if len(values) > 1:
         values[0] = np.where(np.isnan(values[0]), values[1] if fill else 0, values[0])
-    gaps = ~np.isfinite(values)
-    if gaps.any():
-        row, column = np.argwhere(gaps)[0]
+    for row, column in np.argwhere(~np.isfinite(values)):
         raise BrainfmError(
             f'Column {names[column]} of {tsv} has no value in row {row + 1}; '
             'use the confounds table as fMRIPrep wrote it.'
@@ -305,29 +182,14 @@ def _numbers(table, names, tsv, fill=True):
     return values
 
 
-def denoise(data, confounds) -> np.ndarray:
+def denoise(data: np.ndarray, confounds: Confounds) -> np.ndarray:
     """Regress confounds out of parcel series and interpolate flagged volumes.
 
     The model (confounds and an intercept) is fitted by least squares on the volumes that are not
-    flagged. The fitted confounds are subtracted everywhere, each parcel keeps its mean over these
-    volumes, and flagged volumes are then interpolated linearly in time (at the ends, the nearest
-    value). Dummy volumes are dropped first.
-
-    Parameters
-    ----------
-    data : (T, P) array
-        Parcel series; a parcel that is NaN stays NaN.
-    confounds : Confounds
-        From :func:`read_confounds`.
-
-    Returns
-    -------
-    (T - dummy, P) float32
-
-    Raises
-    ------
-    BrainfmError
-        Fewer usable volumes than the fit needs.
+    flagged; fewer than it needs are refused. The fitted confounds are subtracted everywhere, each
+    parcel keeps its mean over these volumes, and flagged volumes are then interpolated linearly in
+    time (at the ends, the nearest value). Dummy volumes are dropped first: series (T, P) become
+    (T - dummy, P) float32. A parcel that is NaN stays NaN.
     """
     data = np.asarray(data)
     if not (confounds.names or confounds.flagged.any() or confounds.dummy):
@@ -350,17 +212,12 @@ def denoise(data, confounds) -> np.ndarray:
     parcels = np.isfinite(series).all(axis=0)
     fluctuation = series[np.ix_(good, parcels)]
     fluctuation -= fluctuation.mean(axis=0)
-    series[:, parcels] -= (
-        regressors @ np.linalg.lstsq(regressors[good], fluctuation, rcond=None)[0]
-    )
-    _interpolate(series, good)
-    return series.astype(np.float32)
+    weights = np.linalg.lstsq(regressors[good], fluctuation, rcond=None)[0]
+    series[:, parcels] -= regressors @ weights
 
-
-def _interpolate(series, good):
-    """Replace, in place, the rows that are not good by linear interpolation between the others."""
     rows, bad = np.flatnonzero(good), np.flatnonzero(~good)
     after = np.clip(np.searchsorted(rows, bad), 1, len(rows) - 1)
     left, right = rows[after - 1], rows[after]
-    share = np.clip((bad - left) / (right - left), 0, 1)[:, None]
-    series[bad] = (1 - share) * series[left] + share * series[right]
+    weight = np.clip((bad - left) / (right - left), 0, 1)[:, None]
+    series[bad] = (1 - weight) * series[left] + weight * series[right]
+    return series.astype(np.float32)

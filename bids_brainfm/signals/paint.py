@@ -4,17 +4,21 @@ What lies outside all parcels is zero, as the background of fMRIPrep's images is
 """
 
 import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
 
 import nibabel as nib
 import numpy as np
 from isal import igzip
-from nibabel.cifti2 import LabelAxis, ScalarAxis, SeriesAxis
+from nibabel.cifti2 import BrainModelAxis, LabelAxis, ScalarAxis, SeriesAxis
+from numpy.typing import ArrayLike
 from scipy.sparse import csr_array
 
 from bids_brainfm.bids.files import atomic
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.signals.parcellate import labels_of, matching_labels, sampler_of
-from bids_brainfm.signals.stream import load_image, open_bold
+from bids_brainfm.signals.parcellate import Sampler, labels_of, matching_labels, sampler_of
+from bids_brainfm.signals.stream import Image, load_image, open_bold
 
 # Okabe and Ito's colours (https://jfly.uni-koeln.de/color/), then Tol's muted ones
 # (https://personal.sron.nl/~pault/); the report, too, gives them to networks.
@@ -32,71 +36,63 @@ _GZIP_LEVEL = 1  # of 0 to 3
 _ROWS = 2048  # grayordinates in one block
 
 
-def paint_map(path, image_path, values, name='map') -> None:
+def paint_map(path: Path, image_path: Path, values: ArrayLike, name: str = 'map') -> None:
     """Write a map of the parcels on the grid of an atlas image.
 
-    A parcel whose value is NaN is NaN in the image and not zero: zero is a value of most maps (no
-    variance explained, no effect), and it would be taken for one. Viewers show NaN as nothing,
-    SPM takes it as masked, and nilearn replaces it by zero with a warning.
+    A parcel whose value is NaN is NaN in the image and not zero, which is a value of most maps.
+    Viewers show NaN as nothing, SPM masks it, and nilearn replaces it by zero with a warning.
 
     Parameters
     ----------
-    path : path-like
-        ``.nii.gz``, or ``.dscalar.nii`` where the atlas image is CIFTI.
-    image_path : path-like
-        NIfTI image or ``.dlabel.nii`` with the labels 1 to P, 0 outside.
-    values : (P,) float
-        Written as float32.
-    name : str
-        What Workbench calls the map (CIFTI only).
+    path : ``.nii.gz``, or ``.dscalar.nii`` where the atlas image is CIFTI
+    image_path : NIfTI image or ``.dlabel.nii`` with the labels 1 to P, 0 outside
+    values : (P,) float, written as float32
+    name : what Workbench calls the map (CIFTI only)
 
     Raises
     ------
-    BrainfmError
-        The image cannot be read or has another number of parcels, or `path` cannot be written.
+    BrainfmError : the image is unreadable or of other parcels, or `path` cannot be written
     """
-    image, parcels = _read_parcels(image_path, len(values))
+    image = _open_atlas(image_path, np.size(values))
+    parcels = labels_of(image, np.size(values)).reshape(image.shape, order='F')
     painted = np.append(0, values).astype(np.float32)[parcels]
     _write_on_atlas(path, image, painted, ScalarAxis([name]), 'ConnDenseScalar')
 
 
-def paint_labels(path, image_path, labels, names, name='labels') -> None:
+def paint_labels(
+    path: Path, image_path: Path, labels: ArrayLike, names: Sequence[str], name: str = 'labels'
+) -> None:
     """Write a grouping of the parcels, such as networks, on the grid of an atlas image.
 
     Parameters
     ----------
-    path : path-like
-        ``.nii.gz`` (int16), or ``.dlabel.nii`` where the atlas image is CIFTI.
-    image_path : path-like
-        NIfTI image or ``.dlabel.nii`` with the labels 1 to P, 0 outside.
-    labels : (P,) int
-        The group of each parcel, 1 to k; 0 for none.
-    names : list of k str
-        What the groups are called. A CIFTI file holds them with their colours, which repeat
-        after the twentieth.
-    name : str
-        What Workbench calls the map (CIFTI only).
+    path, image_path, name : as of :func:`paint_map`, but int16, or ``.dlabel.nii`` for CIFTI
+    labels : (P,) int, the group of each parcel, 1 to k; 0 for none
+    names : k names of the groups; in CIFTI with their colours, which repeat after the twentieth
 
     Raises
     ------
-    BrainfmError
-        There are groups without a name, the image cannot be read or has another number of
-        parcels, or `path` cannot be written.
+    BrainfmError : there are groups without a name, the image is unreadable or of other parcels,
+        or `path` cannot be written
     """
-    labels = np.asarray(labels)
-    if labels.min() < 0 or labels.max() > len(names):
+    groups = np.asarray(labels)
+    if groups.min() < 0 or groups.max() > len(names):
         raise BrainfmError(
-            f'Parcels have labels from {labels.min()} to {labels.max()}, and there are '
+            f'Parcels have labels from {groups.min()} to {groups.max()}, and there are '
             f'{len(names)} names; labels must be 1 to {len(names)}, and 0 where there is none.'
         )
-    image, parcels = _read_parcels(image_path, len(labels))
-    painted = np.append(0, labels).astype(np.int16)[parcels]
-    table = {0: ('???', (0, 0, 0, 0))}  # Workbench's word for no label
+    image = _open_atlas(image_path, groups.size)
+    parcels = labels_of(image, groups.size).reshape(image.shape, order='F')
+    painted = np.append(0, groups).astype(np.int16)[parcels]
+    # '???' is Workbench's word for no label
+    table: dict[int, tuple[str, tuple[float, ...]]] = {0: ('???', (0, 0, 0, 0))}
     table |= {i + 1: (group, colour(i)) for i, group in enumerate(names)}
     _write_on_atlas(path, image, painted, LabelAxis([name], table), 'ConnDenseLabel')
 
 
-def paint_series(path, bold_path, atlas_path, series, tr) -> None:
+def paint_series(
+    path: Path, bold_path: Path, atlas_path: Path, series: np.ndarray, tr: float
+) -> None:
     """Write series of parcels as a BOLD file on the grid of a run, volume by volume.
 
     A voxel of the run holds the mean of the parcels that it belongs to, by the sampler of
@@ -104,45 +100,36 @@ def paint_series(path, bold_path, atlas_path, series, tr) -> None:
     where several share it. So parcellate gives the series back: exactly with 'atlas-to-run' and
     on grayordinates, blurred between neighbours that share a voxel with 'run-to-atlas'.
 
-    A parcel that is NaN throughout is zero, and parcellate finds no signal there, just as in a
-    parcel outside the field of view; where it shares a voxel, the others alone count.
-
-    A parcel that is NaN at some points has the mean of its other points there. NaN would break
-    filters, make nilearn put zeros and cost parcellate the whole parcel; zero would be a drop by
-    the whole signal; leaving volumes out would shift the rest in time; interpolation would look
-    like a prediction. Which points they were is in the series, not in the file.
+    A parcel that is NaN throughout is zero; where it shares a voxel, the others alone count.
+    A parcel that is NaN at some points has the mean of its other points there: NaN would break
+    filters and cost parcellate the parcel, zero would be a drop by the whole signal, leaving
+    volumes out would shift the rest, and interpolation would look like a prediction.
 
     Parameters
     ----------
-    path : path-like
-        ``.nii.gz``, or ``.dtseries.nii`` where the run is CIFTI.
-    bold_path : path-like
-        The run whose grid and orientation, or grayordinates, are taken over.
-    atlas_path : path-like
-        Atlas image with the labels 1 to P in the run's space; ``.dlabel.nii`` for CIFTI.
-    series : (T, P) float32
-        Series of the parcels; T need not be that of the run.
-    tr : float
-        Repetition time in seconds.
+    path : ``.nii.gz``, or ``.dtseries.nii`` where the run is CIFTI
+    bold_path : the run whose grid and orientation, or grayordinates, are taken over
+    atlas_path : atlas image, labels 1 to P in the run's space; ``.dlabel.nii`` for CIFTI
+    series, tr : (T, P) float32, where T need not be that of the run; repetition time in seconds
 
     Raises
     ------
-    BrainfmError
-        A file cannot be read, the atlas has another number of parcels or does not lie in the
-        run's box, its grayordinates are not the run's, or `path` cannot be written.
+    BrainfmError : a file cannot be read, the atlas has another number of parcels or does not lie
+        in the run's box, its grayordinates are not the run's, or `path` cannot be written
     """
     bold = open_bold(bold_path)
     _open_atlas(atlas_path, series.shape[1])
     filled, present = _fill(series)
-    if bold.is_cifti:
+    if bold.axis is not None:
         labels = matching_labels(atlas_path, series.shape[1], bold)
         _write_grayordinates(path, bold.axis, labels, filled, tr)
         return
     sampler = sampler_of(bold, atlas_path, series.shape[1])
-    voxels, counts = _shares(sampler, present)
+    voxels, counts = _voxel_weights(sampler, present)
     total = counts.sum(axis=1)
-    header = _header(load_image(bold_path).header, (*bold.shape[:3], len(series)), tr)
-    volume = np.zeros(np.prod(bold.shape[:3]), np.float32)
+    run_header = cast('nib.Nifti1Header', load_image(bold_path).header)
+    header = _header(run_header, (*bold.grid, len(series)), tr)
+    volume = np.zeros(int(np.prod(bold.grid)), np.float32)
     # Without name and time in the gzip header, equal series give equal files.
     with (
         atomic(path) as temporary,
@@ -155,19 +142,13 @@ def paint_series(path, bold_path, atlas_path, series, tr) -> None:
             stream.write(volume)
 
 
-def colour(place) -> tuple[float, float, float, float]:
-    """RGBA from 0 to 1 of a label counted from 0, opaque.
-
-    >>> [round(part, 3) for part in colour(0)]
-    [0.902, 0.624, 0.0, 1.0]
-    >>> colour(20) == colour(0)
-    True
-    """
-    code = bytes.fromhex(COLOURS[place % len(COLOURS)][1:])
-    return (*(part / 255 for part in code), 1.0)
+def colour(place: int) -> tuple[float, float, float, float]:
+    """RGBA from 0 to 1 of a label counted from 0, opaque."""
+    red, green, blue = bytes.fromhex(COLOURS[place % len(COLOURS)][1:])
+    return red / 255, green / 255, blue / 255, 1.0
 
 
-def _open_atlas(path, n_values):
+def _open_atlas(path: Path, n_values: int) -> Image:
     """An atlas image that has as many parcels as there are values."""
     image = load_image(path)
     highest = np.asanyarray(image.dataobj).max()
@@ -180,19 +161,16 @@ def _open_atlas(path, n_values):
     return image
 
 
-def _read_parcels(path, n_values):
-    """An atlas image and its labels 0..P in the image's shape."""
-    image = _open_atlas(path, n_values)
-    return image, labels_of(image, n_values).reshape(image.shape, order='F')
-
-
-def _write_on_atlas(path, atlas, painted, axis, intent):
+def _write_on_atlas(
+    path: Path, atlas: Image, painted: np.ndarray, axis: ScalarAxis | LabelAxis, intent: str
+) -> None:
     """Write what was painted on an atlas image, in the kind of file that it is."""
     if isinstance(atlas, nib.Cifti2Image):
         # Labels, too, are float32 in the files of the Human Connectome Project.
         axes = axis, atlas.header.get_axis(1)
-        image = nib.Cifti2Image(painted.astype(np.float32), header=axes)
-        image.nifti_header.set_intent(intent)
+        dense = nib.Cifti2Image(painted.astype(np.float32), header=axes)
+        dense.nifti_header.set_intent(intent)
+        image: Image = dense
     else:
         image = nib.Nifti1Image(painted, atlas.affine)
         image.header.set_xyzt_units('mm')
@@ -202,34 +180,16 @@ def _write_on_atlas(path, atlas, painted, axis, intent):
         image.to_filename(temporary)
 
 
-def _fill(series):
-    """Series without gaps, and which parcels are not missing altogether.
-
-    >>> filled, present = _fill(np.array([[1, np.nan], [np.nan, np.nan], [3, np.nan]]))
-    >>> filled.T.tolist(), present.tolist()
-    ([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]], [True, False])
-    """
+def _fill(series: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Series without gaps, and which parcels are not missing altogether."""
     known = np.isfinite(series)
     values = np.where(known, series, 0)
     mean = values.sum(axis=0, dtype=float) / np.maximum(known.sum(axis=0), 1)
     return np.where(known, values, mean).astype(np.float32), known.any(axis=0)
 
 
-def _shares(sampler, present):
-    """How often each voxel of the run stands for each parcel.
-
-    Parameters
-    ----------
-    sampler : Sampler
-    present : (P,) bool
-        Parcels to paint.
-
-    Returns
-    -------
-    voxels : (N,) int
-        Flat indices in Fortran order of those voxels that stand for any.
-    counts : (N, P) sparse float64
-    """
+def _voxel_weights(sampler: Sampler, present: np.ndarray) -> tuple[np.ndarray, csr_array]:
+    """Flat indices (N,) of the voxels of `present` parcels, and how often each counts (N, P)."""
     size = np.diff(sampler.starts, append=sampler.voxels.size)
     parcel = np.repeat(sampler.parcels, size)
     painted = present[parcel]
@@ -238,7 +198,7 @@ def _shares(sampler, present):
     return voxels, csr_array((ones, (row, parcel[painted])), (voxels.size, present.size))
 
 
-def _header(run, shape, tr):
+def _header(run: nib.Nifti1Header, shape: tuple[int, ...], tr: float) -> nib.Nifti1Header:
     """Header of float32 volumes that lie as those of a run; nothing else of it is kept."""
     header = type(run)()
     header.set_data_shape(shape)
@@ -251,12 +211,13 @@ def _header(run, shape, tr):
     return header
 
 
-def _write_grayordinates(path, axis, labels, series, tr):
+def _write_grayordinates(
+    path: Path, axis: BrainModelAxis, labels: np.ndarray, series: np.ndarray, tr: float
+) -> None:
     """Write a dense series (T, P) block by block, each the whole time courses of its rows."""
-    time = SeriesAxis(0, tr, len(series))
     # Zeros that take no memory: nibabel writes the headers, and the data are then written over.
     zeros = np.broadcast_to(np.float32(0), (len(series), len(axis)))
-    image = nib.Cifti2Image(zeros, header=(time, axis))
+    image = nib.Cifti2Image(zeros, header=(SeriesAxis(0, tr, len(series)), axis))
     image.nifti_header.set_intent('ConnDenseSeries')
     courses = np.concatenate([np.zeros((1, len(series)), np.float32), series.T])
     with atomic(path) as temporary:

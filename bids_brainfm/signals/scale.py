@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,68 +20,39 @@ CLIP_SD = (-3.6, 3.7)
 _SD_PER_IQR = 0.79
 # Of the files of statistics; one of a later format is refused.
 FORMAT_VERSION = 1
-# Spread below this share of the values is rounding of single precision, not signal.
-_NO_SPREAD = 1e-6
+_NO_SPREAD = 1e-6  # a smaller proportion of the values is rounding of single precision
 # Half of a cohort lies within one range of its median; a run this far off is in other units.
 _FAR_IQR = 20
 
 
 @dataclass(frozen=True)
 class ScaleStats:
-    """Statistics of each parcel over a cohort, for :func:`scale`.
+    """Statistics of each parcel over a cohort, for :func:`fit_scaling`."""
 
-    Attributes
-    ----------
-    median, iqr : (P,) float64
-        ``'series'``: over all samples, with the grand mean at 10 000 and the run's parcel mean
-        taken out. ``'temporal mean'``: over participants, of the mean over time in BOLD units.
-    atlas : str
-        Name of the atlas.
-    lower, upper : (P,) float64 or None
-        Bounds of the scaled values, in units of the interquartile range (``'series'`` only).
-    statistic : {'series', 'temporal mean'}
-        What was described: series for ``'cohort'``, temporal means for ``'cohort-means'``.
-    provenance : dict
-        Everything else the file says about how it was made.
-    """
-
+    # (P,) float64. 'series': over all samples, with the grand mean at 10 000 and the run's parcel
+    # mean taken out. 'temporal mean': over participants, of the mean over time in BOLD units.
     median: np.ndarray
     iqr: np.ndarray
     atlas: str
+    # (P,) float64, bounds of the scaled values in units of the interquartile range ('series' only)
     lower: np.ndarray | None = None
     upper: np.ndarray | None = None
-    statistic: str = 'series'
-    provenance: dict = field(default_factory=dict)
+    statistic: str = 'series'  # for 'cohort', or 'temporal mean' for 'cohort-means'
+    provenance: dict[str, Any] = field(default_factory=dict)  # what else the file says
 
     @property
-    def columns(self) -> list[np.ndarray]:
-        """The (P,) arrays that there are."""
-        every = (self.median, self.iqr, self.lower, self.upper)
-        return [column for column in every if column is not None]
+    def columns(self) -> dict[str, np.ndarray]:
+        """The (P,) arrays that there are, by their keys in a file."""
+        every = {'Median': self.median, 'IQR': self.iqr, 'Lower': self.lower, 'Upper': self.upper}
+        return {key: column for key, column in every.items() if column is not None}
 
 
-def load_scale_stats(path, atlas, n_parcels) -> ScaleStats:
-    """Read cohort statistics from a JSON file.
+def load_scale_stats(path: Path, atlas: str, n_parcels: int) -> ScaleStats:
+    """Read cohort statistics for the parcels of an atlas from a JSON file.
 
-    Parameters
-    ----------
-    path : path-like
-        An object with the keys ``Atlas`` (name), ``Median`` and ``IQR`` (lists, one value a
-        parcel), and either ``Lower`` and ``Upper`` (such lists) or ``Statistic`` with the value
-        ``temporal mean``; further keys are provenance.
-    atlas : str
-        Atlas of the series to be scaled.
-    n_parcels : int
-        Number of its parcels.
-
-    Returns
-    -------
-    ScaleStats
-
-    Raises
-    ------
-    BrainfmError
-        The file cannot be read, lacks a key, is of another atlas, or its bounds cross.
+    Its keys are ``Atlas`` (name), ``Median`` and ``IQR`` (lists, one value per parcel), and either
+    ``Lower`` and ``Upper`` (such lists) or ``Statistic`` with the value ``temporal mean``; others
+    are provenance. Unreadable or incomplete files, and those of another atlas, are refused.
     """
     stats = _read(path)
     if stats.atlas != atlas:
@@ -88,65 +60,55 @@ def load_scale_stats(path, atlas, n_parcels) -> ScaleStats:
             f'The scale statistics {path} were fitted on the atlas {stats.atlas}, but the model '
             f'uses {atlas}; give statistics of that atlas (one file for each).'
         )
-    for column in stats.columns:
+    for column in stats.columns.values():
         if column.shape != (n_parcels,):
             raise BrainfmError(
                 f'The scale statistics {path} hold {column.size} values in a list, but the atlas '
                 f'{atlas} has {n_parcels} parcels; fit them again.'
             )
-    if stats.statistic == 'series' and (stats.lower >= stats.upper).any():
+    if stats.lower is not None and stats.upper is not None:
         crossed = np.flatnonzero(stats.lower >= stats.upper)
-        raise BrainfmError(
-            f'The scale statistics {path} hold bounds that cross: Lower is not below Upper for '
-            f'{crossed.size} parcels (the first is number {crossed[0] + 1}); fit them again.'
-        )
+        if crossed.size:
+            raise BrainfmError(
+                f'The scale statistics {path} hold bounds that cross: Lower is not below Upper '
+                f'for {crossed.size} parcels (the first is number {crossed[0] + 1}); fit them '
+                'again.'
+            )
     return stats
 
 
-def stats_content(stats: ScaleStats) -> dict:
+def stats_content(stats: ScaleStats) -> dict[str, Any]:
     """What a JSON file holds from which :func:`load_scale_stats` reads these statistics."""
-    columns = {
-        'Median': stats.median,
-        'IQR': stats.iqr,
-        'Lower': stats.lower,
-        'Upper': stats.upper,
-    }
     plain = lambda values: [float(f'{v:.9g}') if np.isfinite(v) else None for v in values]
     return {
         'FormatVersion': FORMAT_VERSION,
         'Atlas': stats.atlas,
         'Statistic': stats.statistic,
         **stats.provenance,
-        **{key: plain(values) for key, values in columns.items() if values is not None},
+        **{key: plain(values) for key, values in stats.columns.items()},
     }
 
 
-def kind_of(path) -> tuple[str, str]:
-    """Atlas and statistic that the cohort statistics of a file are of.
-
-    Raises
-    ------
-    BrainfmError
-        The file cannot be read or lacks a key.
-    """
+def kind_of(path: Path) -> tuple[str, str]:
+    """Atlas and statistic that the cohort statistics of a file are of."""
     stats = _read(path)
     return stats.atlas, stats.statistic
 
 
-def _read(path):
-    """Cohort statistics of a file, not yet held against an atlas."""
+def _read(path: Path) -> ScaleStats:
+    """Cohort statistics of a file, not yet compared with an atlas."""
     try:
         content = json.loads(Path(path).read_text(encoding='utf-8'))
         name, statistic = content.pop('Atlas'), content.pop('Statistic', 'series')
         keys = ['Median', 'IQR'] + ['Lower', 'Upper'] * (statistic == 'series')
-        columns = {key.lower(): np.array(content.pop(key), dtype=float) for key in keys}
+        columns = [np.array(content.pop(key), dtype=float) for key in keys]
         if not (isinstance(name, str) and isinstance(statistic, str)):
             raise TypeError('Atlas and Statistic must be text')
     except KeyError as error:
-        bounds = error.args[0] in ('Lower', 'Upper')
+        is_bound = error.args[0] in ('Lower', 'Upper')
         raise BrainfmError(
             f'The scale statistics {path} have no key {error}'
-            + (', or else no "Statistic": "temporal mean", which has no bounds.' * bounds or '.')
+            + (', or else no "Statistic": "temporal mean", which has no bounds.' * is_bound or '.')
         ) from None
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise BrainfmError(f'The scale statistics {path} cannot be read ({error}).') from error
@@ -161,38 +123,19 @@ def _read(path):
             f'The scale statistics {path} are of {statistic!r}, but Statistic is one of '
             f'{", ".join(STATISTICS.values())}; fit them again.'
         )
-    return ScaleStats(**columns, atlas=name, statistic=statistic, provenance=content)
+    median, iqr, *bounds = columns
+    lower, upper = bounds or (None, None)
+    return ScaleStats(median, iqr, name, lower, upper, statistic, content)
 
 
-def unusable(stats) -> np.ndarray:
-    """Parcels whose statistics cannot be used, so that :func:`scale` sets them to zero.
-
-    Parameters
-    ----------
-    stats : ScaleStats
-
-    Returns
-    -------
-    (U,) int
-        Parcels with an interquartile range that is not above zero, or without a number.
-    """
-    return np.flatnonzero(~(np.isfinite(stats.columns).all(axis=0) & (stats.iqr > 0)))
+def unusable(stats: ScaleStats) -> np.ndarray:
+    """Parcels (U,) int whose interquartile range is not above zero, or that lack a number."""
+    known = np.isfinite(list(stats.columns.values())).all(axis=0)
+    return np.flatnonzero(~(known & (stats.iqr > 0)))
 
 
-def check_stats(stats, method) -> None:
-    """See that a method has the statistics that it needs.
-
-    Parameters
-    ----------
-    stats : ScaleStats or None
-    method : str
-        Of :func:`scale`.
-
-    Raises
-    ------
-    BrainfmError
-        There are none, they are of another kind, or most parcels of them cannot be used.
-    """
+def check_stats(stats: ScaleStats | None, method: str) -> None:
+    """Refuse statistics that a method of :func:`fit_scaling` needs and cannot use."""
     wanted = STATISTICS.get(method)
     if wanted is None:
         return
@@ -214,53 +157,37 @@ def check_stats(stats, method) -> None:
 
 @dataclass(frozen=True)
 class Scaling:
-    """How the parcels of one run are brought to a model's units, and back.
+    """How the parcels of one run are converted to a model's units, and back; all (P,) float64."""
 
-    Attributes
-    ----------
-    offset : (P,) float64
-        Taken out first, in BOLD units.
-    gain : (P,) float64
-        Multiplied by; 0 for a parcel that is set to zero, because it does not vary or its
-        statistics cannot be used.
-    lower, upper : (P,) float64
-        Bounds of the scaled values, infinite where there are none.
-    """
-
-    offset: np.ndarray
-    gain: np.ndarray
-    lower: np.ndarray
+    offset: np.ndarray  # subtracted first, in BOLD units
+    gain: np.ndarray  # factor; 0 for a parcel that does not vary or has unusable statistics
+    lower: np.ndarray  # bounds of the scaled values, infinite where there are none
     upper: np.ndarray
 
-    def apply(self, data) -> np.ndarray:
+    def apply(self, data: np.ndarray) -> np.ndarray:
         """BOLD units (T, P) to the model's, (T, P) float32; NaN columns stay NaN."""
         scaled = (np.asarray(data, dtype=float) - self.offset) * self.gain
         return np.clip(scaled, self.lower, self.upper).astype(np.float32)
 
-    def undo(self, scaled) -> np.ndarray:
+    def undo(self, scaled: np.ndarray) -> np.ndarray:
         """Values in the model's units (T, P) to BOLD units, (T, P) float32.
 
         What the bounds cut off does not come back. A parcel that was set to zero gets its offset.
-
-        Examples
-        --------
-        >>> scaling = Scaling(np.array([9.0]), np.array([2.0]), np.array([-1.0]), np.array([1.0]))
-        >>> scaling.undo(scaling.apply(np.array([[9.25], [99.0]])))
-        array([[9.25],
-               [9.5 ]], dtype=float32)
         """
         spread = np.divide(1, self.gain, out=np.zeros_like(self.gain), where=self.gain != 0)
         return (self.offset + np.asarray(scaled, dtype=float) * spread).astype(np.float32)
 
 
-def fit_scaling(data, method, brain_mean, divide_by=1.0, stats=None) -> Scaling:
-    """Find how a run is to be scaled.
+def fit_scaling(
+    data: np.ndarray, method: str, brain_mean: float, divide_by: float = 1.0,
+    stats: ScaleStats | None = None,
+) -> Scaling:  # fmt: skip
+    """Find how a run is scaled.
 
     Parameters
     ----------
-    data : (T, P) array
-        Parcel series in BOLD units; NaN columns stay NaN.
-    method : str
+    data : (T, P) parcel series in BOLD units; NaN columns stay NaN
+    method :
         - ``'none'``: the values as they are, not divided either.
         - ``'run-robust'``: grand mean to 10 000, parcel mean taken out, divided by the parcel's
           own interquartile range (by SD / 0.79 where that is unusable), clipped at -3.6 and
@@ -271,32 +198,26 @@ def fit_scaling(data, method, brain_mean, divide_by=1.0, stats=None) -> Scaling:
           range and bounds of a cohort.
         - ``'cohort-means'``: median taken out and divided by the interquartile range, both over
           the temporal means of a cohort; the parcel's own level stays.
-    brain_mean : float
-        Mean over the brain and all volumes, in BOLD units.
-    divide_by : float
-        Constant of the model's card, applied last by all methods but ``'none'``.
-    stats : ScaleStats, optional
-        For ``'cohort'`` and ``'cohort-means'``, of the kind that :data:`STATISTICS` names.
+    brain_mean : mean over the brain and all volumes, in BOLD units
+    divide_by : constant of the model's card, applied last by all methods but ``'none'``
+    stats : for ``'cohort'`` and ``'cohort-means'``, of the kind that :data:`STATISTICS` names
 
     Returns
     -------
-    Scaling
-        A parcel that does not vary is zero throughout (global-z, cohort-means: constant). One
-        with :func:`unusable` statistics is zero.
+    Scaling : a parcel that does not vary is zero throughout (global-z, cohort-means: constant),
+        one with :func:`unusable` statistics is zero
 
     Raises
     ------
-    BrainfmError
-        Unknown method, no fitting statistics, a run that is constant, a brain mean that is no
-        BOLD level (``'cohort'``), or parcels without their level (``'cohort-means'``).
+    BrainfmError : unknown method, no fitting statistics, a run that is constant, a brain mean that
+        is no BOLD level (``'cohort'``), or parcels without their level (``'cohort-means'``)
 
     Notes
     -----
     SDs are unbiased. BrainLM's full-corpus statistics were never released; ``'run-robust'`` brings
-    a single run near the range of its training data (column
-    ``Voxelwise_RobustScaler_Normalized_Recording``) and ``'cohort'`` is its formula with
-    statistics fitted on one's own cohort. ``'cohort-means'`` is what Brain-JEPA was pretrained
-    with, ``'global-z'`` what its authors use downstream.
+    a run near the range of its training data (``Voxelwise_RobustScaler_Normalized_Recording``)
+    and ``'cohort'`` is its formula with fitted statistics. Brain-JEPA was pretrained with
+    ``'cohort-means'``; its authors use ``'global-z'`` downstream.
     """
     if method not in METHODS:
         raise BrainfmError(f'There is no scaling {method!r}; choose one of {", ".join(METHODS)}.')
@@ -325,18 +246,34 @@ def fit_scaling(data, method, brain_mean, divide_by=1.0, stats=None) -> Scaling:
         spread = np.where(third - first > 1e-3 * sd, third - first, sd / _SD_PER_IQR)
         with np.errstate(invalid='ignore', divide='ignore'):  # parcels that do not vary
             low, high = (bound * sd / spread for bound in CLIP_SD)
-    elif method == 'cohort':
+    elif stats is not None and method == 'cohort':
         to_run = brain_level(brain_mean) / GRAND_MEAN
         offset, spread = mean + stats.median * to_run, stats.iqr * to_run
-        low, high = stats.lower, stats.upper
-    elif method == 'cohort-means':
-        _check_means(mean, sd, stats)
+        low = low if stats.lower is None else stats.lower
+        high = high if stats.upper is None else stats.upper
+    elif stats is not None and method == 'cohort-means':
+        level, fluctuation = np.nanmedian(np.abs(mean)), np.nanmedian(sd)
+        if level < fluctuation:  # BOLD fluctuates by percents around its level
+            raise BrainfmError(
+                f'The parcels of this run have means about zero ({level:.3g}, at an SD of '
+                f'{fluctuation:.3g}), so they were demeaned, while the medians of the scale '
+                f'statistics are about {np.nanmedian(stats.median):.4g}: the model would see one '
+                'large constant; give series that were not demeaned, or choose another --scale '
+                "such as 'global-z'."
+            )
         offset, spread, varies = stats.median, stats.iqr, ~np.isnan(mean)
-    if method in STATISTICS:
+    if stats is not None and method in STATISTICS:
         varies = varies & ~np.isin(np.arange(n_parcels), unusable(stats))
     gain = np.divide(1, spread, out=np.zeros(n_parcels), where=varies)
     if method == 'cohort-means':
-        _check_range(np.nanmedian(np.abs(((mean - offset) * gain)[varies])))
+        typical = np.nanmedian(np.abs(((mean - offset) * gain)[varies]))
+        if typical > _FAR_IQR:
+            raise BrainfmError(
+                f'The parcels of this run lie {typical:.3g} interquartile ranges (median) from '
+                "the cohort's medians, where people of one cohort lie about one: the statistics "
+                'were fitted on data in other units; fit them on your own, or choose --scale '
+                "'global-z'."
+            )
     return Scaling(
         np.where(varies, offset, mean),
         gain / divide_by,
@@ -345,29 +282,13 @@ def fit_scaling(data, method, brain_mean, divide_by=1.0, stats=None) -> Scaling:
     )
 
 
-def scale(data, method, brain_mean, divide_by=1.0, stats=None) -> np.ndarray:
-    """Scale parcel series, (T, P) float32; see :func:`fit_scaling` for what is taken and raised.
+def static_proportion(scaled: np.ndarray) -> float:
+    """Proportion of the variance of a scaled run (T, P) that is constant in time.
 
-    >>> scale(np.array([[8.0], [10.0], [12.0]]), 'parcel-z', brain_mean=9000.0)[:, 0]
-    array([-1.,  0.,  1.], dtype=float32)
-    """
-    return fit_scaling(data, method, brain_mean, divide_by, stats).apply(data)
+    Constant are the differences between the parcels' means. Near 1 a model sees mostly how bright
+    each parcel is. NaN columns are left out.
 
-
-def static_share(scaled) -> float:
-    """Share of a scaled run's variance that is constant in time.
-
-    The variance is about the mean of all values; what is constant are the differences between
-    the parcels' own means. Near 1 a model sees mostly how bright each parcel is.
-
-    Parameters
-    ----------
-    scaled : (T, P) array
-        NaN columns are left out.
-
-    Examples
-    --------
-    >>> static_share(np.array([[1.0, 11.0], [3.0, 13.0]]))  # means 2 and 12, SD 1 about each
+    >>> static_proportion(np.array([[1.0, 11.0], [3.0, 13.0]]))  # means 2 and 12, SD 1 about each
     0.9615384615384616
     """
     scaled = np.asarray(scaled, dtype=float)
@@ -375,13 +296,7 @@ def static_share(scaled) -> float:
 
 
 def brain_level(brain_mean: float) -> float:
-    """The brain mean, if it is a BOLD level.
-
-    Raises
-    ------
-    BrainfmError
-        It is not above zero.
-    """
+    """The brain mean, refused if it is no BOLD level (not above zero)."""
     if np.isfinite(brain_mean) and brain_mean > 0:
         return brain_mean
     raise BrainfmError(
@@ -389,25 +304,3 @@ def brain_level(brain_mean: float) -> float:
         "to the cohort's grand mean; give series that were not demeaned, or choose another "
         "--scale such as 'run-robust'."
     )
-
-
-def _check_means(means, sd, stats):
-    """See that the parcels have their level: BOLD fluctuates by percents around it."""
-    mean, spread = np.nanmedian(np.abs(means)), np.nanmedian(sd)
-    if mean < spread:
-        raise BrainfmError(
-            f'The parcels of this run have means about zero ({mean:.3g}, at an SD of '
-            f'{spread:.3g}), so they were demeaned, while the medians of the scale statistics are '
-            f'about {np.nanmedian(stats.median):.4g}: the model would see one large constant; '
-            "give series that were not demeaned, or choose another --scale such as 'global-z'."
-        )
-
-
-def _check_range(typical):
-    """See that the run is of the cohort's units: people lie a few ranges from its median."""
-    if typical > _FAR_IQR:
-        raise BrainfmError(
-            f'The parcels of this run lie {typical:.3g} interquartile ranges (median) from the '
-            f"cohort's medians, where people of one cohort lie about one: the statistics were "
-            "fitted on data in other units; fit them on your own, or choose --scale 'global-z'."
-        )

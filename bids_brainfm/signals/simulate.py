@@ -1,8 +1,12 @@
 """Simulated resting-state parcel series with the confounds that fMRIPrep would report."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # Centres in mm (MNI) of well-known resting-state networks; each is mirrored to the other side.
 NETWORKS = {
@@ -19,40 +23,27 @@ NETWORKS = {
 REACH_MM = 22.0
 FD_OUTLIER_MM, DVARS_OUTLIER = 0.5, 1.5  # fMRIPrep's own thresholds of motion outliers
 N_PHYSIOLOGICAL = 5
-COHERENCE = 0.65  # share of a parcel's haemodynamic fluctuation that its networks have in common
+COHERENCE = 0.65  # proportion of a parcel's haemodynamic fluctuation shared in its networks
 CORNER_HZ = 0.1  # where the haemodynamic response lets spontaneous fluctuations end
 
 
 @dataclass(frozen=True)
 class SimulatedRun:
-    """One run.
+    """One run."""
 
-    Attributes
-    ----------
-    series : (T, P) float32
-        Parcel series in BOLD units, confounds included.
-    confounds : pandas.DataFrame
-        T rows; the columns of fMRIPrep's ``desc-confounds_timeseries.tsv``.
-    components : dict
-        Metadata of the CompCor columns, as in that table's sidecar.
-    """
-
-    series: np.ndarray
-    confounds: object
-    components: dict
+    series: np.ndarray  # (T, P) float32, in BOLD units, confounds included
+    confounds: 'pd.DataFrame'  # T rows; columns of fMRIPrep's desc-confounds_timeseries.tsv
+    components: dict[str, dict]  # metadata of the CompCor columns, as in that table's sidecar
 
 
 def network_loadings(xyz: np.ndarray) -> np.ndarray:
-    """How strongly each parcel takes part in each network, (P, K), rows of unit length.
-
-    Falls off with the distance from the network's nearest centre.
-    """
-    loadings = []
+    """Part of each parcel in each network by its distance, (P, K), rows of unit length."""
+    by_network = []
     for centres in NETWORKS.values():
         both = np.array([*centres, *[(-x, y, z) for x, y, z in centres]], float)
         distance = np.linalg.norm(xyz[:, None] - both, axis=2).min(1)
-        loadings.append(np.exp(-0.5 * (distance / REACH_MM) ** 2))
-    loadings = np.stack(loadings, axis=1) + 0.02
+        by_network.append(np.exp(-0.5 * (distance / REACH_MM) ** 2))
+    loadings = np.stack(by_network, axis=1) + 0.02
     return loadings / np.linalg.norm(loadings, axis=1, keepdims=True)
 
 
@@ -61,8 +52,7 @@ def haemodynamic_noise(
 ) -> np.ndarray:
     """Noise (T, n) of unit variance with a 1/f power spectrum that ends at `corner_hz`.
 
-    The usual description of spontaneous BOLD: scale-free fluctuation seen through the slow
-    haemodynamic response.
+    So is spontaneous BOLD: scale-free fluctuation seen through the slow haemodynamic response.
     """
     length = 2 * volumes  # cropped to half, so that the ends do not join
     frequency = np.fft.rfftfreq(length, tr)
@@ -75,49 +65,33 @@ def haemodynamic_noise(
 
 
 def express(trait: float) -> dict[str, float]:
-    """How a simulated trait (standard normal) shows in the fluctuations of a participant.
-
-    >>> express(0.0)
-    {'coupling': 0.3, 'coherence': 0.65}
-    """
-    return {
-        'coupling': float(np.clip(0.3 + 0.25 * trait, -0.9, 0.9)),
-        'coherence': float(np.clip(COHERENCE + 0.1 * trait, 0.3, 0.95)),
-    }
+    """How a simulated trait (standard normal) shows in the fluctuations of a participant."""
+    coupling = float(np.clip(0.3 + 0.25 * trait, -0.9, 0.9))
+    return {'coupling': coupling, 'coherence': float(np.clip(COHERENCE + 0.1 * trait, 0.3, 0.95))}
 
 
 def neural_series(
-    xyz: np.ndarray,
-    volumes: int,
-    tr: float,
-    coupling: float,
-    rng: np.random.Generator,
-    coherence: float = COHERENCE,
-    corner_hz: float = CORNER_HZ,
-) -> np.ndarray:
+    xyz: np.ndarray, volumes: int, tr: float, coupling: float, rng: np.random.Generator,
+    coherence: float = COHERENCE, corner_hz: float = CORNER_HZ,
+) -> np.ndarray:  # fmt: skip
     """Parcel fluctuations (T, P) of unit variance without confounds.
 
     Parameters
     ----------
-    xyz : (P, 3) float
-        Parcel centres in mm.
-    coupling : float
-        Correlation of the default-mode with the frontoparietal source, -1 to 1.
-    coherence : float
-        Share of each parcel's haemodynamic fluctuation that comes from its networks, 0 to 1; the
-        rest is its own, of the same spectrum, so that no parcel alone tells it.
-    corner_hz : float
-        Where the spectrum of all of them ends: the higher, the faster the fluctuations.
+    xyz : (P, 3), parcel centres in mm
+    coupling : correlation of the default-mode with the frontoparietal source, -1 to 1
+    coherence : proportion of each parcel's haemodynamic fluctuation that comes from its networks;
+        the rest is its own, of the same spectrum, so that no parcel alone reveals it
+    corner_hz : where the spectrum of all of them ends
     """
     sources = haemodynamic_noise(volumes, tr, len(NETWORKS), rng, corner_hz)
     default, frontal = (list(NETWORKS).index(n) for n in ('default mode', 'frontoparietal'))
-    sources[:, frontal] = (
-        coupling * sources[:, default] + np.sqrt(1 - coupling**2) * sources[:, frontal]
-    )
+    rest = np.sqrt(1 - coupling**2)
+    sources[:, frontal] = coupling * sources[:, default] + rest * sources[:, frontal]
     shared = sources @ network_loadings(xyz).T
     own = haemodynamic_noise(volumes, tr, len(xyz), rng, corner_hz)
     thermal = rng.standard_normal((volumes, len(xyz)))
-    common, apart = (0.93 * np.sqrt(share) for share in (coherence, 1 - coherence))
+    common, apart = (0.93 * np.sqrt(part) for part in (coherence, 1 - coherence))
     series = common * shared / shared.std(0) + apart * own + 0.35 * thermal
     return series / series.std(0)
 
@@ -141,32 +115,13 @@ def framewise_displacement(motion: np.ndarray) -> np.ndarray:
 
 
 def simulate_run(
-    xyz: np.ndarray,
-    volumes: int,
-    tr: float,
-    coupling: float,
-    rng: np.random.Generator,
-    coherence: float = COHERENCE,
-    corner_hz: float = CORNER_HZ,
-) -> SimulatedRun:
-    """Simulate one run of resting-state fMRI at the level of parcels.
+    xyz: np.ndarray, volumes: int, tr: float, coupling: float, rng: np.random.Generator,
+    coherence: float = COHERENCE, corner_hz: float = CORNER_HZ,
+) -> SimulatedRun:  # fmt: skip
+    """Simulate one run of resting-state fMRI at the level of parcels, as :func:`neural_series`.
 
-    Parameters
-    ----------
-    xyz : (P, 3) float
-        Parcel centres in mm.
-    volumes : int
-    tr : float
-        Repetition time in seconds.
-    coupling, coherence, corner_hz : float
-        See :func:`neural_series`.
-    rng : numpy.random.Generator
-
-    Returns
-    -------
-    SimulatedRun
-        Levels lie between 8000 and 12000, fluctuations are 0.5 to 1 % of them; head motion,
-        physiological noise and scanner drift are mixed in.
+    Levels lie between 8000 and 12000, fluctuations are 0.5 to 1 % of them; head motion,
+    physiological noise and scanner drift are mixed in.
     """
     n = len(xyz)
     level = rng.uniform(8000, 12000, n)
@@ -193,22 +148,21 @@ def simulate_run(
     return SimulatedRun(series, confounds, _component_metadata(confounds))
 
 
-def _expanded(name, values):
+def _expanded(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
     """A regressor with its derivative and the squares of both, as fMRIPrep names them."""
-    derivative = np.r_[np.nan, np.diff(values)]
-    return {
-        name: values,
-        f'{name}_derivative1': derivative,
-        f'{name}_power2': values**2,
-        f'{name}_derivative1_power2': derivative**2,
-    }
+    derivative = f'{name}_derivative1'
+    both = {name: values, derivative: np.r_[np.nan, np.diff(values)]}
+    return both | {f'{key}_power2': column**2 for key, column in both.items()}
 
 
-def _confounds_table(series, motion, tissue, physiological, tr, rng):
+def _confounds_table(
+    series: np.ndarray, motion: np.ndarray, tissue: dict[str, np.ndarray],
+    physiological: np.ndarray, tr: float, rng: np.random.Generator,
+) -> 'pd.DataFrame':  # fmt: skip
     import pandas as pd
 
+    columns: dict[str, np.ndarray] = {}
     volumes = len(series)
-    columns = {}
     for name, values in tissue.items():
         columns |= _expanded(name, values.astype(float))
     dvars = np.r_[np.nan, np.sqrt(np.mean(np.diff(series, axis=0) ** 2, axis=1))]
@@ -223,9 +177,8 @@ def _confounds_table(series, motion, tissue, physiological, tr, rng):
     for k in range(1, int(2 * volumes * tr / 128) + 1):
         wave = np.cos(np.pi * k * (np.arange(volumes) + 0.5) / volumes)
         columns[f'cosine{k - 1:02d}'] = wave * np.sqrt(2 / volumes)
-    for name, values in zip(
-        ('trans_x', 'trans_y', 'trans_z', 'rot_x', 'rot_y', 'rot_z'), motion.T, strict=True
-    ):
+    axes = [f'{kind}_{axis}' for kind in ('trans', 'rot') for axis in 'xyz']
+    for name, values in zip(axes, motion.T, strict=True):
         columns |= _expanded(name, values)
     outliers = np.flatnonzero((fd > FD_OUTLIER_MM) | (std_dvars > DVARS_OUTLIER))
     for i, t in enumerate(outliers):
@@ -233,18 +186,14 @@ def _confounds_table(series, motion, tissue, physiological, tr, rng):
     return pd.DataFrame(columns)
 
 
-def _component_metadata(confounds):
+def _component_metadata(confounds: 'pd.DataFrame') -> dict[str, dict]:
     masks = {'a': 'combined', 'c': 'CSF', 'w': 'WM'}
-    share = 0.5 ** np.arange(1, N_PHYSIOLOGICAL + 1)  # of the variance, a plausible decline
-    return {
-        name: {
-            'Method': 'aCompCor',
-            'Mask': masks[name[0]],
-            'Retained': True,
-            'SingularValue': float(100 * np.sqrt(share[int(name[-2:])])),
-            'VarianceExplained': float(share[int(name[-2:])]),
-            'CumulativeVarianceExplained': float(share[: int(name[-2:]) + 1].sum()),
-        }
-        for name in confounds
-        if '_comp_cor_' in name
-    }
+    explained = 0.5 ** np.arange(1, N_PHYSIOLOGICAL + 1)  # of the variance, a plausible decline
+    metadata: dict[str, dict] = {}
+    for name in confounds.filter(like='_comp_cor_'):
+        upto = explained[: int(name[-2:]) + 1]
+        metadata[name] = {'Method': 'aCompCor', 'Mask': masks[name[0]], 'Retained': True}
+        metadata[name] |= {'SingularValue': float(100 * np.sqrt(upto[-1])),
+                           'VarianceExplained': float(upto[-1]),
+                           'CumulativeVarianceExplained': float(upto.sum())}  # fmt: skip
+    return metadata

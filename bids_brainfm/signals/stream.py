@@ -1,6 +1,6 @@
 """BOLD files read piece by piece: one volume, or one block of grayordinates, at a time.
 
-A run of one gigabyte never stands in memory whole: a buffer of one volume is enough. Inflating
+A run of one gigabyte is never in memory whole: a buffer of one volume is enough. Inflating
 gzip is what costs time; isal does it about twice as fast as zlib.
 """
 
@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias, cast
 
 import nibabel as nib
 import numpy as np
@@ -18,44 +19,30 @@ from nibabel.spatialimages import HeaderDataError
 
 from bids_brainfm.errors import BrainfmError
 
+Image: TypeAlias = nib.Nifti1Image | nib.Cifti2Image
 _UNREADABLE = (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error)
-_BROKEN_GZIP = (EOFError, gzip.BadGzipFile, zlib.error, isal_zlib.error)
+_BROKEN_GZIP = (EOFError, gzip.BadGzipFile, zlib.error, cast(type[Exception], isal_zlib.error))
 _SECONDS = {'sec': 1.0, 'msec': 1e-3, 'usec': 1e-6}
 
 
 @dataclass(frozen=True)
 class BoldFile:
-    """What the header of a BOLD file says.
+    """What the header of a BOLD file says."""
 
-    Attributes
-    ----------
-    path : Path
-        The file, NIfTI-1 or -2, gzipped or not.
-    shape : tuple of int
-        Volumes: (X, Y, Z, T). CIFTI: (T, G), time by grayordinate.
-    affine : (4, 4) float64 or None
-        Voxel indices to millimetres; None for CIFTI.
-    dtype : numpy.dtype
-        Type and byte order on disk.
-    offset : int
-        First byte of the data.
-    slope, inter : float
-        Value = stored * slope + inter.
-    tr : float
-        Repetition time of the header in seconds; 0 where the header has none.
-    axis : nibabel.cifti2.BrainModelAxis or None
-        The grayordinates of a CIFTI file.
-    """
-
-    path: Path
-    shape: tuple[int, ...]
-    affine: np.ndarray | None
-    dtype: np.dtype
-    offset: int
-    slope: float
+    path: Path  # NIfTI-1 or -2, gzipped or not
+    shape: tuple[int, ...]  # volumes: (X, Y, Z, T); CIFTI: (T, G), time by grayordinate
+    affine: np.ndarray  # (4, 4) float64, voxel indices to millimetres; without meaning for CIFTI
+    dtype: np.dtype  # type and byte order on disk
+    offset: int  # first byte of the data
+    slope: float  # value = stored * slope + inter
     inter: float
-    tr: float
-    axis: object = None
+    tr: float  # repetition time of the header in seconds; 0 where the header has none
+    axis: nib.cifti2.BrainModelAxis | None = None  # the grayordinates of a CIFTI file
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Shape of a volume."""
+        return self.shape[:3]
 
     @property
     def is_cifti(self) -> bool:
@@ -68,16 +55,10 @@ class BoldFile:
         return self.shape[0] if self.is_cifti else self.shape[3]
 
 
-def load_image(path):
-    """Open a NIfTI or CIFTI image; data stay on disk.
-
-    Raises
-    ------
-    BrainfmError
-        If there is no such file or it is not a NIfTI image.
-    """
+def load_image(path: Path) -> Image:
+    """Open a NIfTI or CIFTI image; data stay on disk. Refused if it is absent or damaged."""
     try:
-        return nib.load(path)
+        return cast('Image', nib.load(path))
     except FileNotFoundError:
         raise BrainfmError(f'{path} does not exist.') from None
     except _UNREADABLE as error:
@@ -86,32 +67,20 @@ def load_image(path):
         ) from error
 
 
-def open_bold(path) -> BoldFile:
+def open_bold(path: Path) -> BoldFile:
     """Read the header of a BOLD run and check that it is one.
 
-    Parameters
-    ----------
-    path : path-like
-        A 4-D NIfTI-1 or NIfTI-2 file (``.nii`` or ``.nii.gz``) or a CIFTI dense series
-        (``.dtseries.nii``).
-
-    Returns
-    -------
-    BoldFile
-
-    Raises
-    ------
-    BrainfmError
-        Not a NIfTI file, not 4-D, complex or RGB values, or no orientation in the header.
+    It is a 4-D NIfTI-1 or NIfTI-2 file (``.nii`` or ``.nii.gz``) or a CIFTI dense series
+    (``.dtseries.nii``); other shapes, complex or RGB values and no orientation are refused.
     """
     image = load_image(path)
     path = Path(path)
-    stored = image.dataobj
+    stored = cast('nib.arrayproxy.ArrayProxy', image.dataobj)
     if isinstance(image, nib.Cifti2Image):
         time, axis = (image.header.get_axis(i) for i in range(2))
         if not isinstance(time, nib.cifti2.SeriesAxis):
             raise BrainfmError(f'{path} is a CIFTI file but not a dense time series (dtseries).')
-        affine, tr = None, float(time.step) if time.unit == 'SECOND' else 0.0
+        affine, tr = np.eye(4), float(time.step) if time.unit == 'SECOND' else 0.0
     elif isinstance(image, nib.Nifti1Image):  # NIfTI-2 is a subclass
         axis, affine = None, image.affine
         if len(image.shape) != 4 or image.shape[3] < 2:
@@ -133,64 +102,24 @@ def open_bold(path) -> BoldFile:
             f'{path} holds values of type {stored.dtype}, not plain numbers; '
             'give the magnitude series.'
         )
-    return BoldFile(
-        path=path,
-        shape=tuple(stored.shape),
-        affine=affine,
-        dtype=stored.dtype,
-        offset=stored.offset,
-        slope=float(stored.slope),
-        inter=float(stored.inter),
-        tr=tr,
-        axis=axis,
-    )
+    shape, slope, inter = tuple(stored.shape), float(stored.slope), float(stored.inter)
+    return BoldFile(path, shape, affine, stored.dtype, stored.offset, slope, inter, tr, axis)
 
 
 def frames(bold: BoldFile) -> Iterator[np.ndarray]:
-    """Volumes of a 4-D run, one after the other.
+    """Volumes (V,) of a 4-D run, one after the other, in the on-disk type and unscaled.
 
-    Parameters
-    ----------
-    bold : BoldFile
-        From :func:`open_bold`.
-
-    Yields
-    ------
-    (V,) array in the on-disk type
-        One volume, voxels in Fortran order (first axis fastest), unscaled. The buffer is used
-        again for the next volume; until then the caller may change it.
-
-    Raises
-    ------
-    BrainfmError
-        If the file ends early or its gzip stream is broken.
+    Voxels are in Fortran order (first axis fastest). The buffer is used again for the next volume;
+    until then the caller may change it. A file that ends early or is damaged is refused.
     """
-    size = int(np.prod(bold.shape[:3]))
-    yield from _chunks(bold, [size] * bold.n_volumes, 'volumes')
+    yield from _chunks(bold, [int(np.prod(bold.grid))] * bold.n_volumes, 'volumes')
 
 
 def grayordinates(bold: BoldFile, rows: int = 2048) -> Iterator[np.ndarray]:
-    """Blocks of whole time courses of a CIFTI series, in the order of its brain models.
+    """Blocks (B, T) of whole time courses of a CIFTI series, in the order of its brain models.
 
-    On disk the time points of one grayordinate follow one another, so a block of grayordinates,
-    not a volume, is what can be read in one piece.
-
-    Parameters
-    ----------
-    bold : BoldFile
-        A CIFTI series from :func:`open_bold`.
-    rows : int
-        Grayordinates in one block (the last one may have fewer).
-
-    Yields
-    ------
-    (B, T) array in the on-disk type
-        Valid until the next block is asked for.
-
-    Raises
-    ------
-    BrainfmError
-        If the file ends early.
+    On disk the time points of one grayordinate follow one another. Blocks have at most `rows`
+    grayordinates, in the on-disk type, and are valid until the next one is asked for.
     """
     n_volumes, total = bold.shape
     sizes = [min(rows, total - start) * n_volumes for start in range(0, total, rows)]
@@ -198,7 +127,7 @@ def grayordinates(bold: BoldFile, rows: int = 2048) -> Iterator[np.ndarray]:
         yield block.reshape(-1, n_volumes)
 
 
-def _chunks(bold, sizes, what):
+def _chunks(bold: BoldFile, sizes: list[int], what: str) -> Iterator[np.ndarray]:
     """Yield successive pieces of the data, all in one buffer."""
     buffer = np.empty(max(sizes), bold.dtype)
     opener = igzip.open if bold.path.suffix == '.gz' else open
@@ -208,7 +137,7 @@ def _chunks(bold, sizes, what):
             stream.seek(bold.offset)
             for size in sizes:
                 piece = buffer[:size]
-                if stream.readinto(piece.view(np.uint8)) < piece.nbytes:
+                if stream.readinto(piece.view(np.uint8).data) < piece.nbytes:
                     raise EOFError
                 yield piece
                 done += 1

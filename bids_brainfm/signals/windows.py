@@ -1,5 +1,7 @@
 """Windows of a model's length out of a run, and parcels filled where the run has none."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from bids_brainfm.errors import BrainfmError
@@ -10,49 +12,30 @@ SHORT_RUNS = ('refuse', 'pad', 'tile')
 
 
 def cut(
-    data, flagged, tr, length, stride=None, short='refuse', start=0.0, min_real=1.0, span=None
-) -> Windows:
+    data: np.ndarray, flagged: np.ndarray, tr: float, length: int, stride: int | None = None,
+    short: str = 'refuse', start: float = 0.0, min_real: float = 1.0, span: int | None = None,
+) -> Windows:  # fmt: skip
     """Cut a run into windows.
 
     Windows begin at the first sample and follow one another without overlap, or every `stride`
-    samples. What remains at the end and fills no window is left over, unless `short` or
-    `min_real` says that it is completed.
+    samples. What fills no window at the end is left over, unless `short` or `min_real` applies.
 
     Parameters
     ----------
-    data : (T, P) array
-        Scaled parcel series: at the model's repetition time, or with `span` at the run's own.
-    flagged : (T,) bool
-        Rows that come from flagged volumes.
-    tr : float
-        Seconds between rows.
-    length : int
-        Samples in a window.
-    stride : int, optional
-        Samples from one window's start to the next; `length` if left out.
-    short : {'refuse', 'pad', 'tile'}
-        What to do with an incomplete window: leave it out, so that a run shorter than one window
-        has none; continue with each parcel's mean over the run (with `span` by the run's last
-        row, as the official code does); or repeat the run from its start.
-    start : float
-        Seconds from the run's first volume to the first row.
-    min_real : float
-        Share of recorded samples from which ``'refuse'`` too takes an incomplete window, and
-        completes it as ``'pad'`` does.
-    span : int, optional
-        Rows that a window spans, of which it takes `length` by
-        :func:`bids_brainfm.signals.resample.official_frames`; if left out, a window is `length`
-        rows on end.
-
-    Returns
-    -------
-    Windows
-        In order of time; an incomplete window, if any, is the last.
+    data : (T, P), scaled, at the model's repetition time, or with `span` at the run's own
+    flagged, tr : (T,) bool, rows that come from flagged volumes; seconds between rows
+    length, stride : samples in a window, and between the starts of two (`length` if left out)
+    short : ``'refuse'`` leaves an incomplete window out; ``'pad'`` continues with each parcel's
+        mean over the run (with `span` by the run's last row, as the official code does);
+        ``'tile'`` repeats the run from its start
+    start : seconds from the run's first volume to the first row
+    min_real : proportion of recorded samples from which ``'refuse'`` too does as ``'pad'``
+    span : rows that a window spans, of which it takes `length` by
+        :func:`bids_brainfm.signals.resample.official_frames`; `length` rows on end if left out
 
     Raises
     ------
-    BrainfmError
-        A stride below 1, or an unknown way to deal with an incomplete window.
+    BrainfmError : a stride below 1, or an unknown `short`
 
     Examples
     --------
@@ -63,10 +46,6 @@ def cut(
            [3., 4., 0.]], dtype=float32)
     >>> windows.onset, windows.duration
     (array([0., 6.]), array([6., 4.]))
-    >>> len(cut(run, np.zeros(5, bool), tr=2.0, length=3).data)
-    1
-    >>> cut(run, np.zeros(5, bool), tr=2.0, length=3, min_real=0.6).real
-    array([1.        , 0.66666667])
     """
     if short not in SHORT_RUNS:
         raise BrainfmError(f'--short-runs is one of {", ".join(SHORT_RUNS)}, not {short!r}.')
@@ -75,9 +54,8 @@ def cut(
         raise BrainfmError(f'--stride must be at least 1 sample, not {stride}.')
     data, flagged = np.asarray(data, dtype=np.float32), np.asarray(flagged, dtype=bool)
     n_rows = len(data)
-    if span is None:
-        n_spanned, frames, spacing = length, np.arange(length), tr
-    else:
+    n_spanned, frames, spacing = length, np.arange(length), tr
+    if span is not None:
         n_spanned, frames = span, official_frames(length, span)
         spacing = tr * (span - 1) / (length - 1)
 
@@ -96,42 +74,21 @@ def cut(
     cut_out = data[rows]
     if short != 'tile' and span is None:
         cut_out = np.where(recorded[..., None], cut_out, data.mean(axis=0))
-    return Windows(
-        data=np.ascontiguousarray(cut_out.transpose(0, 2, 1)),
-        onset=start + starts * tr,
-        duration=np.minimum(n_spanned, n_rows - starts) * tr,
-        real=real,
-        flagged=(recorded & flagged[rows]).sum(axis=1) / recorded.sum(axis=1),
-        tr=spacing,
-        left_over=(n_rows - covered) * tr,
-    )
+    windows = np.ascontiguousarray(cut_out.transpose(0, 2, 1))
+    onset, duration = start + starts * tr, np.minimum(n_spanned, n_rows - starts) * tr
+    marked = (recorded & flagged[rows]).sum(axis=1) / recorded.sum(axis=1)
+    return Windows(windows, onset, duration, real, marked, spacing, (n_rows - covered) * tr)
 
 
-def cover(data, length) -> tuple[np.ndarray, np.ndarray]:
-    """Cut a run into windows that together hold every sample.
+def cover(data: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cut a run (S, P) into windows that together hold every sample.
 
-    A run shorter than one window is completed by each parcel's mean. It is never repeated: a
-    model would find what is hidden from it in the copy.
+    They are (W, P, length) float32, end to end from the first sample; the last is flush with the
+    end of the run and overlaps the one before it. The second array, (W, length) int, is the sample
+    of each time point, -1 for one that was completed: a run shorter than one window is completed
+    by each parcel's mean. It is never repeated: a model would find what is hidden in the copy.
 
-    Parameters
-    ----------
-    data : (S, P) array
-        Scaled parcel series.
-    length : int
-        Samples in a window.
-
-    Returns
-    -------
-    windows : (W, P, length) float32
-        End to end from the first sample; the last one is flush with the end of the run and
-        overlaps the one before it.
-    samples : (W, length) int
-        Sample that each time point is, -1 for one that was completed.
-
-    Examples
-    --------
-    >>> windows, samples = cover(np.arange(5.0)[:, None], 3)
-    >>> samples.tolist()
+    >>> cover(np.arange(5.0)[:, None], 3)[1].tolist()
     [[0, 1, 2], [2, 3, 4]]
     """
     data = np.asarray(data, dtype=np.float32)
@@ -145,39 +102,28 @@ def cover(data, length) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fill_uncovered(
-    data, coverage, xyz, min_coverage, structures=None, atlas='the atlas'
-) -> tuple[np.ndarray, np.ndarray]:
+    data: np.ndarray, coverage: np.ndarray, xyz: np.ndarray, min_coverage: float,
+    structures: Sequence[str] | None = None, atlas: str = 'the atlas',
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Give each parcel without enough signal the series of the nearest parcel that has it.
 
-    The nearest is sought within the same structure: the signal of a nucleus is not that of the
-    cortex around it.
+    The nearest within the same structure: a nucleus has not the signal of the cortex around it.
 
     Parameters
     ----------
-    data : (T, P) array
-        Parcel series.
-    coverage : (P,) array
-        Share of each parcel with signal.
-    xyz : (P, 3) array
-        Centroids in mm.
-    min_coverage : float
-        Below this share, or where the series is NaN, a parcel is uncovered.
-    structures : sequence of P str, optional
-        Structure of each parcel (cortex, subcortex); one for all if left out.
-    atlas : str
-        Name of the atlas, for the refusal.
+    data, coverage : (T, P) parcel series; (P,) proportion of each parcel with signal
+    xyz : (P, 3), centroids in mm
+    min_coverage : below this proportion, or where the series is NaN, a parcel is uncovered
+    structures : P structures (cortex, subcortex); one for all if left out
+    atlas : its name, for the refusal
 
     Returns
     -------
-    data : (T, P) array
-        A copy without gaps.
-    donors : (P,) int
-        Parcel whose series was taken, -1 where the parcel's own was kept.
+    data, donors : (T, P), a copy without gaps; (P,) int, parcel whose series was taken, or -1
 
     Raises
     ------
-    BrainfmError
-        More than half of the parcels are uncovered, or all of one structure.
+    BrainfmError : more than half of the parcels are uncovered, or all of one structure
 
     Examples
     --------
@@ -194,9 +140,9 @@ def fill_uncovered(
             'voxels with signal in this run; check that the run is in the space of the atlas and '
             'well registered.'
         )
-    structures = np.asarray([''] * covered.size if structures is None else structures)
-    for structure in np.unique(structures):
-        inside = structures == structure
+    groups = np.asarray([''] * covered.size if structures is None else structures)
+    for structure in np.unique(groups):
+        inside = groups == structure
         if not covered[inside].any():
             raise BrainfmError(
                 f'none of the {inside.sum()} {structure} parcels of {atlas} has enough signal in '
@@ -207,7 +153,7 @@ def fill_uncovered(
     donors = np.full(covered.size, -1)
     candidates = np.flatnonzero(covered)
     distance = np.linalg.norm(xyz[missing, None] - xyz[candidates], axis=2)
-    distance[structures[missing, None] != structures[candidates]] = np.inf
+    distance[groups[missing, None] != groups[candidates]] = np.inf
     donors[missing] = candidates[distance.argmin(axis=1)]
     data[:, missing] = data[:, donors[missing]]
     return data, donors

@@ -1,8 +1,8 @@
 """The spatiotemporal masks with which Brain-JEPA is pretrained.
 
-Dong, Li et al. 2024 (NeurIPS), section 3.2. From an observation block (some parcels, a stretch of
-time) a network predicts other parcels at the same times (Cross-ROI), the same parcels at other
-times (Cross-Time), and other parcels at other times (Double-Cross).
+Dong, Li et al. 2024 (NeurIPS), section 3.2. From a block (some parcels, a stretch of time) a
+network predicts other parcels at the same times (Cross-ROI), the same parcels at other times
+(Cross-Time), and other parcels at other times (Double-Cross).
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from bids_brainfm.errors import BrainfmError
 
 RECIPES = ('fixed', 'official')
 REGIONS = ('cross_roi', 'cross_time', 'double_cross')
-# Shares of parcels and of time patches (paper, table 6)
+# Proportions of parcels and of time patches (paper, table 6)
 OBSERVED_PARCELS, OBSERVED_PATCHES = (0.84, 1.0), (0.84, 1.0)
 ACROSS_PARCELS, ACROSS_PATCHES = (0.45, 0.6), (0.2, 0.6)
 BEYOND_PARCELS, BEYOND_PATCHES = (0.15, 0.3), (0.0, 0.4)
@@ -23,65 +23,29 @@ OFFICIAL_PATCHES = 10
 
 @dataclass(frozen=True)
 class Blocks:
-    """Masks of a batch of windows.
+    """Masks of a batch of windows; tokens are patches × parcel + patch, int64.
 
-    Attributes
-    ----------
-    context : (B, K) int64
-        Tokens that the encoder sees, ascending: patches × parcel + patch.
-    target : (B, M) int64
-        Tokens to predict.
-    region : (B, M) int64
-        Where each target lies: number in :data:`REGIONS`. Of the official masks: Cross-ROI for
-        all of the block α; for the two at the sides, whose names in the released code are not
-        what they do, Cross-Time where the parcel is left in the context (before the cut to equal
-        numbers) and Double-Cross elsewhere.
+    Regions of the official masks: Cross-ROI for all of the block α; for the two at the sides,
+    whose names in the released code are not what they do, Cross-Time where the parcel is left in
+    the context (before the cut to equal numbers) and Double-Cross elsewhere.
     """
 
-    context: Tensor
-    target: Tensor
-    region: Tensor
+    context: Tensor  # (B, K), tokens that the encoder sees, ascending
+    target: Tensor  # (B, M), tokens to predict
+    region: Tensor  # (B, M), number in REGIONS of each target
 
 
 def draw_blocks(
     windows: int, parcels: int, patches: int, recipe: str, generator: torch.Generator
 ) -> Blocks:
-    """Draw masks for a batch of windows.
+    """Draw masks for a batch of windows of so many parcels and time patches.
 
-    Parameters
-    ----------
-    windows, parcels, patches : int
-        Windows in the batch, and size of a window in tokens.
-    recipe : {'fixed', 'official'}
-        ``official`` is what the released code does, with its quirks (specification, section 4):
-        the last time patch is never seen, the last placement of a block never taken, and the
-        windows of a batch are brought to equal numbers of tokens by keeping the first ones, so
-        that late parcels are rarely seen. ``fixed`` is what the paper means: all placements, and
-        a random choice instead; a token is a target once.
-    generator : torch.Generator
-        Of all draws.
-
-    Raises
-    ------
-    BrainfmError
-        There is no such recipe, or it cannot be had for windows of this size.
-
-    Examples
-    --------
-    >>> blocks = draw_blocks(1, 6, 4, 'fixed', torch.Generator().manual_seed(0))
-    >>> bool(torch.isin(blocks.target, blocks.context).any())
-    False
-    >>> blocks.region.shape == blocks.target.shape
-    True
-    >>> patches_seen = lambda recipe: {
-    ...     token % 10
-    ...     for seed in range(20)
-    ...     for token in draw_blocks(1, 450, 10, recipe, torch.Generator().manual_seed(seed))
-    ...     .context[0]
-    ...     .tolist()
-    ... }
-    >>> 9 in patches_seen('fixed'), 9 in patches_seen('official')
-    (True, False)
+    The recipe ``official`` is what the released code does, with its quirks (specification,
+    section 4): the last time patch is never seen, the last placement of a block never taken, and
+    the windows of a batch are brought to equal numbers of tokens by keeping the first ones, so
+    that late parcels are rarely seen. ``fixed`` is what the paper means: all placements, and a
+    random choice instead; a token is a target once. A recipe that does not exist, or does not
+    work for windows of this size, is refused.
     """
     if recipe not in RECIPES:
         raise BrainfmError(f'The masks {recipe!r} are not known; choose {", ".join(RECIPES)}.')
@@ -102,9 +66,8 @@ def draw_blocks(
 def _fixed(windows: int, parcels: int, patches: int, generator: torch.Generator) -> Blocks:
     """Masks as the paper means them.
 
-    What is left of the observation is a clean block: parcels that are not to be predicted at any
-    of the times, at times that are not predicted from others. So a target is in the region that
-    its place says.
+    The context is a clean block: parcels that are not to be predicted at any of the times, at
+    times that are not predicted from others. So a target is in the region that its place says.
     """
     uniform = lambda limits: _uniform(limits, generator)
     # Sizes are common to the batch, so that its windows have about the same number of tokens.
@@ -115,35 +78,30 @@ def _fixed(windows: int, parcels: int, patches: int, generator: torch.Generator)
     brief = round(patches * uniform(ACROSS_PATCHES))
     beyond = [(uniform(BEYOND_PARCELS), uniform(BEYOND_PATCHES)) for _ in range(2)]
     side = max(1, 3 * patches // 10)
+    everywhere = torch.ones(parcels, dtype=torch.bool)
     contexts, targets, regions = [], [], []
     for _ in range(windows):
-        seen = _some(torch.ones(parcels, dtype=torch.bool), observed, generator)
-        other = _some(torch.ones(parcels, dtype=torch.bool), across, generator)
+        seen = _some(everywhere, observed, generator)
+        other = _some(everywhere, across, generator)
         start = _integer(patches - long + 1, generator)
         times = _span(patches, start, long)
         same = _span(patches, start + _integer(long - brief + 1, generator), brief)
         kept = seen & ~other
         target = other[:, None] & same
-        beside = torch.zeros(patches, dtype=torch.bool)
-        for first, (share, stretch) in zip((patches - side, 0), beyond, strict=True):
-            at = _some(_span(patches, first, side), int(patches * stretch), generator)
-            beside |= at
+        late_or_early = torch.zeros(patches, dtype=torch.bool)
+        for first, (proportion, stretch) in zip((patches - side, 0), beyond, strict=True):
+            chosen = _some(_span(patches, first, side), int(patches * stretch), generator)
+            late_or_early |= chosen
             for pool in (kept, ~kept):
-                some = _some(pool, int(share * pool.sum()), generator)
-                target |= some[:, None] & at
-        contexts.append((kept[:, None] & times & ~beside).flatten().nonzero()[:, 0])
-        targets.append(target.flatten().nonzero()[:, 0])
-        place = torch.where(kept[:, None], 1, 2 * beside.long())
-        regions.append(place.flatten()[targets[-1]])
-    context = _even(contexts, generator)
-    chosen = _even([torch.arange(len(target)) for target in targets], generator)
-    target, region = (
-        torch.stack([x[i] for x, i in zip(all_of, chosen, strict=True)])
-        for all_of in (targets, regions)
-    )
-    return Blocks(
-        torch.stack([x[i] for x, i in zip(contexts, context, strict=True)]), target, region
-    )
+                some = _some(pool, int(proportion * pool.sum()), generator)
+                target |= some[:, None] & chosen
+        contexts.append(_marked(kept[:, None] & times & ~late_or_early))
+        targets.append(_marked(target))
+        region = torch.where(kept[:, None], 1, 2 * late_or_early.long())
+        regions.append(region.flatten()[targets[-1]])
+    left, asked = _even(contexts, generator), _even(targets, generator)
+    choose = lambda rows, places: torch.stack([x[i] for x, i in zip(rows, places, strict=True)])
+    return Blocks(choose(contexts, left), choose(targets, asked), choose(regions, asked))
 
 
 def _official(windows: int, parcels: int, patches: int, generator: torch.Generator) -> Blocks:
@@ -162,28 +120,28 @@ def _official(windows: int, parcels: int, patches: int, generator: torch.Generat
         other = _some(everywhere, across, generator)
         same = _span(patches, start + _integer(long - brief, generator), brief)  # again
         context &= ~other[:, None]
-        found = [(other[:, None] & same, torch.zeros(parcels, dtype=torch.long))]
+        blocks = [(other[:, None] & same, torch.zeros(parcels, dtype=torch.long))]
         removed = seen & other
-        place = torch.where(seen & ~other, 1, 2)  # what it is in effect, not by name
+        region = torch.where(seen & ~other, 1, 2)  # what it is in effect, not by name
         for first in (patches - 3, 0):
-            share, stretch = uniform(BEYOND_PARCELS), uniform(BEYOND_PATCHES)
-            some = _some(removed, int(share * removed.sum()), generator)
-            some |= _some(~removed, int(share * (~removed).sum()), generator)
-            at = _some(_span(patches, first, 3), int(patches * stretch), generator)
-            found.append((some[:, None] & at, place))
-            context &= ~at  # for all parcels, not only those to predict
-        tokens = [target.flatten().nonzero()[:, 0] for target, _ in found]
-        contexts.append(context.flatten().nonzero()[:, 0])
-        targets.append(torch.cat(tokens))
-        labels = [of[x // patches] for (_, of), x in zip(found, tokens, strict=True)]
-        regions.append(torch.cat(labels))
+            proportion, stretch = uniform(BEYOND_PARCELS), uniform(BEYOND_PATCHES)
+            some = _some(removed, int(proportion * removed.sum()), generator)
+            some |= _some(~removed, int(proportion * (~removed).sum()), generator)
+            times = _some(_span(patches, first, 3), int(patches * stretch), generator)
+            blocks.append((some[:, None] & times, region))
+            context &= ~times  # for all parcels, not only those to predict
+        tokens = [(_marked(target), of) for target, of in blocks]
+        contexts.append(_marked(context))
+        targets.append(torch.cat([x for x, _ in tokens]))
+        regions.append(torch.cat([of[x // patches] for x, of in tokens]))
     # the first ones are kept: the context loses the last parcels, targets the left side
-    return Blocks(*(_first(rows) for rows in (contexts, targets, regions)))
+    cut = lambda rows: torch.stack([row[: min(map(len, rows))] for row in rows])
+    return Blocks(cut(contexts), cut(targets), cut(regions))
 
 
-def _first(rows: list[Tensor]) -> Tensor:
-    shortest = min(map(len, rows))
-    return torch.stack([row[:shortest] for row in rows])
+def _marked(tokens: Tensor) -> Tensor:
+    """Numbers of marked tokens (P, K), ascending."""
+    return tokens.flatten().nonzero()[:, 0]
 
 
 def _even(rows: list[Tensor], generator: torch.Generator) -> list[Tensor]:

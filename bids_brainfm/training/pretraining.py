@@ -1,155 +1,100 @@
-"""What networks are pretrained for: masked autoencoding, and prediction of latents.
+"""What networks are pretrained for: masked autoencoding, and prediction of latents."""
 
-An objective is a module that gives the error of a batch as a sum and a count, so that the mean is
-the same however a batch is split over processes and micro batches.
-"""
-
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from bids_brainfm.analyses.reconstruct import interpolate, seen_mean, target_level
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.models.brain_jepa import token_error
-from bids_brainfm.models.masking import (
-    keep_lowest,
-    keep_visible,
-    masked_loss,
-    masked_tokens,
-    standardised,
-)
+from bids_brainfm.models import masking as tokens
+from bids_brainfm.models.protocol import LatentPredicting, Reconstructing
 from bids_brainfm.training.masking import REGIONS, draw_blocks
+from bids_brainfm.training.objective import Objective
 
 GREATEST_RATIO = 0.9
 EVALUATION_MASKS = 8  # that held-out latents are predicted under, in turn
 
+Batches = Iterable[tuple[Tensor, Sequence[int]]]  # windows (B, P, T), and a seed for each's mask
+Reduce = Callable[[Tensor], Tensor]  # sums a tensor over processes
 
-class MaskedAutoencoding(nn.Module):
-    """Reconstruct what is masked of a window (BrainLM).
 
-    Parameters
-    ----------
-    network : BrainLMViT or BrainLMLegacy
-    ratio : float
-        Share of tokens (random) or of time points (future) that is masked, 0 to 0.9.
-    masking : {'random', 'future'}
-        Tokens at random, a new draw for each window; or all tokens that hold any of the last
-        time points.
-    loss : {'mse', 'mae'}
-    normalise : bool
-        Standardise each parcel's target over its time points (``norm_pix_loss``).
-    xyz : (1, P, 3) Tensor, optional
-        Parcel centres in mm, for the family that needs them.
+class MaskedAutoencoding(Objective):
+    """Reconstruct what is masked of a window.
+
+    `masking` hides tokens at random for each window (``random``), or all that hold any of the
+    last time points (``future``); `ratio` is the proportion of tokens or time points, 0 to 0.9.
+    `loss` is ``mse`` or ``mae``; `normalise` standardises each parcel's target over its time
+    points (``norm_pix_loss``).
     """
 
-    selects = 'loss'  # of what is evaluated, the lower the better
+    network: Reconstructing
 
     def __init__(
-        self,
-        network: nn.Module,
-        ratio: float,
-        masking: str = 'random',
-        loss: str = 'mse',
+        self, network: Reconstructing, ratio: float, masking: str = 'random', loss: str = 'mse',
         normalise: bool = False,
-        xyz: Tensor | None = None,
-    ):
+    ):  # fmt: skip
         super().__init__()
         if not 0 < ratio <= GREATEST_RATIO:
             raise BrainfmError(
                 f'--mask-ratio {ratio:g} is not above 0 and up to {GREATEST_RATIO}.'
             )
-        for name in getattr(network, 'unused', ()):
-            # processes that train together would wait for its gradients
+        for name in network.unused:  # processes that train together would wait for its gradients
             network.get_submodule(name).requires_grad_(False)
         self.network, self.ratio, self.masking = network, ratio, masking
         self.loss, self.normalise = loss, normalise
-        self.register_buffer('xyz', xyz, persistent=False)
         self.baselines: dict[str, float] = {}
-
-    @property
-    def trained(self) -> nn.Module:
-        """What is optimised."""
-        return self.network
 
     def draw(self, seeds: Sequence[int]) -> dict[str, Tensor]:
         """Draw the tokens ``keep`` (B, K) int64 that the encoder sees of each window."""
         if self.masking == 'future':
-            points = int(self.ratio * self.network.window_shape[1])
+            points = int(self.ratio * self.network.capabilities.window[1])
             hidden, _ = self.network.hide_last(points, exactly=False)
-            return {'keep': keep_visible(hidden).expand(len(seeds), -1)}
-        tokens = self.network.tokens
-        noise = [torch.rand(tokens, generator=_generator(seed)) for seed in seeds]
-        return {'keep': keep_lowest(torch.stack(noise), self.ratio)}
+            return {'keep': tokens.keep_visible(hidden).expand(len(seeds), -1)}
+        noise = [torch.rand(self.network.tokens, generator=_generator(seed)) for seed in seeds]
+        return {'keep': tokens.keep_lowest(torch.stack(noise), self.ratio)}
 
     def forward(self, signal: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return the summed error over masked points, their number, and nothing else to log.
-
-        Parameters
-        ----------
-        signal : (B, P, T)
-        keep : (B, K) int64
-        """
-        points = self.network.points(masked_tokens(keep, self.network.tokens))
-        made = self._reconstruct(signal, keep).float()
-        count = points.sum()
-        return masked_loss(made, signal, points, self.loss, self.normalise) * count, count, {}
-
-    def _reconstruct(self, signal: Tensor, keep: Tensor) -> Tensor:
-        place = () if self.xyz is None else (self.xyz,)
-        return self.network.reconstruct(signal, *place, keep=keep)
-
-    def after_step(self, momentum: float | None) -> None:
-        """Nothing follows a step."""
+        """Return the summed error over masked points, their number, and nothing else to log."""
+        points = self.network.points(tokens.masked_tokens(keep, self.network.tokens))
+        predicted, count = self.network.reconstruct(signal, keep).float(), points.sum()
+        loss = tokens.masked_loss(predicted, signal, points, self.loss, self.normalise)
+        return loss * count, count, {}
 
     @torch.no_grad()
-    def evaluate(self, batches, reduce) -> dict[str, float]:
-        """Score the reconstruction of masked points of held-out windows.
+    def evaluate(self, batches: Batches, reduce: Reduce) -> dict[str, float]:
+        """Score the reconstruction of masked points of this process's held-out windows.
 
-        Parameters
-        ----------
-        batches : iterable of (signal (B, P, T), list of B int)
-            This process's windows, and a seed for the mask of each.
-        reduce : callable
-            Sums a tensor over processes.
-
-        Returns
-        -------
-        dict
-            ``loss``, ``mse``, ``r2`` and ``r`` over all masked points, the parcel's mean over
-            those of the window taken out (so 0 is the mean of what was to be found); ``r2_mean``
-            and ``r2_interpolation`` for the mean of the seen points and their linear
-            interpolation.
+        Returns ``loss``, ``mse``, ``r2`` and ``r`` over all masked points, the parcel's mean over
+        those of the window taken out (so 0 is the mean of the target); ``r2_mean`` and
+        ``r2_interpolation`` for the mean of the seen points and their linear interpolation.
         """
-        names = ['model'] if self.baselines else ['model', 'mean', 'interpolation']
-        sums = torch.zeros(len(names), 6, dtype=torch.float64)
+        baselines = {} if self.baselines else {'mean': seen_mean, 'interpolation': interpolate}
+        sums = torch.zeros(1 + len(baselines), 6, dtype=torch.float64)
         loss = torch.zeros(2, dtype=torch.float64)
         for signal, seeds in batches:
             keep = self.draw(seeds)['keep'].to(signal.device)
             total, count, _ = self(signal, keep)
             loss += torch.tensor([total.item(), count.item()], dtype=torch.float64)
-            windows = (standardised(signal) if self.normalise else signal).cpu().numpy()
-            seen = ~self.network.points(masked_tokens(keep, self.network.tokens)).cpu().numpy()
-            made = {'model': self._reconstruct(signal, keep).float().cpu().numpy()}
-            if not self.baselines:
-                made['mean'] = seen_mean(windows, seen)
-                made['interpolation'] = interpolate(windows, seen)
-            for row, name in enumerate(names):
-                sums[row] += torch.from_numpy(_moments(made[name], windows, ~seen))
+            windows = (tokens.standardised(signal) if self.normalise else signal).cpu().numpy()
+            hidden = self.network.points(tokens.masked_tokens(keep, self.network.tokens))
+            seen = ~hidden.cpu().numpy()
+            predictions = [self.network.reconstruct(signal, keep).float().cpu().numpy()]
+            predictions += [fill(windows, seen) for fill in baselines.values()]
+            for row, prediction in enumerate(predictions):
+                sums[row] += torch.from_numpy(_moments(prediction, windows, ~seen))
         sums, loss = reduce(sums), reduce(loss)
-        scores = {name: _scores(row) for name, row in zip(names, sums, strict=True)}
-        if not self.baselines:
-            for name in ('mean', 'interpolation'):
-                self.baselines[f'r2_{name}'] = scores[name]['r2']
-        return {'loss': float(loss[0] / loss[1])} | scores['model'] | self.baselines
+        scores, *others = map(_scores, sums)
+        self.baselines |= {f'r2_{n}': b['r2'] for n, b in zip(baselines, others, strict=True)}
+        return {'loss': float(loss[0] / loss[1])} | scores | self.baselines
 
 
-def _moments(made: np.ndarray, windows: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+def _moments(predictions: np.ndarray, windows: np.ndarray, hidden: np.ndarray) -> np.ndarray:
     """Sums over hidden points from which scores follow: (6,)."""
     total = np.zeros(6)
-    for x, y, points in zip(made, windows, hidden, strict=True):
+    for x, y, points in zip(predictions, windows, hidden, strict=True):
         level = target_level(np.where(points, y, np.nan).T)[:, None]
         x, y = (np.asarray(v - level, float)[points] for v in (x, y))
         total += [len(y), x.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum(), y.sum()]
@@ -158,75 +103,52 @@ def _moments(made: np.ndarray, windows: np.ndarray, hidden: np.ndarray) -> np.nd
 
 def _scores(sums: Tensor) -> dict[str, float]:
     n, x, xx, yy, xy, y = sums.tolist()
-    error, spread = xx - 2 * xy + yy, yy - y * y / n
-    made = xx - x * x / n
+    error, measured, predicted = xx - 2 * xy + yy, yy - y * y / n, xx - x * x / n
+    varies = predicted > 0 and measured > 0
     return {
         'mse': error / n,
-        'r2': 1 - error / spread if spread > 0 else np.nan,
-        'r': (xy - x * y / n) / (made * spread) ** 0.5 if made > 0 and spread > 0 else np.nan,
+        'r2': 1 - error / measured if measured > 0 else np.nan,
+        'r': (xy - x * y / n) / (predicted * measured) ** 0.5 if varies else np.nan,
     }
 
 
-class LatentPrediction(nn.Module):
-    """Predict the latents of blocks of a window from another block (Brain-JEPA).
+class LatentPrediction(Objective):
+    """Predict the latents of blocks of a window from another block, as Brain-JEPA does.
 
-    Parameters
-    ----------
-    network : BrainJEPA
-        With its table of gradients.
-    masks : {'fixed', 'official'}
-        See :func:`bids_brainfm.training.masking.draw_blocks`.
+    `masks` is the recipe of :func:`~bids_brainfm.training.masking.draw_blocks`.
     """
 
-    selects = 'loss'
+    network: LatentPredicting
 
-    def __init__(self, network: nn.Module, masks: str):
+    def __init__(self, network: LatentPredicting, masks: str):
         super().__init__()
+        if network.capabilities.patches is None:
+            raise BrainfmError(
+                f'A model of the family {network.model_type} has tokens that span several '
+                f'parcels, so blocks of parcels cannot be masked: pretrain a model with tokens '
+                f'of each parcel.'
+            )
         self.network, self.masks = network, masks
-
-    @property
-    def trained(self) -> nn.Module:
-        """What is optimised; the target encoder follows by averaging."""
-        return self.network
+        self.size = network.capabilities.window[0], network.capabilities.patches
 
     def draw(self, seeds: Sequence[int]) -> dict[str, Tensor]:
-        """Draw context (B, K), targets (B, M) and their regions (B, M) for a batch.
-
-        All windows of the batch have equal numbers of tokens, so their masks are drawn together.
-        """
-        network = self.network
-        blocks = draw_blocks(
-            len(seeds),
-            network.window_shape[0],
-            network.tokens_per_parcel,
-            self.masks,
-            _generator(seeds[0]),
-        )
-        return {'context': blocks.context, 'target': blocks.target, 'region': blocks.region}
+        """Draw context (B, K), targets (B, M) and their regions (B, M) for a batch, together."""
+        return vars(draw_blocks(len(seeds), *self.size, self.masks, _generator(seeds[0])))
 
     def forward(
         self, signal: Tensor, context: Tensor, target: Tensor, region: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the summed error over target tokens, their number, and what is to be logged.
 
-        Parameters
-        ----------
-        signal : (B, P, T)
-        context, target, region : (B, K), (B, M), (B, M) int64
-
-        Returns
-        -------
-        total, count : () tensors
-        facts : dict
-            For each region the pair (summed error, number of tokens); ``target_sd``: standard
-            deviation of the targets between windows, mean over tokens and features, and 1.
+        Logged are for each region the pair (summed error, number of tokens), and ``target_sd``:
+        standard deviation of the targets between windows, mean over tokens and features, and 1.
         """
         network = self.network
         with torch.no_grad():
             hidden = network.encode(signal)[0]
             wanted = network.targets(hidden, target)
-        found = network.predict(network.context(signal, context), context, target)
-        error = token_error(found, wanted)
+        predicted = network.predict(network.context(signal, context), context, target)
+        error = tokens.token_error(predicted, wanted)
         facts = {}
         for number, name in enumerate(REGIONS):
             inside = region == number
@@ -236,65 +158,38 @@ class LatentPrediction(nn.Module):
             facts['target_sd'] = torch.stack([spread, torch.ones_like(spread)])
         return error.sum(), torch.tensor(error.numel(), device=error.device), facts
 
-    @torch.no_grad()
     def after_step(self, momentum: float | None) -> None:
-        """Move the target encoder towards the encoder: m × target + (1 - m) × encoder."""
-        pairs = zip(
-            self.network.target_encoder.parameters(),
-            self.network.encoder.parameters(),
-            strict=True,
-        )
-        for target, source in pairs:
-            target.lerp_(source, 1 - momentum)
+        """Move the network that makes the targets towards the one that is trained."""
+        assert momentum is not None, 'a recipe with masks has a momentum'
+        self.network.follow(momentum)
 
     @torch.no_grad()
-    def evaluate(self, batches, reduce) -> dict[str, float]:
-        """Score the prediction of latents of held-out windows.
+    def evaluate(self, batches: Batches, reduce: Reduce) -> dict[str, float]:
+        """Score the prediction of latents of this process's held-out windows.
 
-        Parameters
-        ----------
-        batches : iterable of (signal (B, P, T), list of B int)
-            This process's windows, and a number that picks the mask of each.
-        reduce : callable
-            Sums a tensor over processes.
-
-        Returns
-        -------
-        dict
-            ``loss``; ``baseline``: the loss of guessing each target to be the mean target of the
-            context; ``target_sd``: standard deviation of the layer-normalised latents between
-            windows; ``rank``: effective rank of the embeddings (exponential of the entropy of
-            the eigenvalues of their covariance); ``static``: the error by which the latents of a
-            window differ from those of the same window without its changes in time (0: the
-            network sees levels only).
+        Returns ``loss``; ``baseline``: the loss of guessing each target to be the mean target of
+        the context; ``target_sd``: standard deviation of the layer-normalised latents between
+        windows; ``rank``: effective rank of the embeddings; ``static``: the error between the
+        latents of a window and of the same window without its changes in time (0: the network
+        sees levels only).
         """
-        width = self.network.config['embed_dim']
-        tokens = self.network.window_shape[0] * self.network.tokens_per_parcel
-        sums = torch.zeros(4, dtype=torch.float64)
-        first, second = (torch.zeros(tokens, width, dtype=torch.float64) for _ in range(2))
-        mean, outer = (
-            torch.zeros(*shape, dtype=torch.float64) for shape in [(width,), (width,) * 2]
-        )
+        width, size = self.network.capabilities.width, self.size[0] * self.size[1]
+        shapes = [(4,), (size, width), (size, width), (width,), (width, width)]
+        sums, first, second, mean, outer = (torch.zeros(s, dtype=torch.float64) for s in shapes)
         # drawn together, since they must be of one size however windows come in batches
         masks = self.draw(range(EVALUATION_MASKS))
         for signal, seeds in batches:
             hidden = self.network.encode(signal)[0].float()
             rows = [seed % EVALUATION_MASKS for seed in seeds]
             blocks = {k: v[rows].to(signal.device) for k, v in masks.items()}
-            error, guess = self.network.latent_error(
-                signal, hidden, blocks['context'], blocks['target']
-            )
+            places = blocks['context'], blocks['target']
+            error, guess = self.network.latent_error(signal, hidden, *places)
             level = signal.mean(2, keepdim=True).expand_as(signal)
             still = self.network.encode(level)[0].float()
             normal, unmoved = (F.layer_norm(x, x.shape[-1:]) for x in (hidden, still))
-            sums += torch.tensor(
-                [
-                    error.nanmean(1).sum().item(),
-                    guess.nanmean(1).sum().item(),
-                    token_error(unmoved, normal).mean(1).sum().item(),
-                    len(signal),
-                ]
-            )
+            static = tokens.token_error(unmoved, normal).mean(1)
+            by_window = (error.nanmean(1), guess.nanmean(1), static)
+            sums += torch.tensor([*(x.sum().item() for x in by_window), len(signal)])
             first += normal.double().sum(0).cpu()
             second += normal.double().square().sum(0).cpu()
             summary = hidden.mean(1).double().cpu()
@@ -314,14 +209,10 @@ class LatentPrediction(nn.Module):
 
 
 def effective_rank(covariance: Tensor) -> float:
-    """Exponential of the entropy of the eigenvalues of a covariance (D, D).
-
-    >>> round(effective_rank(torch.eye(4, dtype=torch.float64)), 3)
-    4.0
-    """
+    """Exponential of the entropy of the eigenvalues of a covariance (D, D)."""
     values = torch.linalg.eigvalsh(covariance).clamp(min=0)
-    shares = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)
-    return float(torch.special.entr(shares).sum().exp())
+    proportions = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)
+    return float(torch.special.entr(proportions).sum().exp())
 
 
 def _generator(seed: int) -> torch.Generator:

@@ -1,17 +1,17 @@
 """How a network is trained: a recipe (YAML), and the rates that follow from it at every step."""
 
-import dataclasses
 import math
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
+from typing import Annotated, Literal
 
+from bids_brainfm import validation
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.validation import Condition, Positive, PositiveInt, Proportion
 
-# What is taken for a family where no recipe is named.
-OF_FAMILY = {
-    'vit_mae': 'brainlm-vit', 'brainlm_mae': 'brainlm-legacy', 'brain_jepa': 'fixed',
-}  # fmt: skip
+FOLDER = 'training'
+NotNegative = Annotated[float, Condition(lambda value: value >= 0, 'from 0 upwards')]
+Momentum = Annotated[float, Condition(lambda value: 0 <= value <= 1, 'from 0 to 1')]
 
 
 @dataclass(frozen=True)
@@ -25,70 +25,42 @@ class Rates:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained.
+    """How a network is trained; rates are given at the start and at the end of it."""
 
-    Attributes
-    ----------
-    epochs : float
-        An epoch takes one window of each run.
-    batch_size : int
-        Windows in one step of the optimiser, over all processes.
-    lr : (float, float, float)
-        Learning rate at the start, after warming up (linear), and at the end (cosine).
-    warmup : float
-        Share of all steps.
-    weight_decay : (float, float)
-        At the start and at the end (cosine); of matrices only.
-    lr_batch : int or None
-        Batch that `lr` is meant for: it grows in proportion with the batch. None: as it is.
-    micro_batch_size : int or None
-        Windows that a process takes at once; gradients of several are added up. None: its part of
-        the batch.
-    momentum : (float, float) or None
-        Of the exponential moving average that the target encoder is, at the start and at the end
-        (linear).
-    masks : {'fixed', 'official'} or None
-        Of Brain-JEPA, see :func:`bids_brainfm.training.masking.draw_blocks`.
-    layer_decay : float
-        Factor on the learning rate from each layer to the one below.
-    patience : int or None
-        Epochs without a better score on the validation split after which training ends; the best
-        weights are taken. None: it runs to its end and the last are taken.
-    """
+    epochs: Positive  # an epoch takes one window of each run
+    batch_size: PositiveInt  # windows in one step of the optimiser, over all processes
+    lr: tuple[NotNegative, NotNegative, NotNegative]  # start, after warm-up (linear), end (cosine)
+    warmup: Annotated[float, Condition(lambda value: 0 <= value < 1, 'from 0 to below 1')]
+    weight_decay: tuple[NotNegative, NotNegative]  # cosine; of matrices only
+    # Batch that `lr` is meant for: it grows in proportion with the batch. None: as it is.
+    lr_batch: PositiveInt | None = None
+    # Windows that a process takes at once, whose gradients are added up. None: its whole part.
+    micro_batch_size: PositiveInt | None = None
+    # Of the moving average that the target encoder is (linear), and Brain-JEPA's way to draw
+    # masks, see training.masking.draw_blocks; only together.
+    momentum: tuple[Momentum, Momentum] | None = None
+    masks: Literal['fixed', 'official'] | None = None
+    layer_decay: Proportion = 1.0  # factor on the learning rate from each layer to the one below
+    # Epochs without a better score on the validation split after which training ends; the best
+    # weights are taken. None: it runs to its end and the last are taken.
+    patience: PositiveInt | None = None
 
-    epochs: float
-    batch_size: int
-    lr: tuple[float, float, float]
-    warmup: float
-    weight_decay: tuple[float, float]
-    lr_batch: int | None = None
-    micro_batch_size: int | None = None
-    momentum: tuple[float, float] | None = None
-    masks: str | None = None
-    layer_decay: float = 1.0
-    patience: int | None = None
+    def __post_init__(self) -> None:
+        if (self.masks is None) != (self.momentum is None):
+            raise BrainfmError(
+                f'masks {self.masks!r} and momentum {self.momentum!r} belong together: compare '
+                'it with the recipe finetune, which has neither, or fixed, which has both.'
+            )
 
     def steps(self, runs: int) -> int:
         """Steps of the optimiser for so many runs, at least one."""
         return max(1, int(self.epochs * runs / self.batch_size))
 
     def rates(self, step: int, steps: int) -> Rates:
-        """Return the rates of a step.
+        """Return the rates after `step` of `steps` steps.
 
-        Parameters
-        ----------
-        step : int
-            Steps done before it.
-        steps : int
-            Steps in all.
-
-        Examples
-        --------
-        >>> recipe = load_recipe('fixed')
-        >>> [round(recipe.rates(n, 18825).lr, 6) for n in (0, 2509, 18824)]
+        >>> [round(load_recipe('fixed').rates(n, 18825).lr, 6) for n in (0, 2509, 18824)]
         [5e-05, 0.001, 1e-06]
-        >>> [recipe.rates(n, 100).momentum for n in (0, 50)]
-        [0.996, 0.998]
         """
         first, peak, last = self.lr
         warm = round(self.warmup * steps)
@@ -104,105 +76,24 @@ class Recipe:
         return Rates(lr * grown, _cosine(*self.weight_decay, (step + 1) / steps), momentum)
 
 
-def _cosine(start: float, end: float, share: float) -> float:
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * share))
+def _cosine(start: float, end: float, progress: float) -> float:
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that come with this package.
-
-    >>> 'official' in recipe_names()
-    True
-    """
-    names = (entry.name for entry in (files('bids_brainfm') / 'data' / 'training').iterdir())
-    return sorted(name.removesuffix('.yml') for name in names if name.endswith('.yml'))
+    """Names of the recipes that come with this package."""
+    return validation.card_names(FOLDER)
 
 
-def load_recipe(name: str | Path, **changes) -> Recipe:
-    """Load a recipe by its name, or one's own by its path, with changes to it.
+def load_recipe(name: str | Path, **changes: object) -> Recipe:
+    """Load a recipe by its name, or the user's own by its path.
 
-    Parameters
-    ----------
-    name : str or path-like
-    **changes
-        Fields of :class:`Recipe`; one that is None stays as it is.
+    `changes` are fields of :class:`Recipe` to take instead; one that is None stays as it is. What
+    does not exist, or has unknown fields or values that make no sense, is refused.
 
-    Raises
-    ------
-    BrainfmError
-        There is no such recipe, it has unknown or missing fields, or a value makes no sense.
-
-    Examples
-    --------
     >>> load_recipe('brainlm-vit', batch_size=64).batch_size
     64
     """
-    import yaml
-
-    source = Path(name)
-    if str(name) in recipe_names():
-        source = files('bids_brainfm') / 'data' / 'training' / f'{name}.yml'
-    elif not source.is_file():
-        raise BrainfmError(
-            f'There is no recipe {name}: the recipes are {", ".join(recipe_names())}, or give the '
-            f'path of one of your own (.yml).'
-        )
-    try:
-        content = dict(yaml.safe_load(source.read_text(encoding='utf-8')))
-    except (yaml.YAMLError, TypeError, ValueError) as error:
-        raise BrainfmError(f'The recipe {name} is not a YAML mapping: {error}.') from None
+    _, content = validation.read_card(name, FOLDER, 'recipe')
     content |= {key: value for key, value in changes.items() if value is not None}
-    known = {field.name: field for field in dataclasses.fields(Recipe)}
-    needed = {key for key, field in known.items() if field.default is dataclasses.MISSING}
-    wrong = sorted(needed - set(content)) + sorted(set(content) - set(known))
-    if wrong:
-        raise BrainfmError(
-            f'The recipe {name} lacks or does not know: {", ".join(wrong)}; a recipe has the '
-            f'fields {", ".join(known)}.'
-        )
-    content = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
-    recipe = Recipe(**content)
-    _check(recipe, name)
-    return recipe
-
-
-def _check(recipe: Recipe, name: str | Path) -> None:
-    lengths = {'lr': 3, 'weight_decay': 2, 'momentum': 2}
-    for key, length in lengths.items():
-        value = getattr(recipe, key)
-        numbers = isinstance(value, tuple) and all(isinstance(v, (int, float)) for v in value)
-        if value is not None and not (numbers and len(value) == length and min(value) >= 0):
-            raise BrainfmError(
-                f'The recipe {name}: {key} must be a list of {length} numbers from 0 upwards, '
-                f'not {value!r}.'
-            )
-    whole = ('batch_size', 'micro_batch_size', 'lr_batch', 'patience')
-    for field in dataclasses.fields(recipe):
-        value = getattr(recipe, field.name)
-        numbers = value if isinstance(value, tuple) else (value,)
-        kinds = (int,) if field.name in whole else (int, float)
-        if field.name == 'masks' or (value is None and field.default is None):
-            continue
-        if not all(type(n) in kinds and math.isfinite(n) for n in numbers):
-            raise BrainfmError(
-                f'The recipe {name}: {field.name} {value!r} is not made of '
-                f'{"whole " * (field.name in whole)}numbers (YAML reads 1e-3 as text: write '
-                f'1.0e-3).'
-            )
-    sizes = {
-        'epochs': recipe.epochs > 0,
-        'batch_size': recipe.batch_size >= 1,
-        'micro_batch_size': recipe.micro_batch_size is None or recipe.micro_batch_size >= 1,
-        'lr_batch': recipe.lr_batch is None or recipe.lr_batch >= 1,
-        'warmup': 0 <= recipe.warmup < 1,
-        'layer_decay': 0 < recipe.layer_decay <= 1,
-        'momentum': max(recipe.momentum or (0,)) <= 1,
-        'patience': recipe.patience is None or recipe.patience >= 1,
-        'masks': (recipe.masks is None) == (recipe.momentum is None),
-    }
-    for key, fits in sizes.items():
-        if not fits:
-            raise BrainfmError(
-                f'The recipe {name}: {key} {getattr(recipe, key)!r} makes no sense; compare it '
-                f'with the recipe finetune or fixed.'
-            )
+    return validation.build(Recipe, content, f'The recipe {name}')

@@ -12,79 +12,58 @@ from pathlib import Path
 import numpy as np
 
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.training.cohort import CohortRun
 
 SHARD_BYTES = 2**30
 INDEX = 'index.json'  # written last: a store with it is whole
 
+Prepare = Callable[[CohortRun], np.ndarray]
+Prepared = tuple[str, str, str, np.ndarray | str]  # as of write_store
+
 
 @dataclass(frozen=True)
 class StoredRun:
-    """Where a run lies in a store.
-
-    Attributes
-    ----------
-    name, participant : str
-    part : str
-        Part of the split.
-    shard, start, samples : int
-        File, first row in it, and number of rows.
-    """
+    """Where a run lies in a store."""
 
     name: str
     participant: str
     part: str
-    shard: int
-    start: int
-    samples: int
+    shard: int  # number of its file
+    start: int  # its first row there
+    samples: int  # number of rows
 
 
 def write_store(
-    folder: Path,
-    parcels: int,
-    series: Iterable[tuple[str, str, str, np.ndarray | str]],
-    shard_bytes: int = SHARD_BYTES,
+    folder: Path, parcels: int, series: Iterable[Prepared], shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Write the scaled series of many runs, one after the other.
+    """Write the scaled series of many runs, over what an interrupted attempt left.
 
-    Parameters
-    ----------
-    folder : Path
-        Of the store; what an interrupted attempt left there is written over.
-    parcels : int
-    series : iterable of (name, participant, part, (S, P) float32 or str)
-        A text says why the run cannot be taken, and is kept.
-    shard_bytes : int
-        A file holds so much, and then the rest of its last run.
-
-    Raises
-    ------
-    BrainfmError
-        A part has no run that can be taken.
+    `series` are (name, participant, part, (S, P) float32 or text), where a text says why the run
+    cannot be taken; a part without any run is refused. A file holds `shard_bytes`, and then the
+    rest of its last run.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / INDEX).unlink(missing_ok=True)
-    runs, left_out, reasons, parts = [], {}, {}, set()
-    shard = row = 0
-    file = None
-    try:
+    runs: list[StoredRun] = []
+    left_out: dict[str, str] = {}
+    reasons: dict[str, str] = {}
+    shard, row = 0, 0
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(_shard(folder, shard).open('wb'))
         for name, participant, part, data in series:
-            parts.add(part)
+            reasons.setdefault(part, '')
             if isinstance(data, str):
                 left_out[name] = data
-                reasons.setdefault(part, f'{name}: {data}')
+                reasons[part] = reasons[part] or f'{name}: {data}'
                 continue
-            if file is None or row * parcels * 4 >= shard_bytes:
-                if file is not None:
-                    file.close()
-                    shard, row = shard + 1, 0
-                file = _shard(folder, shard).open('wb')
+            if row * parcels * 4 >= shard_bytes:
+                file.close()
+                shard, row = shard + 1, 0
+                file = stack.enter_context(_shard(folder, shard).open('wb'))
             np.ascontiguousarray(data, '<f4').tofile(file)
             runs.append(StoredRun(name, participant, part, shard, row, len(data)))
             row += len(data)
-    finally:
-        if file is not None:
-            file.close()
-    for part in sorted(parts - {run.part for run in runs}):
+    for part in sorted(set(reasons) - {run.part for run in runs}):
         raise BrainfmError(f'No run of the {part} part can be trained on ({reasons[part]})')
     index = {'parcels': parcels, 'runs': [asdict(run) for run in runs], 'left_out': left_out}
     temporary = folder / f'.{INDEX}'
@@ -97,27 +76,14 @@ def _shard(folder: Path, number: int) -> Path:
 
 
 class Store:
-    """A cohort on disk.
-
-    Parameters
-    ----------
-    folder : Path
-        From :func:`write_store`.
-
-    Attributes
-    ----------
-    runs : list of StoredRun
-    left_out : dict of str to str
-        Runs that could not be taken, and why.
-    parcels : int
-    """
+    """A cohort on disk, from :func:`write_store`; ``left_out`` says why runs are not in it."""
 
     def __init__(self, folder: Path):
         index = json.loads((folder / INDEX).read_text())
         self.folder = folder
         self.runs = [StoredRun(**run) for run in index['runs']]
-        self.left_out = index['left_out']
-        self.parcels = index['parcels']
+        self.left_out: dict[str, str] = index['left_out']
+        self.parcels: int = index['parcels']
         self._mapped: dict[int, np.ndarray] = {}
 
     def part(self, name: str) -> list[StoredRun]:
@@ -129,9 +95,8 @@ class Store:
         if run.shard not in self._mapped:
             flat = np.memmap(_shard(self.folder, run.shard), dtype='<f4', mode='r')
             self._mapped[run.shard] = flat.reshape(-1, self.parcels)
-        start = run.start + first
-        rows = self._mapped[run.shard][start : start + length * stride : stride]
-        return np.ascontiguousarray(rows.T)
+        start, stop = run.start + first, run.start + first + length * stride
+        return np.ascontiguousarray(self._mapped[run.shard][start:stop:stride].T)
 
 
 def windows_in(run: StoredRun, length: int) -> range:
@@ -147,44 +112,27 @@ def sample_seed(*numbers: int) -> int:
 class WindowStream:
     """Random windows without end, in an order that follows from the seed alone.
 
-    Position `p` of the stream is in epoch `p // len(runs)`, which takes one window of each run in
-    a new order. What stands at a position depends on nothing else: not on how many processes
-    there are, nor on where training was interrupted.
-
-    Parameters
-    ----------
-    store : Store
-    runs : list of StoredRun
-    length : int
-        Samples of a window.
-    seed : int
-    strides : tuple of int
-        Augmentation of the repetition time: a window takes every sample, or every second, ... at
-        random among those for which the run is long enough.
-    order : (P,) int, optional
-        Order of rows that the network takes.
+    Position `p` is in epoch `p // len(runs)`, which takes one window of each run in a new order,
+    whatever the number of processes and wherever training was interrupted. A window has `length`
+    samples; `strides` augment the repetition time: it takes every sample, or every second, ... at
+    random among those for which the run is long enough. `order` (P,) is that of its rows.
     """
 
     def __init__(
-        self,
-        store: Store,
-        runs: list[StoredRun],
-        length: int,
-        seed: int,
-        strides: tuple[int, ...] = (1,),
-        order: np.ndarray | None = None,
-    ):
+        self, store: Store, runs: list[StoredRun], length: int, seed: int,
+        strides: tuple[int, ...] = (1,), order: np.ndarray | None = None,
+    ):  # fmt: skip
         self.store, self.runs, self.length = store, runs, length
         self.seed, self.strides, self.order = seed, strides, order
-        self._epoch: tuple[int, np.ndarray | None] = (-1, None)
+        self._epoch, self._permutation = -1, np.empty(0, int)
 
     def __getitem__(self, position: int) -> tuple[np.ndarray, int]:
         """Window (P, T) at a position, and the number of its run."""
         epoch, place = divmod(position, len(self.runs))
-        if self._epoch[0] != epoch:
+        if self._epoch != epoch:
             rng = np.random.default_rng(sample_seed(self.seed, epoch))
-            self._epoch = epoch, rng.permutation(len(self.runs))
-        number = int(self._epoch[1][place])
+            self._epoch, self._permutation = epoch, rng.permutation(len(self.runs))
+        number = int(self._permutation[place])
         run, rng = self.runs[number], np.random.default_rng(sample_seed(self.seed, 1, position))
         span = lambda stride: (self.length - 1) * stride + 1
         stride = int(rng.choice([s for s in self.strides if span(s) <= run.samples] or [1]))
@@ -194,8 +142,8 @@ class WindowStream:
 
 
 def collect(
-    runs: Sequence, prepare: Callable, parts: dict[str, str], processes: int = 1
-) -> Iterable[tuple[str, str, str, np.ndarray | str]]:
+    runs: Sequence[CohortRun], prepare: Prepare, parts: dict[str, str], processes: int = 1
+) -> Iterable[Prepared]:
     """Prepare runs for :func:`write_store`, in their order; what cannot be taken says why.
 
     With several processes, `prepare` and runs must be such as can be pickled.
@@ -206,14 +154,14 @@ def collect(
             # not forked: a process with a GPU or threads must not be
             spawn = multiprocessing.get_context('spawn')
             pool = stack.enter_context(ProcessPoolExecutor(processes, mp_context=spawn))
-            found = pool.map(attempt, runs, chunksize=4)
+            prepared = pool.map(attempt, runs, chunksize=4)
         else:
-            found = map(attempt, runs)
-        for run, data in zip(runs, found, strict=True):
+            prepared = map(attempt, runs)
+        for run, data in zip(runs, prepared, strict=True):
             yield run.name, run.participant, parts[run.participant], data
 
 
-def _attempt(prepare: Callable, run) -> np.ndarray | str:
+def _attempt(prepare: Prepare, run: CohortRun) -> np.ndarray | str:
     try:
         return prepare(run)
     except BrainfmError as error:

@@ -8,6 +8,9 @@ import tempfile
 import time
 import traceback
 
+from nipype.pipeline import engine as pe
+from nipype.pipeline.plugins.base import PluginBase
+
 from bids_brainfm import stopping
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.workflows.plan import Plan
@@ -19,11 +22,11 @@ LOGGER = logging.getLogger('bids_brainfm')
 class Progress:
     """Tell on the log, node by node, how far the parcel series are."""
 
-    def __init__(self, total: int):
+    def __init__(self, total: int) -> None:
         self.total, self.done = total, 0
         self.started: dict[str, float] = {}
 
-    def __call__(self, node, status: str) -> None:
+    def __call__(self, node: pe.Node, status: str) -> None:
         """Take Nipype's report on a node."""
         stopping.check()  # Nipype says of an interrupted node that it has ended
         if node.name.startswith('networks_') and status == 'end':
@@ -34,9 +37,8 @@ class Progress:
             self.started[node.name] = time.monotonic()
             return
         self.done += 1
-        run = node.inputs.run.name
         outcome = node.result.outputs.outcome if status == 'end' else None
-        head = f'[{self.done}/{self.total}]'
+        head, run = f'[{self.done}/{self.total}]', node.inputs.run.name
         if outcome is None:
             LOGGER.error('%s %s: parcel series failed', head, run)
         elif outcome.error:
@@ -46,16 +48,8 @@ class Progress:
             LOGGER.info('%s %s: parcel series written (%.1f s)', head, run, took)
 
 
-def execute(workflow, plan: Plan) -> None:
-    """Run the graph to its end.
-
-    Raises
-    ------
-    BrainfmError
-        A worker was killed.
-    RuntimeError
-        A node crashed where the settings ask to stop.
-    """
+def execute(workflow: pe.Workflow, plan: Plan) -> None:
+    """Run the graph to its end; raises as :func:`run`, or RuntimeError where a node crashed."""
     settings = plan.settings
     workflow.config['execution'] = {
         'crashdump_dir': str(settings.output_dir / 'logs'),
@@ -71,14 +65,11 @@ def execute(workflow, plan: Plan) -> None:
     run(workflow, choose_plugin(settings, progress, max(progress.total, n_networks)))
 
 
-def run(workflow, plugin) -> None:
+def run(workflow: pe.Workflow, plugin: PluginBase) -> None:
     """Run a graph by a plugin, and say what was wrong where that is known.
 
-    Raises
-    ------
-    BrainfmError
-        A worker was killed, its folder was taken away, a scheduler takes no jobs, a disk is full,
-        or a node said it.
+    Raises BrainfmError where a worker was killed, its folder was taken away, a scheduler takes no
+    jobs, a disk is full, or a node said it.
     """
     try:
         workflow.run(plugin=plugin)

@@ -14,12 +14,13 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from nipype.pipeline.plugins.base import GraphPluginBase
+from nipype.pipeline.plugins.base import GraphPluginBase, PluginBase
 from nipype.pipeline.plugins.linear import LinearPlugin
 from nipype.pipeline.plugins.multiproc import MultiProcPlugin, process_initializer
 from nipype.pipeline.plugins.slurm import SLURMPlugin
@@ -27,44 +28,33 @@ from nipype.pipeline.plugins.slurm import SLURMPlugin
 from bids_brainfm.config import Settings
 from bids_brainfm.errors import BrainfmError
 
+if TYPE_CHECKING:
+    from networkx import DiGraph
+    from nipype.pipeline import engine as pe
+
+Callback = Callable[..., None]
 LOGGER = logging.getLogger('bids_brainfm')
 
 
-def choose_plugin(settings: Settings, status_callback: Callable, n_jobs: int):
+def choose_plugin(settings: Settings, status_callback: Callback, n_jobs: int) -> PluginBase:
     """Plugin of ``--use-plugin``, or workers on this machine, or none for one CPU or one job.
 
-    Parameters
-    ----------
-    settings : Settings
-    status_callback : callable
-        Is given a node and what became of it.
-    n_jobs : int
-        Nodes that could run side by side.
-
-    Raises
-    ------
-    BrainfmError
-        The file of ``--use-plugin`` cannot be used here.
+    `status_callback` is given a node and what became of it; `n_jobs` could run side by side.
+    Raises BrainfmError where the file of ``--use-plugin`` cannot be used here.
     """
     if settings.use_plugin is not None:
-        return from_file(settings, status_callback)
+        return from_file(settings, settings.use_plugin, status_callback)
     args = {'status_callback': status_callback}
     if settings.nprocs == 1 or n_jobs <= 1 or not _workers_can_be():
         return LinearPlugin(args)
     return MultiProc(_workers(settings) | args)
 
 
-def _workers(settings: Settings) -> dict:
+def _workers(settings: Settings) -> dict[str, Any]:
     """Arguments of worker processes on this machine."""
-    args = {
-        'n_procs': settings.nprocs,
-        'raise_insufficient': False,
-        # workers start clean: no lock, thread or CUDA state of this process comes along
-        'mp_context': 'forkserver',
-    }
-    if settings.mem is not None:
-        args['memory_gb'] = settings.mem
-    return args
+    # workers start clean (forkserver): no lock, thread or CUDA state of this process comes along
+    args = {'n_procs': settings.nprocs, 'raise_insufficient': False, 'mp_context': 'forkserver'}
+    return args if settings.mem is None else args | {'memory_gb': settings.mem}
 
 
 def _workers_can_be() -> bool:
@@ -80,28 +70,28 @@ def _workers_can_be() -> bool:
     return True
 
 
-def from_file(settings: Settings, status_callback: Callable):
-    """Plugin that a YAML file names."""
+def from_file(settings: Settings, file: Path, status_callback: Callback) -> PluginBase:
+    """Return the plugin that a YAML file names."""
     import yaml
 
     try:
-        content = yaml.safe_load(settings.use_plugin.read_text())
+        content = yaml.safe_load(file.read_text())
         name, args = content['plugin'], dict(content.get('plugin_args') or {})
     except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise BrainfmError(
-            f'--use-plugin {settings.use_plugin} is not YAML with plugin and plugin_args '
+            f'--use-plugin {file} is not YAML with plugin and plugin_args '
             f'({error}): see docs/hpc.md.'
         ) from None
     args = args | {'status_callback': status_callback}
     if name == 'MultiProc':
         return MultiProc(_workers(settings) | args)
     if name == 'SLURM':
-        return Slurm(args, settings.use_plugin)
+        return Slurm(args, file)
     plugin = getattr(importlib.import_module('nipype.pipeline.plugins'), f'{name}Plugin', None)
     # plugins of whole graphs submit jobs and do not wait for them
     if plugin is None or issubclass(plugin, GraphPluginBase):
         raise BrainfmError(
-            f'--use-plugin {settings.use_plugin} names {name!r}, which is no Nipype plugin that '
+            f'--use-plugin {file} names {name!r}, which is no Nipype plugin that '
             f'waits for its jobs: use MultiProc, Linear or SLURM.'
         )
     return plugin(plugin_args=args)
@@ -112,7 +102,7 @@ class MultiProc(MultiProcPlugin):
 
     lost: Exception | None = None
 
-    def __init__(self, plugin_args):
+    def __init__(self, plugin_args: dict[str, Any]) -> None:
         super().__init__(plugin_args)
         context = multiprocessing.get_context(plugin_args.get('mp_context'))
         if context.get_start_method() == 'forkserver':
@@ -121,7 +111,7 @@ class MultiProc(MultiProcPlugin):
             self.processors, context, _prepare_worker, (self._cwd,)
         )
 
-    def _async_callback(self, args):
+    def _async_callback(self, args: Future[Any]) -> None:
         try:
             super()._async_callback(args)
         except BrokenProcessPool:
@@ -132,7 +122,7 @@ class MultiProc(MultiProcPlugin):
         except Exception as error:  # whatever it is, this worker's result will never come
             self.lost = error
 
-    def _get_result(self, taskid):
+    def _get_result(self, taskid: int) -> dict[str, Any] | None:
         if self.lost is not None:
             raise self.lost
         return super()._get_result(taskid)
@@ -160,7 +150,8 @@ def _prepare_worker(folder: str) -> None:
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
     os._exit(1)
 
 
@@ -179,7 +170,7 @@ class Slurm(SLURMPlugin):
 
     lost: BrainfmError | None = None
 
-    def __init__(self, plugin_args: dict, file: Path):
+    def __init__(self, plugin_args: dict[str, Any], file: Path) -> None:
         if shutil.which('sbatch') is None:
             raise BrainfmError(
                 f'--use-plugin {file}: there is no sbatch here, as in a container: submit whole '
@@ -188,14 +179,14 @@ class Slurm(SLURMPlugin):
         super().__init__(plugin_args=plugin_args)
         self.file = file
 
-    def run(self, graph, config, updatehash=False):
+    def run(self, graph: 'DiGraph', config: dict[str, Any], updatehash: bool = False) -> None:
         try:
             super().run(graph, config, updatehash)
         finally:
             if self._pending:
                 subprocess.run(['scancel', *map(str, self._pending)], check=False)
 
-    def _submit_batchtask(self, scriptfile, node):
+    def _submit_batchtask(self, scriptfile: str, node: 'pe.Node') -> int:
         log = Path(scriptfile).with_suffix('.log')
         asked = shlex.split(self._sbatch_args or '')
         names = [f'--job-name={node.name}', f'--output={log}']
@@ -210,13 +201,13 @@ class Slurm(SLURMPlugin):
         self._pending[job] = node.output_dir()
         return job
 
-    def _is_pending(self, taskid):
+    def _is_pending(self, taskid: int) -> bool:
         ended = _ask('squeue', '--noheader', f'--jobs={taskid}')
         # a scheduler that is too busy to answer has not said that the job is gone
         silent = ended.returncode != 0 and 'Invalid job id' not in ended.stderr
         return silent or bool(ended.stdout.strip())
 
-    def _get_result(self, taskid):
+    def _get_result(self, taskid: int) -> dict[str, Any] | None:
         result = super()._get_result(taskid)
         if result and result.get('hostname') == 'unknown':  # so Nipype marks what it made up
             self.lost = BrainfmError(

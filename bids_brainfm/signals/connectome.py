@@ -6,20 +6,10 @@ LABEL = 'connectome'
 
 
 def connectome(data: np.ndarray) -> np.ndarray:
-    """Pearson correlation between parcels.
+    """Pearson correlation (P, P) float32 between parcel series (T, P).
 
-    Parameters
-    ----------
-    data : (T, P) array
-        Parcel series; a parcel without data is NaN.
+    Symmetric, 1 on the diagonal; NaN for parcels without data (NaN) or without variance.
 
-    Returns
-    -------
-    (P, P) float32
-        Symmetric, 1 on the diagonal; NaN for parcels without data or without variance.
-
-    Examples
-    --------
     >>> t = np.arange(10.0)
     >>> connectome(np.stack([t, -t, t * 0], axis=1))
     array([[ 1., -1., nan],
@@ -37,19 +27,5 @@ def connectome(data: np.ndarray) -> np.ndarray:
 
 
 def connectome_vector(relmat: np.ndarray) -> np.ndarray:
-    """Correlations of all pairs of parcels, row by row above the diagonal.
-
-    Parameters
-    ----------
-    relmat : (P, P) array
-
-    Returns
-    -------
-    (P * (P - 1) / 2,) array
-
-    Examples
-    --------
-    >>> connectome_vector(np.array([[1, 2, 3], [2, 1, 4], [3, 4, 1]]))
-    array([2, 3, 4])
-    """
+    """Correlations (P * (P - 1) / 2,) of all pairs of parcels, row by row above the diagonal."""
     return relmat[np.triu_indices(len(relmat), 1)]

@@ -1,0 +1,196 @@
+"""What is in a dataset: our own outputs, the settings behind them, and its participants."""
+
+import contextlib
+import json
+import logging
+import os
+import uuid
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from bids_brainfm.bids.description import generators, read_description
+from bids_brainfm.bids.files import as_plain, atomic, write_text
+from bids_brainfm.bids.freshness import is_whole, read_sidecar, sidecar_path
+from bids_brainfm.bids.naming import OUTPUT_ENTITIES, join_name, parse_name
+from bids_brainfm.errors import BrainfmError
+
+LOGGER = logging.getLogger('bids_brainfm')
+
+
+@dataclass(frozen=True)
+class Record:
+    """One file that the program wrote."""
+
+    path: Path
+    entities: dict[str, str]  # by their short names, in the order of the file name
+    suffix: str
+    extension: str
+
+    @property
+    def name(self) -> str:
+        """Name of the run, without what an output adds: ``sub-01_task-rest``."""
+        return join_name({k: v for k, v in self.entities.items() if k not in OUTPUT_ENTITIES})
+
+    @cached_property
+    def sidecar(self) -> dict[str, Any] | None:
+        """Content of its sidecar, None where that is missing or damaged."""
+        return read_sidecar(sidecar_path(self.path))
+
+    @property
+    def whole(self) -> bool:
+        """Whether it and its sidecar are there, and nothing was cut off since."""
+        return is_whole(self.path)
+
+
+Labels = str | Collection[str] | None
+
+
+def iterate_records(
+    root: Path, suffix: str, *,
+    subjects: Collection[str] = (), extension: str = '.tsv', **entities: Labels,
+) -> Iterator[Record]:  # fmt: skip
+    """Find outputs of the participant level, participant by participant.
+
+    They are of the BIDS `suffix` (``*`` for any) and of `subjects` (all where empty). An entity
+    must have the label that is given, or one of the labels, or where None be absent.
+    """
+    wanted = {k: [v] if v is None or isinstance(v, str) else v for k, v in entities.items()}
+    folders = [root / f'sub-{label}' for label in sorted(subjects)] or sorted(root.glob('sub-*/'))
+    for folder in folders:
+        paths = [p for func in ('func', 'ses-*/func') for p in folder.glob(f'{func}/*{extension}')]
+        for path in sorted(paths):
+            own, found, ending = parse_name(path.name)
+            fits = all(own.get(name) in labels for name, labels in wanted.items())
+            if fits and ending == extension and suffix in ('*', found):
+                yield Record(path, own, found, ending)
+
+
+def find_records(root: Path, suffix: str, **wanted: Any) -> list[Record]:
+    """List what :func:`iterate_records` finds, sorted by path within each participant."""
+    return list(iterate_records(root, suffix, **wanted))
+
+
+def find_whole(
+    root: Path, suffix: str, filters: dict[str, tuple[str, ...]], **entities: Labels
+) -> list[Record]:
+    """Find whole outputs of a dataset that this program wrote; a warning names the others.
+
+    `filters` are the labels of an entity to take, all where empty; for the rest see
+    :func:`iterate_records`. Raises BrainfmError where the dataset was not written by this
+    program, or lacks a participant that was asked for.
+    """
+    makers = [program.get('Name') for program in generators(read_description(root))]
+    if 'bids_brainfm' not in makers:
+        raise BrainfmError(
+            f'{root} was not written by bids_brainfm: the group level takes what the '
+            f'participant level wrote, bids_brainfm OUT OUT group.'
+        )
+    subjects = filters.get('sub', ())
+    check_participants({'outputs': root}, subjects)
+    asked = {name: labels for name, labels in filters.items() if labels and name != 'sub'}
+    records = find_records(root, suffix, subjects=subjects, **(asked | entities))
+    for record in records:
+        if not record.whole:
+            LOGGER.warning(
+                '%s is left out, since it or its sidecar (.json) is not whole: run the '
+                'participant level on it again.', record.path,
+            )  # fmt: skip
+    return [record for record in records if record.whole]
+
+
+def describe_filters(filters: dict[str, tuple[str, ...]]) -> str:
+    """Words that say what was asked for, empty where everything was."""
+    asked = ', '.join(' '.join(labels) for labels in filters.values() if labels)
+    return f' of {asked}' if asked else ''
+
+
+def check_participants(datasets: dict[str, Path], participants: Collection[str]) -> None:
+    """Raise BrainfmError where no dataset has one of the participants, or there are none."""
+    folders = [path for root in datasets.values() for path in root.glob('sub-*') if path.is_dir()]
+    known = {path.name.removeprefix('sub-') for path in folders}
+    unknown = sorted(set(participants) - known)
+    where = ', '.join(map(str, datasets.values()))
+    if not known:
+        raise BrainfmError(
+            f'There is no participant (no sub-* folder) in {where}: check the path.'
+        )
+    if unknown:
+        raise BrainfmError(
+            f'There is no participant {", ".join(unknown)} in {where}; it has '
+            f'{", ".join(sorted(known))}.'
+        )
+
+
+def read_column(dataset: Path, column: str) -> dict[str, str]:
+    """Text of a column of ``participants.tsv``, by the participant's label (``01``).
+
+    The file is searched for in the dataset, in those that it was made from, and in the raw
+    datasets that these lie in. Raises BrainfmError where no such table has the column.
+    """
+    import pandas as pd
+
+    links = read_description(dataset).get('DatasetLinks', {}).values()
+    sources = [Path(unquote(urlsplit(link).path)) for link in links]
+    raw = [path.parents[1] for path in sources if path.parent.name == 'derivatives']
+    folders, columns = [dataset, *sources, *raw], []
+    for folder in folders:
+        if (path := folder / 'participants.tsv').is_file():
+            frame = pd.read_csv(path, sep='\t', dtype=str, keep_default_na=False)
+            if column in frame and 'participant_id' in frame:
+                labels = frame['participant_id'].str.removeprefix('sub-')
+                return dict(zip(labels, frame[column], strict=True))
+            columns += list(frame)
+    raise BrainfmError(
+        f'no participants.tsv has a column {column} (the columns are '
+        f'{", ".join(dict.fromkeys(columns)) or "none"}); looked for it in '
+        f'{", ".join(map(str, folders))}.'
+    )
+
+
+def claim_settings(
+    output: Path, name: str, settings: Mapping[str, Any], records: Iterable[Record]
+) -> None:
+    """Record the settings behind one kind of output, or check that they are the recorded ones.
+
+    The first process to write the record wins; all others must agree with it, as long as there
+    are outputs of this kind, the `records`, read only where settings differ. The `name` says what
+    the settings are for, e.g. ``atlas-A424`` or ``desc-brainlm111m``.
+
+    Raises
+    ------
+    BrainfmError
+        There are outputs made with other settings; the sentence gives both.
+    """
+    path = output / 'logs' / 'settings' / f'{name}.json'
+    text = json.dumps(settings, indent=2, default=as_plain) + '\n'
+    wanted = json.loads(text)
+    if not path.is_file():
+        with atomic(path.with_name(f'{name}.{uuid.uuid4().hex}')) as temporary:
+            temporary.write_text(text)
+            with contextlib.suppress(FileExistsError):  # another process was first
+                os.link(temporary, path)
+            temporary.unlink()
+    recorded = (known := read_sidecar(path)) or {}
+    differences = [
+        f'{key} was {recorded.get(key)!r:.60} and is now {wanted.get(key)!r:.60}'
+        for key in {**recorded, **wanted}
+        if recorded.get(key) != wanted.get(key)
+    ]
+    if not differences:
+        return
+    if next(iter(records), None) is not None:
+        if known is None:
+            raise BrainfmError(
+                f'{path} is damaged, and says no longer with which settings the outputs of {name} '
+                f'were made: if with those of now, remove this file; if not, use another output '
+                f'folder.'
+            )
+        raise BrainfmError(
+            f'{output} holds outputs of {name} made with other settings '
+            f'({"; ".join(differences)}): use the same settings, or another output folder.'
+        )
+    write_text(path, text)

@@ -1,0 +1,175 @@
+"""The table of products: every kind of output, once, with its options.
+
+The command line, its checks, the settings records, the methods text and the report follow from
+it. Standard library only, so that ``--help`` stays instant; the functions of a product are in the
+module that the table names, described in :mod:`bids_brainfm.outputs.products`.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from bids_brainfm.arguments import clusters, finite, positive, ratio
+
+ALL = 'all'
+EMBEDDINGS = 'embeddings'
+# Blocks of a window that latent prediction can mask, as in models.masking
+BLOCKS = ('cross-time', 'cross-roi', 'double-cross')
+
+
+@dataclass(frozen=True)
+class Option:
+    """A command line option of one or several products."""
+
+    name: str  # among the settings; the flags follow: --mask-ratio and --mask_ratio
+    help: str
+    type: Callable[[str], Any] | None = None  # makes a value of the text
+    choices: tuple[str, ...] = ()
+    metavar: str | tuple[str, ...] | None = None
+    nargs: str | int | None = None
+    switch: bool = False  # whether it takes no value
+
+    @property
+    def flag(self) -> str:
+        """The flag as messages give it."""
+        return f'--{self.name.replace("_", "-")}'
+
+    def add_to(self, group: argparse._ArgumentGroup) -> None:
+        """Add the option to a group of a parser."""
+        flags = dict.fromkeys((self.flag, f'--{self.name}'))
+        if self.switch:
+            group.add_argument(*flags, action='store_true', default=None, help=self.help)
+            return
+        names = ('type', 'choices', 'metavar', 'nargs')
+        given = {name: value for name in names if (value := getattr(self, name))}
+        group.add_argument(*flags, help=self.help, **given)
+
+
+@dataclass(frozen=True)
+class Product:
+    """One kind of output.
+
+    Its suffix and ``stat`` entity are those of its first table, which names it on disk. What it
+    needs is ``bold``, ``series``, ``model`` (what any model makes of a run), ``outputs`` (what
+    other products wrote), or the capability that a model must have, a key of `LACKING`.
+    """
+
+    name: str
+    scope: Literal['run', 'participant', 'group']  # what one set of its files is about
+    module: str  # of its functions, in bids_brainfm.outputs
+    suffix: str = ''
+    stat: str = ''
+    # Name of its settings record and its part of the methods text, with the fields {atlas} and
+    # {label}; empty where those of another product hold for it, too
+    record: str = ''
+    # Word of --outputs; empty where it is always made, or where its options say so
+    output: str = ''
+    needs: str = 'model'
+    options: tuple[Option, ...] = ()
+    image: bool = False  # whether there is an image of its table, a map
+
+
+# Why models that lack a capability are refused
+LACKING = {
+    'reconstructs': 'has no decoder, as BrainLM has: leave it out, or add a BrainLM with --model.',
+    'predicts_latents': 'predicts no latents, as Brain-JEPA does: leave it out.',
+    'head': 'has no head: fine-tune a model first.',
+}
+
+MASK_RATIO = Option(
+    'mask_ratio', 'share of tokens hidden in a pass of reconstruction and perturbation (default: '
+    'what the model was trained with)', type=ratio, metavar='SHARE',
+)  # fmt: skip
+REFERENCE_NETWORKS = Option(
+    'reference_networks', 'table (TSV) with the columns name and network of the parcels, one for '
+    'each atlas (default: the networks that come with the atlas)', type=Path, metavar='FILE',
+    nargs='+',
+)  # fmt: skip
+
+PRODUCTS = (
+    Product('series', 'run', 'series', 'timeseries', 'mean', 'atlas-{atlas}', needs='bold'),
+    Product('connectome', 'run', 'connectome', 'relmat', 'pearsoncorrelation', needs='series'),
+    Product('embedding', 'run', 'embedding', 'embedding', record='desc-{label}'),
+    Product('prediction', 'run', 'prediction', 'prediction', needs='head'),
+    Product(
+        'prediction_error', 'run', 'prediction_error', 'boldmap', 'latenterror',
+        record='stat-latenterror_desc-{label}', needs='predicts_latents', options=(
+            Option('latent_prediction', 'block of the window that Brain-JEPA predicts from the '
+                   'rest, as a map of quality: the last time patches, every second parcel, or '
+                   'both (default: cross-time)', choices=(*BLOCKS, 'none')),
+        ),
+    ),
+    Product(
+        'reconstruction', 'run', 'reconstruction', 'boldmap', 'r2',
+        record='reconstruction_desc-{label}', output='reconstruction', needs='reconstructs',
+        image=True, options=(
+            MASK_RATIO,
+            Option('aggregate', 'what to take where several passes hid a token: the first one, or '
+                   'the mean of all (default: first)', choices=('first', 'mean')),
+            Option('write_bold', 'also write the reconstruction as BOLD on the grid of the input: '
+                   'NIfTI, or CIFTI', switch=True),
+        ),
+    ),
+    Product(
+        'forecast', 'run', 'forecast', 'forecast', record='forecast_desc-{label}',
+        output='forecast', needs='reconstructs', options=(
+            Option('forecast_points', "samples to forecast, at the model's TR (default: 20)",
+                   type=positive(int), metavar='SAMPLES'),
+            Option('forecast_mode', 'hide exactly these samples, or all tokens that hold any of '
+                   'them (default: predict_last_pixel)',
+                   choices=('predict_last_pixel', 'predict_last')),
+        ),
+    ),
+    Product('attention', 'run', 'attention', 'boldmap', 'attention', 'networks_desc-{label}',
+            'networks', image=True),
+    Product(
+        'networks', 'participant', 'networks', 'boldmap', 'network',
+        record='atlas-{atlas}_networks', output='networks', needs='outputs', options=(
+            Option('network_clusters', 'number of networks to find; auto: that with the best '
+                   'silhouette (default: as many as there are reference networks, else auto)',
+                   type=clusters, metavar='{N,auto}'),
+            REFERENCE_NETWORKS,
+        ),
+    ),
+    Product(
+        'perturbation', 'run', 'perturbation', 'boldmap', 'perturbation',
+        record='perturbation_desc-{label}', output='perturbation', needs='reconstructs',
+        image=True, options=(
+            MASK_RATIO, REFERENCE_NETWORKS,
+            Option('perturb', 'parcel or reference network to perturb (default: the parcel '
+                   'nearest to the left primary visual cortex)', metavar='NAME'),
+            Option('perturb_sd', 'where to hold it: its mean plus so many SD, negative for down '
+                   '(default: 2)', type=finite, metavar='K'),
+        ),
+    ),
+    Product('scale_stats', 'group', 'scale_stats', needs='outputs'),
+    Product(
+        'contrast', 'group', 'contrast', needs='outputs', options=(
+            Option('contrast', 'at the group level, attention maps of A minus those of B, where '
+                   'WHAT is an entity of the runs (task nback rest) or a column of '
+                   'participants.tsv (sex F M)', metavar=('WHAT', 'A', 'B'), nargs=3),
+        ),
+    ),
+)  # fmt: skip
+
+BY_NAME = {product.name: product for product in PRODUCTS}
+OF_SERIES = tuple(product for product in PRODUCTS if product.needs in ('bold', 'series'))
+# Those made from what a model makes of one run
+OF_MODELS = tuple(p for p in PRODUCTS if p.needs == 'model' or p.needs in LACKING)
+# Suffixes of our tables, in the order of the table
+SUFFIXES = tuple(dict.fromkeys(product.suffix for product in PRODUCTS if product.suffix))
+# Words of --outputs, in the order of the table
+OUTPUTS = tuple(dict.fromkeys([EMBEDDINGS, *(p.output for p in PRODUCTS if p.output)]))
+
+
+def options() -> dict[str, Option]:
+    """All options of the table by their names, each once."""
+    return {option.name: option for product in PRODUCTS for option in product.options}
+
+
+def used_by(option: str) -> tuple[str, ...]:
+    """Words of ``--outputs`` whose products use an option; empty for those made without one."""
+    found = (p.output for p in PRODUCTS if option in {each.name for each in p.options})
+    return tuple(dict.fromkeys(filter(None, found)))

@@ -1,0 +1,99 @@
+"""How outputs are made: settled before anything starts, and handed to the nodes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from bids_brainfm.bids.naming import derivative_path
+from bids_brainfm.bids.run import BoldRun
+from bids_brainfm.models.spec import ModelSpec
+from bids_brainfm.outputs.registry import BY_NAME
+from bids_brainfm.reports.report import figure_path
+from bids_brainfm.signals.contract import Contract
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the outputs of one atlas, or of one model, go."""
+
+    output: Path  # the output dataset
+    atlas: str  # name of the atlas
+    label: str | None = None  # BIDS label of the model; None for what comes from series alone
+
+    @property
+    def of_series(self) -> 'Place':
+        """Where the parcel series go."""
+        return Place(self.output, self.atlas)
+
+    @property
+    def step(self) -> str:
+        """What making its outputs is called in the log folder."""
+        return f'atlas-{self.atlas}' + (f'_desc-{self.label}' if self.label else '')
+
+    def path(
+        self, run: BoldRun, suffix: str, stat: str | None = None, extension: str = '.tsv'
+    ) -> Path:
+        """Path of an output of a run."""
+        return derivative_path(
+            self.output, run, suffix, extension, atlas=self.atlas, stat=stat, desc=self.label
+        )
+
+    def table(self, run: BoldRun, product: str) -> Path:
+        """Path of the table of a product, whose sidecar is written last."""
+        return self.path(run, BY_NAME[product].suffix, BY_NAME[product].stat)
+
+    def image(self, run: BoldRun, table: Path) -> Path:
+        """Path of the image of a map, next to its table."""
+        return table.with_suffix('.dscalar.nii' if run.is_cifti else '.nii.gz')
+
+    def figure(self, run: BoldRun, name: str) -> Path:
+        """Path of a figure of a run, which the report knows by name, space and atlas."""
+        whose = f'{run.name}_space-{run.space}_atlas-{self.atlas}'
+        return figure_path(self.output, whose, name, self.label)
+
+
+class Task(Protocol):
+    """What all tasks have: where outputs go, and the version of this program."""
+
+    @property
+    def place(self) -> Place: ...
+
+    @property
+    def version(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class SeriesTask:
+    """How parcel series are made, for all runs of one atlas."""
+
+    place: Place
+    card: str  # name of the atlas, or the path of its card
+    home: Path  # where fetched atlases are kept
+    denoise: str  # name or file of the denoising preset
+    min_coverage: float  # proportion of a parcel below which it is n/a
+    version: str
+
+
+@dataclass(frozen=True)
+class ModelTask:
+    """How one model is run, for all runs."""
+
+    place: Place
+    spec: ModelSpec
+    contract: Contract
+    home: Path  # where fetched atlases are kept
+    device: str  # as resolved: cpu or cuda
+    precision: str  # as resolved: float32 or bfloat16
+    batch_size: int  # windows at once
+    threads: int
+    tokens: bool  # whether to write token embeddings
+    version: str
+    # ``Parameters`` by the name of each product asked for; None for a product without options
+    parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def arrays(self) -> list[str]:
+        """What is written as HDF5 next to the table of embeddings."""
+        per_parcel = self.spec.capabilities.patches is not None
+        return ['parcels'] * per_parcel + ['tokens'] * self.tokens

@@ -1,0 +1,275 @@
+"""The package in a notebook: the numbers of the command, in three lines."""
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+
+import bids_brainfm
+from bids_brainfm.atlases.atlas import load_atlas
+from bids_brainfm.errors import BrainfmError
+from bids_brainfm.models.encoder import ascending_y
+from bids_brainfm.signals.order import misordered
+from bids_brainfm.signals.series import read_series
+
+TR = 0.735
+MODELS = ('brainlm-demo', 'brain-jepa-demo')
+SPACE = 'space-MNI152NLin2009cAsym'
+
+
+@pytest.fixture(scope='module')
+def done(simulated, tmp_path_factory):
+    """Output of the command for one participant and both models."""
+    place = tmp_path_factory.mktemp('api')
+    command = [sys.executable, '-m', 'bids_brainfm.cli.run', simulated, place / 'out']
+    command += [
+        'participant',
+        '--model',
+        *MODELS,
+        '--participant-label',
+        '01',
+        '--short-runs',
+        'pad',
+    ]
+    ended = subprocess.run(
+        [*command, '-w', place / 'work'], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    return place / 'out' / 'sub-01' / 'func'
+
+
+@pytest.fixture(scope='module', params=MODELS)
+def model(request):
+    return bids_brainfm.load_model(request.param, device='cpu', short_runs='pad')
+
+
+@pytest.fixture(scope='module')
+def bold(simulated):
+    return simulated / 'sub-01' / 'func' / f'sub-01_task-rest_{SPACE}_desc-preproc_bold.nii.gz'
+
+
+@pytest.fixture(scope='module')
+def series(done):
+    """Path of the parcel series that the command wrote."""
+    return done / f'sub-01_task-rest_{SPACE}_atlas-Demo424_stat-mean_timeseries.tsv'
+
+
+def written(done, model):
+    """What the command wrote: windows, embedding and, where there are some, those of parcels."""
+    stem = f'sub-01_task-rest_{SPACE}_atlas-Demo424_desc-{model.spec.label}_embedding'
+    table = pd.read_csv(done / f'{stem}.tsv', sep='\t')
+    parcels = None
+    if (path := done / f'{stem}.h5').is_file():
+        with h5py.File(path) as file:
+            parcels = file['parcels'][:]
+    return table, table.filter(like='dim').to_numpy(), parcels
+
+
+def compare(embedding, done, model):
+    table, summary, parcels = written(done, model)
+    assert embedding.summary == pytest.approx(summary, abs=1e-6)
+    assert embedding.duration == pytest.approx(table['duration'], rel=1e-6)
+    if parcels is None:
+        assert embedding.parcels is None
+    else:
+        assert embedding.parcels == pytest.approx(parcels, abs=1e-6)
+    return table
+
+
+def test_numbers_of_the_command(model, done, series):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        embedding = model.embed(read_series(series))
+    table = compare(embedding, done, model)
+    for column in ('onset', 'real', 'flagged'):
+        assert getattr(embedding, column) == pytest.approx(table[column], rel=1e-6)
+    assert embedding.tokens is None
+
+
+def test_an_array_will_do(model, done, series):
+    tr = json.loads(series.with_suffix('.json').read_text())['RepetitionTime']
+    array = pd.read_csv(series, sep='\t')
+    assert list(array.columns) == list(model.atlas.names)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        embedding = model.embed(array, tr=tr, tokens=True)
+    compare(embedding, done, model)
+    assert embedding.tokens.shape[0] == len(embedding.summary)
+
+
+def test_a_bold_file_will_do(model, done, bold):
+    """Mask, confounds, repetition time and space are found, the denoising is the card's."""
+    embedding = model.embed_bold(bold)
+    table = compare(embedding, done, model)
+    assert embedding.flagged == pytest.approx(table['flagged'], rel=1e-6)
+    func, stem = bold.parent, 'sub-01_task-rest'
+    named = model.embed_bold(
+        bold,
+        mask=func / f'{stem}_{SPACE}_desc-brain_mask.nii.gz',
+        confounds=func / f'{stem}_desc-confounds_timeseries.tsv',
+        denoising='simple',
+        space='MNI152NLin2009cAsym',
+    )
+    assert np.array_equal(named.summary, embedding.summary)
+
+
+def test_step_by_step(done, bold, series):
+    """Parcellate, denoise: the series that the command writes."""
+    raw = bids_brainfm.parcellate(bold, 'Demo424')
+    table = bold.parent / 'sub-01_task-rest_desc-confounds_timeseries.tsv'
+    clean, command = bids_brainfm.denoise(raw, table), read_series(series)
+    covered = clean.coverage >= 0.5
+    assert clean.data[:, covered] == pytest.approx(command.data[:, covered], rel=1e-5)
+    assert clean.tr == command.tr
+    assert clean.start == command.start
+    assert np.array_equal(clean.flagged, command.flagged)
+    assert isinstance(clean, bids_brainfm.ParcelSeries)
+    assert clean.names
+    assert np.array_equal(bids_brainfm.denoise(raw, strategy='none').data, raw.data)
+    with pytest.raises(BrainfmError, match=r'"simple" needs the confounds of the run: give its'):
+        bids_brainfm.denoise(raw)
+
+
+def test_a_file_of_which_nothing_is_known(bold, tmp_path):
+    copy = tmp_path / 'run.nii.gz'
+    copy.write_bytes(bold.read_bytes())
+    with pytest.raises(BrainfmError, match=r'run\.nii\.gz has no space- entity, .* space='):
+        bids_brainfm.parcellate(copy, 'Demo424')
+    space = SPACE.removeprefix('space-')
+    found = bids_brainfm.parcellate(copy, 'Demo424', space=space)  # as the header says
+    assert found.tr == pytest.approx(bids_brainfm.parcellate(bold, 'Demo424').tr)
+    assert bids_brainfm.parcellate(copy, 'Demo424', space=space, tr=1.5).tr == 1.5
+
+
+@pytest.mark.parametrize(
+    ('shape', 'said'),
+    [
+        ((300, 400), r'424 parcels of the atlas Demo424 .* is 300×400: parcellate the run by'),
+        ((424, 300), r'is 424×300: give its transpose'),
+        ((424,), r'is 424: parcellate'),
+    ],
+)
+def test_an_array_of_other_parcels_is_refused(model, shape, said):
+    with pytest.raises(BrainfmError, match=said):
+        model.embed(np.ones(shape), tr=2.0)
+
+
+def test_an_array_does_not_tell_its_repetition_time(model):
+    with pytest.raises(BrainfmError, match=r'An array does not tell .* tr=0\.735'):
+        model.embed(np.ones((300, 424)))
+    with pytest.raises(BrainfmError, match=r'tr=735 is not a repetition time in seconds'):
+        model.embed(np.ones((300, 424)), tr=735)
+
+
+def test_parcels_of_an_array_without_signal_are_filled(series):
+    model = bids_brainfm.load_model('brainlm-demo', device='cpu')
+    array = read_series(series).data.copy()
+    array[:, [3, 100]] = np.nan
+    embedding = model.embed(array, tr=TR)
+    assert np.flatnonzero(embedding.donors >= 0).tolist() == [3, 100]
+    assert np.isfinite(embedding.summary).all()
+
+
+# --- models ----------------------------------------------------------------------------------
+
+
+def test_weights_are_those_of_the_command(tmp_path):
+    """A file in place of the card's own, as NAME=PATH; missing ones in the command's words."""
+    folder = Path(bids_brainfm.__file__).parent / 'data' / 'models'
+    own = folder / 'brain-jepa-demo.safetensors'
+    model = bids_brainfm.load_model('brain-jepa-demo', weights=own, device='cpu')
+    assert model.spec.checkpoint == own
+    with pytest.raises(BrainfmError, match=r'run "bids_brainfm_models fetch brainlm-111m"'):
+        bids_brainfm.load_model('brainlm-111m')
+    with pytest.raises(BrainfmError, match='There is no model card brainlm: choose'):
+        bids_brainfm.load_model('brainlm')
+    control = bids_brainfm.load_model('brainlm-demo', random_weights=True)
+    assert control.spec.label == 'brainlmdemorandom'
+
+
+def test_options_of_the_command(series):
+    array = read_series(series).data[:100]
+    model = bids_brainfm.load_model('brainlm-demo', device='cpu', stride=50, scale='global-z')
+    assert (model.contract.stride, model.contract.scaling) == (50, 'global-z')
+    with pytest.raises(BrainfmError, match='choose --short-runs pad or tile'):
+        model.embed(array, tr=TR)
+    padded = bids_brainfm.load_model('brainlm-demo', device='cpu', short_runs='pad')
+    assert padded.embed(array, tr=TR).real < 1
+    with pytest.raises(BrainfmError, match='official'):
+        bids_brainfm.load_model('brainlm-demo', temporal='official')
+
+
+def test_exact_is_the_same_where_it_can_be():
+    model = bids_brainfm.load_model('brainlm-demo', device='cpu')
+    assert model.exact is model.encoder
+    coarse = bids_brainfm.load_model('brainlm-demo', device='cpu', precision='bfloat16')
+    assert coarse.exact is coarse.exact is not coarse.encoder
+    assert coarse.exact.precision == 'float32'
+
+
+# --- order of columns ------------------------------------------------------------------------
+
+
+def test_columns_in_another_order_are_told(series):
+    model = bids_brainfm.load_model('brainlm-demo', device='cpu')
+    right, xyz = read_series(series).data, model.atlas.xyz
+    with pytest.warns(UserWarning, match=r'better in the order ascending-y .* order of the atlas'):
+        model.embed(right[:, ascending_y(xyz)], tr=TR)
+    shuffled = np.random.default_rng(0).permutation(424)
+    with pytest.warns(UserWarning, match='check that they are in the order of the atlas'):
+        model.embed(right[:, shuffled], tr=TR)
+
+
+@pytest.mark.parametrize('volumes', [8, 16, 40, 100, 210])
+@pytest.mark.parametrize('noise', [0, 2, 8])
+def test_short_and_noisy_runs_are_not_suspected(series, volumes, noise):
+    atlas, data = load_atlas('Demo424'), read_series(series).data
+    rng = np.random.default_rng(volumes)
+    data = data + noise * data.std(0) * rng.standard_normal(data.shape)
+    known = {**atlas.misorders, 'ascending-y': ascending_y(atlas.xyz)}
+    assert misordered(data[:volumes], atlas.xyz, known) is None
+    assert misordered(np.ones((volumes, 424)), atlas.xyz, known) is None
+
+
+def test_real_runs_are_suspected_only_where_they_should(shared):
+    """Five people, Schaefer-100, series that were not denoised."""
+    runs = np.load(shared / 'data' / 'aomic_schaefer100-7net_5subj.npz')
+    xyz, shuffled = runs['locs'], np.random.default_rng(5).permutation(100)
+    order = ascending_y(xyz)
+    known = {'ascending-y': order}
+    for name in (name for name in runs if name.startswith('sub')):
+        for volumes in (16, 40, 160, 470):
+            data = runs[name][:volumes].astype(float)
+            assert misordered(data, xyz, known) is None
+        assert 'in the order ascending-y' in misordered(
+            data[:, order], xyz, {'ascending-y': order}
+        )
+        assert 'no more alike' in misordered(data[:, shuffled], xyz, known)
+
+
+# --- imports ---------------------------------------------------------------------------------
+
+
+def test_importing_is_instant():
+    code = (
+        'import sys, bids_brainfm; dir(bids_brainfm);'
+        'print([m for m in ("numpy", "torch", "yaml", "nibabel") if m in sys.modules])'
+    )
+    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == '[]'
+
+
+def test_public_names():
+    names = {'load_model', 'load_atlas', 'parcellate', 'denoise', 'Model', 'Embedding'}
+    assert names | {'ParcelSeries'} == set(bids_brainfm.__all__)
+    for name in bids_brainfm.__all__:
+        assert getattr(bids_brainfm, name).__doc__
+        assert name in dir(bids_brainfm)
+    with pytest.raises(AttributeError, match='nothing'):
+        _ = bids_brainfm.nothing

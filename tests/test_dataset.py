@@ -1,0 +1,116 @@
+"""One reader of our own outputs, and adapters of input pipelines."""
+
+import json
+
+import pytest
+
+from bids_brainfm.bids import inputs
+from bids_brainfm.bids.dataset import find_records, find_whole
+from bids_brainfm.bids.freshness import write_sidecar
+from bids_brainfm.errors import BrainfmError
+
+NAMES = (
+    'sub-01/func/sub-01_task-rest_space-X_atlas-A_stat-mean_timeseries.tsv',
+    'sub-01/func/sub-01_task-rest_space-X_atlas-A_stat-forecast_desc-m_timeseries.tsv',
+    'sub-02/ses-b/func/sub-02_ses-b_task-rest_run-1_space-X_atlas-B_stat-mean_timeseries.tsv',
+    'sub-02/ses-b/func/sub-02_ses-b_task-rest_run-1_space-X_atlas-B_desc-m_embedding.tsv',
+    'sub-02/figures/sub-02_task-rest_space-X_atlas-B_stat-mean_timeseries.tsv',
+    'group/sub-03_task-rest_space-X_atlas-A_stat-mean_timeseries.tsv',
+)
+
+
+@pytest.fixture
+def outputs(tmp_path):
+    """A folder of ours with a few tables and their sidecars."""
+    description = {'Name': 'x', 'GeneratedBy': [{'Name': 'bids_brainfm'}]}
+    (tmp_path / 'dataset_description.json').write_text(json.dumps(description))
+    for name in NAMES:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('a\n1\n')
+        write_sidecar(path, {'InputFiles': {}, 'Name': path.name})
+    return tmp_path
+
+
+def test_records_are_those_of_runs(outputs):
+    """Tables in func folders, of sessions too; figures and the group level are none."""
+    records = find_records(outputs, 'timeseries', stat='mean')
+    assert [record.name for record in records] == [
+        'sub-01_task-rest',
+        'sub-02_ses-b_task-rest_run-1',
+    ]
+    assert [record.entities['atlas'] for record in records] == ['A', 'B']
+    assert records[0].sidecar['Name'] == records[0].path.name
+    assert all(record.whole for record in records)
+
+
+@pytest.mark.parametrize(
+    ('wanted', 'count'),
+    [
+        ({'suffix': '*'}, 4),
+        ({'suffix': 'timeseries', 'desc': None}, 2),
+        ({'suffix': 'timeseries', 'desc': 'm'}, 1),
+        ({'suffix': '*', 'atlas': ('A', 'C')}, 2),
+        ({'suffix': '*', 'subjects': ['02']}, 2),
+        ({'suffix': '*', 'subjects': ['03']}, 0),
+        ({'suffix': 'embedding', 'extension': '.json'}, 1),
+        ({'suffix': 'series'}, 0),
+    ],
+)
+def test_records_are_chosen_by_entities(outputs, wanted, count):
+    assert len(find_records(outputs, **wanted)) == count
+
+
+def test_what_is_cut_off_is_left_out_by_name(outputs, caplog):
+    (outputs / NAMES[0]).write_text('a')
+    with caplog.at_level('WARNING', 'bids_brainfm'):
+        import logging
+
+        logging.getLogger('bids_brainfm').propagate = True
+        records = find_whole(outputs, 'timeseries', {}, stat='mean')
+    assert [record.entities['sub'] for record in records] == ['02']
+    assert NAMES[0].rpartition('/')[2] in caplog.text
+
+
+def test_other_datasets_are_refused(outputs):
+    (outputs / 'dataset_description.json').write_text('{"Name": "x"}')
+    with pytest.raises(BrainfmError, match='not written by bids_brainfm'):
+        find_whole(outputs, 'timeseries', {})
+
+
+@pytest.mark.parametrize('name', inputs.ADAPTERS)
+def test_adapters_have_what_the_protocol_says(name):
+    module = inputs.adapter(name)
+    assert module.FOLDER
+    assert module.SOURCE
+    for function in ('accepts', 'open_dataset', 'find_runs'):
+        assert callable(getattr(module, function))
+
+
+def test_the_first_adapter_that_accepts_a_dataset_reads_it(tmp_path, monkeypatch):
+    """A pipeline is added by a module and its name."""
+    import sys
+    import types
+
+    from bids_brainfm.bids.run import BoldRun
+
+    run = BoldRun(
+        'sub-01', {'sub': '01', 'space': 'X'}, 'd', tmp_path, tmp_path / 'b.nii',
+        denoised=True,
+    )  # fmt: skip
+    flat = types.ModuleType('flat')
+    flat.FOLDER, flat.SOURCE = 'flat', 'flat files'
+    flat.accepts = lambda description: description.get('Name') == 'flat'
+    flat.open_dataset = lambda root, participants, database: root
+    flat.find_runs = lambda opened, dataset, spaces, filters: ([run], {})
+    monkeypatch.setitem(sys.modules, f'{inputs.__name__}.flat', flat)
+    monkeypatch.setattr(inputs, 'ADAPTERS', ('flat', *inputs.ADAPTERS))
+    description = tmp_path / 'dataset_description.json'
+    description.write_text('{"Name": "flat", "DatasetType": "derivative"}')
+    (find_runs,) = inputs.open_datasets({'d': tmp_path}, (), tmp_path / 'db')
+    ((found,), without) = find_runs(('X',), {})
+    assert (found.name, found.pipeline, found.denoised, without) == (run.name, 'flat', True, {})
+    description.write_text('{"Name": "other", "DatasetType": "derivative"}')
+    (tmp_path / 'sub-01').mkdir()
+    (find_runs,) = inputs.open_datasets({'d': tmp_path}, (), tmp_path / 'db')
+    assert find_runs(('X',), {}) == ([], {})
