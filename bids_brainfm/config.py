@@ -36,8 +36,8 @@ class Settings:
 
     Every field but the first two has a default, and the name of its command line option.
     Labels are without their prefix (``01``, not ``sub-01``). ``mem`` is in GB, ``stride`` in
-    samples at the model's TR. None stands for what the model has as its default; ``scale_stats``
-    is empty where statistics are to be fitted. ``options`` are those of the products
+    samples at the model's TR. None means the model's default; ``scale_stats`` is
+    empty where statistics are to be fitted. ``options`` are those of the products
     (:mod:`bids_brainfm.outputs.registry`) that were given, by name.
     """
 

@@ -2,7 +2,7 @@
 
 
 class BrainfmError(Exception):
-    """Something the user can mend.
+    """A fault that the user can correct.
 
     The message is one sentence that names what was found, in which file or run, and what to do.
     """

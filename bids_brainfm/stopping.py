@@ -1,4 +1,4 @@
-"""Being told to stop: Ctrl-C, or SIGTERM (Slurm's preemption and time limit, a container's end).
+"""Requests to stop: Ctrl-C, or SIGTERM (Slurm's preemption and time limit, a container's end).
 
 A signal raises KeyboardInterrupt where the program is, and is remembered: Nipype takes whatever
 an interface raises for a fault of that interface, and goes on with the next one.

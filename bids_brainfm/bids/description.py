@@ -42,7 +42,7 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 
 def generators(description: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Programs that a dataset's description names; fMRIPrep 1.x said it in another way."""
+    """Programs that a dataset's description names; fMRIPrep 1.x used another field."""
     found = description.get('GeneratedBy') or description.get('PipelineDescription') or []
     found = [found] if isinstance(found, dict) else found
     return [entry for entry in found if isinstance(entry, dict)]

@@ -1,8 +1,8 @@
-"""Write the files of a shared output folder: tables, JSON, and how nothing half-written stays.
+"""Write tables and JSON to a shared output folder without leaving half-written files.
 
 Many processes write one output folder, and any of them may be killed. So a file is written under
-a temporary name and renamed when it is whole, and a data file's sidecar comes after it: where the
-sidecar stands, the data are complete. What a killed process leaves under a temporary name is
+a temporary name and renamed when it is whole, and a data file's sidecar comes after it: where
+there is a sidecar, the data are complete. What a killed process leaves under a temporary name is
 removed by the next one.
 """
 
@@ -70,7 +70,7 @@ def remove_leftovers(output: Path, subjects: Iterable[str]) -> None:
 
 
 def _remove_dead(temporaries: Iterable[Path]) -> None:
-    """Remove those whose process has ended; elsewhere, where that cannot be told, after a day."""
+    """Remove those whose process has ended, or those a day old from other machines."""
     for path in temporaries:
         _, machine, process, _ = path.name.split('-', 3)
         with contextlib.suppress(OSError):  # gone, or another user's: no reason not to go on
@@ -93,7 +93,7 @@ def _runs(process: int) -> bool:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write text, unless the file says just that already (its date is then kept)."""
+    """Write text, unless the file has that text already (its date is then kept)."""
     path = Path(path)
     if path.is_file() and path.read_text() == text:
         return path

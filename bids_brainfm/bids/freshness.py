@@ -64,9 +64,9 @@ def is_current(data: Path, inputs: dict[str, dict]) -> bool:
 
 def is_whole(data: Path, inputs: dict[str, dict] | None = None) -> bool:
     """Whether output and sidecar are there, uncut, and (if given) made from these inputs."""
-    said = read_sidecar(sidecar_path(data))
-    if said is None or (inputs is not None and said.get('InputFiles') != inputs):
+    sidecar = read_sidecar(sidecar_path(data))
+    if sidecar is None or (inputs is not None and sidecar.get('InputFiles') != inputs):
         return False
-    # of what was written before sizes were, it is only known that it was not empty
-    written = said.get('FileSizes', {}).get(_extension(data), 1)
+    # outputs written before sizes were recorded are only known not to be empty
+    written = sidecar.get('FileSizes', {}).get(_extension(data), 1)
     return data.is_file() and data.stat().st_size >= written

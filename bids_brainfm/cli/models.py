@@ -45,7 +45,7 @@ def _resource(card: ModelCard, file: dict[str, str], home: Path) -> Resource:
 def weights_resources(
     card: ModelCard, home: Path, source_dir: Path | None = None
 ) -> list[Resource]:
-    """Files of a model's checkpoint, but for those that lie beside its card.
+    """Files of a model's checkpoint, except those in the same folder as its card.
 
     The weights may be in any of the formats: what `source_dir` or the model's folder has is taken.
     """
@@ -65,7 +65,7 @@ def weights_resources(
 
 
 def gradient_resources(card: ModelCard, home: Path) -> list[Resource]:
-    """The table of gradients, for a model that needs one and has it not beside its card."""
+    """The table of gradients, for a model that needs one that is not in its card's folder."""
     file = card.gradients
     if not file or Path(file['name']).is_absolute():
         return []
@@ -107,7 +107,7 @@ def list_all(home: Path) -> str:
         needed = [*weights_resources(card, home), *gradient_resources(card, home)]
         files = [resource.target for resource in needed]
         listed = [*card.weights, *filter(None, [card.gradients])]
-        # those beside the card have their whole path for a name
+        # files in the card's folder have their whole path for a name
         files += [checkpoint_dir(card, home) / file['name'] for file in listed]
         rows.append((name, 'model', model_present(card, home), megabytes(files), card.licence))
     for name in atlas_names():

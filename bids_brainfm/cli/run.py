@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger('bids_brainfm')
 FORM = logging.Formatter('%(asctime)s %(levelname)s %(message)s', '%Y-%m-%d %H:%M:%S')
-# By which libraries are told not to look for anything on the network; workers inherit it
+# Keeps libraries from looking for anything on the network; workers inherit it
 OFFLINE = {'HF_HUB_OFFLINE': '1', 'TEMPLATEFLOW_AUTOUPDATE': 'off'}
 
 
@@ -58,7 +58,7 @@ def run(settings: Settings) -> int:
     listen(settings)
     if settings.offline:
         os.environ |= OFFLINE
-    # one folder a process, for logs and for work: others may be running beside it
+    # one folder per process, for logs and for work: others may be running at the same time
     name = f'{datetime.now():%Y%m%d-%H%M%S}_{uuid.uuid4().hex[:8]}'
     if settings.analysis_level == 'group':
         return run_group(settings, name)
@@ -220,7 +220,7 @@ def start_log(settings: Settings, name: str) -> Path:
 
 
 class _LogFile(logging.FileHandler):
-    """Where the disk is full, the terminal is told so, and not that the log lacks a line."""
+    """A log file that hides its own write errors, so that a full disk is reported only once."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass

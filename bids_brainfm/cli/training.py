@@ -12,7 +12,7 @@ from bids_brainfm.errors import BrainfmError
 
 path = lambda text: Path(text).absolute()
 COMMANDS = ('pretrain', 'finetune')
-INTERRUPTED = 143  # exit code of a process that was told to end, which has a checkpoint
+INTERRUPTED = 143  # exit code of an interrupted process that has written a checkpoint
 
 
 # fmt: off

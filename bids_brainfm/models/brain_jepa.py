@@ -1,7 +1,7 @@
 """Brain-JEPA: it predicts, from part of a window, what an encoder of the whole makes of the rest.
 
 Dong, Li et al. 2024 (NeurIPS, arXiv:2409.19407). A token is one parcel over one time patch, and
-tokens run parcel by parcel, in time within a parcel. Where a parcel lies is told by its row of a
+tokens run parcel by parcel, in time within a parcel. The position of a parcel is its row of a
 table of brain gradients, which no checkpoint holds: ``set_positions``.
 Signals are in the model's own contract: parcels in atlas order, scaled.
 Module names are those of the official state dict.

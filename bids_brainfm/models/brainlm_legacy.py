@@ -168,7 +168,7 @@ class BrainLMLegacy(BaseNetwork):
         embeddings = self.vit.embeddings
         if blank is not None:
             signal = signal.masked_fill(blank, 0)
-        # Millimetres give large numbers, beside which bfloat16 would lose most of the signal.
+        # Millimetres give large numbers, next to which bfloat16 would lose most of the signal.
         with without_autocast(signal):
             x = embeddings.signal_embedding_projection(signal.unflatten(2, (-1, self.patch)))
             x = x + embeddings.xyz_embedding_projection(self._placed())[:, :, None]

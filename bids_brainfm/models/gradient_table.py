@@ -1,4 +1,4 @@
-"""The table of brain gradients that tells a network where each parcel lies."""
+"""The table of brain gradients that gives a network the position of each parcel."""
 
 import warnings
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a fine-tuned network says of a window: a head on its tokens.
+"""Heads of fine-tuned networks, which predict targets from the tokens of a window.
 
 Forms as published: BrainLM's perceptron, Brain-JEPA's normalised linear layer and linear probe.
 """
@@ -109,10 +109,10 @@ def _check(settings: dict, class_token: bool) -> None:
         'lacks': [key for key in needed if key not in settings],
         'does not know': [str(key) for key in settings if key not in (*needed, 'dropout')],
     }
-    said = [f'{fault} {", ".join(keys)}' for fault, keys in faults.items() if keys]
-    if said:
+    found = [f'{fault} {", ".join(keys)}' for fault, keys in faults.items() if keys]
+    if found:
         raise BrainfmError(
-            f'The head of a {task} {" and ".join(said)}; it has {", ".join(needed)} and dropout.'
+            f'The head of a {task} {" and ".join(found)}; it has {", ".join(needed)} and dropout.'
         )
     taken = TAKEN if task == 'regression' else ()
     wanted = {

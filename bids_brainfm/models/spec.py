@@ -67,8 +67,8 @@ def find_checkpoint(text: str, home: Path, random_weights: bool) -> tuple[ModelC
     if path is None and (random_weights or not card.weights):
         return card, None
     files = [Path(file['name']) for file in card.weights]
-    beside = next((f for f in files if f.is_absolute() and f.suffix != '.json'), None)
-    checkpoint = path or beside or checkpoint_dir(card, home)
+    local = next((f for f in files if f.is_absolute() and f.suffix != '.json'), None)
+    checkpoint = path or local or checkpoint_dir(card, home)
     folder = checkpoint.parent if checkpoint.is_file() else checkpoint
     # Where the publisher gives no configuration, the card's own holds
     needed = not files or CONFIG_FILE in (file.name for file in files)
@@ -137,7 +137,7 @@ def find_gradients(text: str, home: Path) -> GradientTable | None:
 
 
 def _check_content(card: ModelCard) -> None:
-    """Refuse weights beside a card that are not those it describes (fetching checks others)."""
+    """Refuse local weights that are not those their card describes (fetching checks others)."""
     for file in card.weights:
         path, expected = Path(file['name']), file.get('sha256')
         if path.is_absolute() and expected and (digest := sha256_of(path)) != expected:
@@ -192,9 +192,9 @@ def resolve_model(text: str, home: Path, random_weights: bool = False) -> ModelS
     gradients = find_gradients(text, home)
     if gradients is not None:
         network.set_positions(read_gradients(gradients.path))
-    if given is not None or digest is None:  # what the card tells is of other weights
+    if given is not None or digest is None:  # the card describes other weights
         card = dataclasses.replace(card, training=None)
-    # the control stands beside the real outputs, never in their place
+    # the control is written in addition to the real outputs, never in their place
     label = card.label + ('random' if random_weights and (card.weights or given) else '')
     trained = checkpoint if digest else None
     predicted = tuple(network.head.columns) if network.head else ()

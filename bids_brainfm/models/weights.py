@@ -132,7 +132,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     if zipped and not zipfile.is_zipfile(path):
         raise _damaged(path, 'the archive has no end')
     try:
-        with warnings.catch_warnings():  # of a strange pickle; the sentence below says it better
+        with warnings.catch_warnings():  # of a strange pickle; the error below is clearer
             warnings.simplefilter('ignore')
             state = torch.load(path, map_location='cpu', weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:

@@ -1,4 +1,4 @@
-"""What a node says about a run: that it is done, or in one sentence why not.
+"""Outcomes of a node for a run: that it is done, or in one sentence why not.
 
 A run that fails must not stop the others, so failures travel through the graph as outcomes, not
 as exceptions, and are kept in the participant's log folder until the run succeeds.

@@ -130,7 +130,7 @@ def voxel_size(bold: Path) -> float | None:
     """Geometric mean of the voxel's edges in mm, None for grayordinates."""
     try:
         header = load_image(bold).header
-    except Exception:  # the reader of the volumes says better what is wrong with the file
+    except Exception:  # the reader of the volumes gives a clearer error
         return None
     if isinstance(header, Cifti2Header):
         return None

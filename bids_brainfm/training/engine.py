@@ -39,7 +39,7 @@ MicroBatch = tuple[Tensor, list[int]]  # windows (B, P, T), and the number of ea
 
 
 class Interrupted(Exception):
-    """Training was told to end (SIGTERM) and has written a checkpoint."""
+    """Training was interrupted (SIGTERM) and has written a checkpoint."""
 
 
 def parameter_groups(network: Network, layer_decay: float = 1.0) -> list[dict[str, Any]]:

@@ -43,7 +43,7 @@ def draw_blocks(
     The recipe ``official`` is what the released code does, with its quirks (specification,
     section 4): the last time patch is never seen, the last placement of a block never taken, and
     the windows of a batch are brought to equal numbers of tokens by keeping the first ones, so
-    that late parcels are rarely seen. ``fixed`` is what the paper means: all placements, and a
+    that late parcels are rarely seen. ``fixed`` follows the paper: all placements, and a
     random choice instead; a token is a target once. A recipe that does not exist, or does not
     work for windows of this size, is refused.
     """
@@ -64,10 +64,10 @@ def draw_blocks(
 
 
 def _fixed(windows: int, parcels: int, patches: int, generator: torch.Generator) -> Blocks:
-    """Masks as the paper means them.
+    """Masks as the paper describes them.
 
     The context is a clean block: parcels that are not to be predicted at any of the times, at
-    times that are not predicted from others. So a target is in the region that its place says.
+    times that are not predicted from others. So the position of a target gives its region.
     """
     uniform = lambda limits: _uniform(limits, generator)
     # Sizes are common to the batch, so that its windows have about the same number of tokens.

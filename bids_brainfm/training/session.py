@@ -195,7 +195,7 @@ def prepare(settings: TrainingSettings, model: Model, cohort: Cohort) -> None:
 
 
 def gather_cohort(settings: TrainingSettings, atlas: str) -> Cohort:
-    """Find runs, targets and the split; all that can be wrong with them is said here."""
+    """Find runs, targets and the split, and report everything that is wrong with them."""
     runs = cohorts.find_cohort(settings.data, atlas, settings.mix_trs)
     people = [run.participant for run in runs]
     validation, test = settings.validation_share, settings.test_share
@@ -288,7 +288,7 @@ def start(
     if accelerator.is_main_process:
         try:
             cohort = gather_cohort(settings, atlas.name)
-            if head is not None:  # what no head can predict is said before anything is written
+            if head is not None:  # unpredictable targets are reported before anything is written
                 build(bare | {'head': head(source, cohort)})
             prepare(settings, model, cohort)
             found = [cohort]

@@ -144,7 +144,7 @@ class WindowStream:
 def collect(
     runs: Sequence[CohortRun], prepare: Prepare, parts: dict[str, str], processes: int = 1
 ) -> Iterable[Prepared]:
-    """Prepare runs for :func:`write_store`, in their order; what cannot be taken says why.
+    """Prepare runs for :func:`write_store`, in their order; unusable runs give the reason.
 
     With several processes, `prepare` and runs must be such as can be pickled.
     """

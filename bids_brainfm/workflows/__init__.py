@@ -1,1 +1,1 @@
-"""Nipype graphs; the methods text stands beside the nodes it describes."""
+"""Nipype graphs; the methods text is kept with the nodes it describes."""

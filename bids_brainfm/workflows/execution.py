@@ -1,4 +1,4 @@
-"""Run a graph: how progress is told, and what was wrong where it did not come to its end."""
+"""Run a graph, show its progress, and explain why it stopped early."""
 
 import errno
 import logging
@@ -69,7 +69,7 @@ def run(workflow: pe.Workflow, plugin: PluginBase) -> None:
     """Run a graph by a plugin, and say what was wrong where that is known.
 
     Raises BrainfmError where a worker was killed, its folder was taken away, a scheduler takes no
-    jobs, a disk is full, or a node said it.
+    jobs, a disk is full, or a node raised it.
     """
     try:
         workflow.run(plugin=plugin)
@@ -95,10 +95,10 @@ def _known(error: Exception, work: str) -> BrainfmError | None:
     Nipype hands on nothing but text.
     """
     text = ''.join(traceback.format_exception(error))
-    if said := re.search(
+    if sentence := re.search(
         rf'{BrainfmError.__module__}\.{BrainfmError.__name__}: (.+?)(\\n|\n)', text
     ):
-        return BrainfmError(said[1])
+        return BrainfmError(sentence[1])
     for reason in map(os.strerror, (errno.ENOSPC, errno.EDQUOT)):
         if reason in text:
             return BrainfmError(

@@ -131,7 +131,8 @@ class MultiProc(MultiProcPlugin):
 def _start_fork_server() -> None:
     """Start the parent of the workers deaf to SIGTERM, which Slurm sends to all processes.
 
-    It tells when a worker has ended; without it, one that is still writing would count as gone.
+    The parent reports when a worker has ended; without it, one that is still writing would
+    count as gone.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     try:
@@ -165,7 +166,7 @@ def end_workers() -> None:
 class Slurm(SLURMPlugin):
     """Nipype's plugin, which overlooks that sbatch or squeue failed; this one says so.
 
-    A job that ended without a result is told in a sentence, and none is left behind in the queue.
+    A job that ended without a result is reported, and no job is left behind in the queue.
     """
 
     lost: BrainfmError | None = None
@@ -203,7 +204,7 @@ class Slurm(SLURMPlugin):
 
     def _is_pending(self, taskid: int) -> bool:
         ended = _ask('squeue', '--noheader', f'--jobs={taskid}')
-        # a scheduler that is too busy to answer has not said that the job is gone
+        # a scheduler that is too busy to answer does not mean that the job is gone
         silent = ended.returncode != 0 and 'Invalid job id' not in ended.stderr
         return silent or bool(ended.stdout.strip())
 

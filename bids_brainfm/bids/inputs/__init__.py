@@ -54,7 +54,7 @@ def adapter(name: str) -> Adapter:
 def open_datasets(
     datasets: Mapping[str, Path], participants: Collection[str], database_dir: Path
 ) -> list[FindRuns]:
-    """Open all datasets; returns `find_runs` of the adapter that reads each, but for its input."""
+    """Open all datasets and return, for each, `find_runs` of the adapter that reads it."""
     found: list[FindRuns] = []
     for name, root in datasets.items():
         description = read_description(root)
