@@ -8,7 +8,7 @@ demo: .venv/installed
 	$(BIN)/bids_brainfm_demo brainfm-demo
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

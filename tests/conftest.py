@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+# OpenMP threads that wait would otherwise spin, and take the time of the other test worker
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+
 SHARED = Path(__file__).parents[1].parent / 'shared'
 
 
@@ -41,15 +44,20 @@ def shared():
 
 @pytest.fixture
 def app(tmp_path, monkeypatch):
-    """Run the command in a folder of its own: ``app(data, out, ...)`` returns the exit code."""
+    """Run the command in a folder of its own: ``app(data, out, ...)`` returns the exit code.
+
+    In one process, where a test does not ask for more: the others are busy with other tests.
+    """
     from bids_brainfm.cli.run import main
 
     monkeypatch.chdir(tmp_path)
 
     def run(data, out, *options):
         arguments = [str(data), str(out), 'participant', '-w', str(tmp_path / 'work')]
-        if '--model' not in options:
-            arguments += ['--model', 'brainlm-demo']
+        defaults = {'--model': 'brainlm-demo', '--nprocs': '1'}
+        for name, value in defaults.items():
+            if name not in options:
+                arguments += [name, value]
         return main([*arguments, *map(str, options)])
 
     return run

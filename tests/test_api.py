@@ -36,6 +36,8 @@ def done(simulated, tmp_path_factory):
         '01',
         '--short-runs',
         'pad',
+        '--nprocs',
+        '1',
     ]
     ended = subprocess.run(
         [*command, '-w', place / 'work'], capture_output=True, text=True, check=False

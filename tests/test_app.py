@@ -340,6 +340,7 @@ def test_denoise_none_claims_nothing_about_confounds(simulated, tmp_path, app):
     assert np.isnan(table['flagged'][0])
 
 
+@pytest.mark.slow
 def test_jobs_side_by_side_in_one_folder(simulated, tmp_path):
     """Two jobs, started in one folder with its default work folder, write one dataset."""
     jobs = [

@@ -169,6 +169,7 @@ def tables(out):
     }
 
 
+@pytest.mark.slow
 def test_two_stages_make_the_files_of_one(simulated, tmp_path, app):
     """Series first, where there are no weights; then the same command without --stop-after."""
     whole, staged = tmp_path / 'whole', tmp_path / 'staged'

@@ -248,7 +248,7 @@ def label_of(name):
 def call(data, out, cards, *options):
     models = [str(cards / f'{name}.yml') for name in HEADS]
     command = [str(data), str(out), 'participant', '-w', f'{out}_work', '--short-runs', 'pad']
-    return main([*command, '--model', *models, *options])
+    return main([*command, '--nprocs', '1', '--model', *models, *options])
 
 
 @pytest.fixture(scope='module')

@@ -235,7 +235,12 @@ def test_another_block_is_refused_beside_the_first(both, long_runs, tmp_path, ap
 
 
 @pytest.mark.parametrize(
-    ('volumes', 'tr', 'share'), [(490, 0.735, 1), (200, 2.0, 1), (420, 0.8, 0.95)]
+    ('volumes', 'tr', 'share'),
+    [
+        pytest.param(490, 0.735, 1, marks=pytest.mark.slow),
+        pytest.param(200, 2.0, 1, marks=pytest.mark.slow),
+        (420, 0.8, 0.95),
+    ],
 )
 def test_any_repetition_time_is_windowed_recorded_and_encoded(
     resized, tmp_path, app, volumes, tr, share

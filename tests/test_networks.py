@@ -465,6 +465,7 @@ def test_no_protocol_is_refused(changed, said):
 # Real recordings
 
 
+@pytest.mark.slow
 def test_connectivity_tells_the_networks_of_real_brains(shared):
     """Five people, Schaefer-100: far beyond the best surrogate and beyond the parcels' places."""
     runs = np.load(shared / 'data' / 'aomic_schaefer100-7net_5subj.npz')

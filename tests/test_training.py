@@ -210,6 +210,7 @@ def test_accumulated_gradients_are_those_of_the_batch(mae, cohort, tmp_path):
     np.testing.assert_allclose(losses(one), losses(parts), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near_float32(mae, cohort, tmp_path):
     """Half the precision in products changes the loss by a part of a percent."""
     arguments = ('--data', cohort, *SPLIT, '--batch-size', 4, '--epochs', 4)
@@ -220,6 +221,7 @@ def test_bfloat16_is_near_float32(mae, cohort, tmp_path):
     assert (losses(half) != losses(full)).all()
 
 
+@pytest.mark.slow
 def test_told_to_end_it_writes_a_checkpoint(mae, cohort, tmp_path):
     """SIGTERM, as Slurm sends before it preempts, loses no step; and the rest follows."""
     out = tmp_path / 'out'
@@ -271,6 +273,7 @@ def test_what_pretraining_writes(mae, cohort, tmp_path, capsys):
     assert log['lr'].iloc[-1] == 0
 
 
+@pytest.mark.slow
 def test_a_family_of_another_package_is_trained(example, cohort, tmp_path):
     """By the protocol alone: pretrained, gone on from, and fine-tuned."""
     first, second, tuned = (tmp_path / name for name in ('first', 'second', 'tuned'))

@@ -13,7 +13,7 @@ from typing import Any, cast
 from bids_brainfm.arguments import label, memory_gb, positive, proportion, seed
 from bids_brainfm.config import Settings, read_toml
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.outputs.registry import ALL, OUTPUTS, options, used_by
+from bids_brainfm.outputs.registry import ALL, OUTPUTS, about_outputs, options, used_by
 
 SCALINGS = ('card', 'none', 'run-robust', 'global-z', 'parcel-z', 'cohort')
 
@@ -98,10 +98,9 @@ def get_parser() -> argparse.ArgumentParser:
     outputs = parser.add_argument_group('Options for what is computed with a model')
     add = outputs.add_argument
     add('--outputs', nargs='+', choices=[*OUTPUTS, ALL],
-        help='what to write beside embeddings, each with its baselines: reconstruction and '
-        'forecast of the run and perturbation (BrainLM), attention maps and functional networks '
-        '(all models, and connectivity); all: whatever the models can (default: embeddings, which '
-        'are always written)')
+        help='what to write in addition to embeddings, each with its baselines. '
+        f'{about_outputs()}; all: whatever the models can (default: embeddings, which are always '
+        'written)')
     for option in options().values():
         option.add_to(outputs)
     add('--random-seed', '--random_seed', type=seed, metavar='SEED',

@@ -66,6 +66,7 @@ class Product:
     record: str = ''
     # Word of --outputs; empty where it is always made, or where its options say so
     output: str = ''
+    about: str = ''  # what that word adds, for the help text
     needs: str = 'model'
     options: tuple[Option, ...] = ()
     image: bool = False  # whether there is an image of its table, a map
@@ -103,8 +104,9 @@ PRODUCTS = (
     ),
     Product(
         'reconstruction', 'run', 'reconstruction', 'boldmap', 'r2',
-        record='reconstruction_desc-{label}', output='reconstruction', needs='reconstructs',
-        image=True, options=(
+        record='reconstruction_desc-{label}', output='reconstruction',
+        about='the run from its visible tokens (BrainLM)', needs='reconstructs', image=True,
+        options=(
             MASK_RATIO,
             Option('aggregate', 'what to take where several passes hid a token: the first one, or '
                    'the mean of all (default: first)', choices=('first', 'mean')),
@@ -114,7 +116,8 @@ PRODUCTS = (
     ),
     Product(
         'forecast', 'run', 'forecast', 'forecast', record='forecast_desc-{label}',
-        output='forecast', needs='reconstructs', options=(
+        output='forecast', about='the end of each window from its beginning (BrainLM)',
+        needs='reconstructs', options=(
             Option('forecast_points', "samples to forecast, at the model's TR (default: 20)",
                    type=positive(int), metavar='SAMPLES'),
             Option('forecast_mode', 'hide exactly these samples, or all tokens that hold any of '
@@ -123,10 +126,11 @@ PRODUCTS = (
         ),
     ),
     Product('attention', 'run', 'attention', 'boldmap', 'attention', 'networks_desc-{label}',
-            'networks', image=True),
+            'networks', 'attention maps', image=True),
     Product(
         'networks', 'participant', 'networks', 'boldmap', 'network',
-        record='atlas-{atlas}_networks', output='networks', needs='outputs', options=(
+        record='atlas-{atlas}_networks', output='networks',
+        about='functional networks (all models, and connectivity)', needs='outputs', options=(
             Option('network_clusters', 'number of networks to find; auto: that with the best '
                    'silhouette (default: as many as there are reference networks, else auto)',
                    type=clusters, metavar='{N,auto}'),
@@ -135,8 +139,9 @@ PRODUCTS = (
     ),
     Product(
         'perturbation', 'run', 'perturbation', 'boldmap', 'perturbation',
-        record='perturbation_desc-{label}', output='perturbation', needs='reconstructs',
-        image=True, options=(
+        record='perturbation_desc-{label}', output='perturbation',
+        about='the effect of one region on the others (BrainLM)', needs='reconstructs', image=True,
+        options=(
             MASK_RATIO, REFERENCE_NETWORKS,
             Option('perturb', 'parcel or reference network to perturb (default: the parcel '
                    'nearest to the left primary visual cortex)', metavar='NAME'),
@@ -162,6 +167,12 @@ OF_MODELS = tuple(p for p in PRODUCTS if p.needs == 'model' or p.needs in LACKIN
 SUFFIXES = tuple(dict.fromkeys(product.suffix for product in PRODUCTS if product.suffix))
 # Words of --outputs, in the order of the table
 OUTPUTS = tuple(dict.fromkeys([EMBEDDINGS, *(p.output for p in PRODUCTS if p.output)]))
+
+
+def about_outputs() -> str:
+    """What each word of ``--outputs`` adds, for the help text."""
+    found = {word: [p.about for p in PRODUCTS if p.output == word] for word in OUTPUTS[1:]}
+    return '; '.join(f'{word}: {" and ".join(about)}' for word, about in found.items())
 
 
 def options() -> dict[str, Option]:

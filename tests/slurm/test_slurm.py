@@ -129,7 +129,8 @@ def test_array_over_participants(study, reference):
 def test_task_that_is_put_back_into_the_queue(study, reference):
     """As after preemption: a task that is killed amid its work goes on when it starts again."""
     job = submit(study, TASKS, 'participants.sbatch')
-    wait_until(lambda: list(study.parent.glob('out/sub-01/func/*_timeseries.json')), study)
+    # The connectome is the last of what is made without a model
+    wait_until(lambda: list(study.parent.glob('out/sub-01/func/*_relmat.json')), study)
     assert run('scontrol', 'requeue', f'{job}_1', cwd=study).returncode == 0
     pending = ('squeue', '-h', '-t', 'PENDING', '-j', f'{job}_1')
     wait_until(lambda: run(*pending, cwd=study).stdout, study)
