@@ -52,13 +52,13 @@ def read_card(name: str | Path, folder: str, what: str) -> tuple[Path, dict[str,
     import yaml
 
     path, names = Path(name), card_names(folder)
-    if path.suffix not in ('.yml', '.yaml'):
-        if str(name) not in names:
-            raise BrainfmError(
-                f'There is no {what} {name}: choose {", ".join(names)}, or give the path of one '
-                'of your own (.yml).'
-            )
+    if str(name) in names:
         path = DATA / folder / f'{name}.yml'
+    elif path.suffix not in ('.yml', '.yaml') and not path.is_file():
+        raise BrainfmError(
+            f'There is no {what} {name}: choose {", ".join(names)}, or give the path of one '
+            'of your own (.yml).'
+        )
     try:
         content = yaml.safe_load(path.read_text(encoding='utf-8'))
         if not isinstance(content, dict):

@@ -376,6 +376,10 @@ def test_tokens_of_another_input_are_not_left_beside_a_new_table(dataset, tmp_pa
     tokens = out / f'sub-01/func/{STEM}_desc-brainlmdemo_embedding.h5'
     assert app(dataset, out, '--participant-label', '01') == 0
     assert tokens.is_file()
+    tokens.unlink()  # the sidecar lists it: the embedding is written again, without it
+    assert app(dataset, out, '--participant-label', '01') == 0
+    assert json.loads(tokens.with_suffix('.json').read_text())['Arrays'] == []
+    assert app(dataset, out, '--participant-label', '01', '--tokens') == 0
     next(dataset.glob('sub-01/func/*_bold.nii.gz')).touch()
     assert app(dataset, out, '--participant-label', '01') == 0
     assert not tokens.exists()

@@ -114,3 +114,39 @@ def test_the_first_adapter_that_accepts_a_dataset_reads_it(tmp_path, monkeypatch
     (tmp_path / 'sub-01').mkdir()
     (find_runs,) = inputs.open_datasets({'d': tmp_path}, (), tmp_path / 'db')
     assert find_runs(('X',), {}) == ([], {})
+
+
+def test_denoised_runs_are_not_denoised_again(simulated, tmp_path, monkeypatch, app, capfd):
+    """The methods text says who denoised them, and raw runs are not mixed in."""
+    import dataclasses
+    import sys
+    import types
+
+    from bids_brainfm.bids.inputs import fmriprep
+
+    def find_runs(*asked):
+        runs, without = fmriprep.find_runs(*asked)
+        return [dataclasses.replace(run, denoised=True) for run in runs], without
+
+    clean = types.ModuleType('clean')
+    vars(clean).update(
+        FOLDER='clean', SOURCE='clean files', accepts=lambda description: True,
+        open_dataset=fmriprep.open_dataset, find_runs=find_runs,
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, f'{inputs.__name__}.clean', clean)
+    asked = (simulated, tmp_path / 'out', '--participant-label', '01', '--stop-after', 'timeseries')
+    with monkeypatch.context() as patch:
+        patch.setattr(inputs, 'ADAPTERS', ('clean',))
+        assert app(*asked, '--denoise', '36P') == 2
+        assert 'were denoised by their pipeline (clean)' in capfd.readouterr().err
+        assert app(*asked) == 0
+    text = (tmp_path / 'out' / 'logs' / 'CITATION.md').read_text()
+    assert 'taken from clean files' in text
+    assert 'had been denoised by the pipeline' in text
+    assert app(*asked, '--denoise', 'none') == 2
+    assert 'denoised_by_pipeline' in capfd.readouterr().err
+
+
+def test_a_label_given_twice_is_one_participant(outputs):
+    once = find_records(outputs, 'timeseries', subjects=['01'])
+    assert find_records(outputs, 'timeseries', subjects=['01', '01']) == once != []

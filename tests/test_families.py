@@ -93,6 +93,28 @@ def test_two_packages_with_the_same_family(declared):
     assert family('brain_jepa').model_type == 'brain_jepa'
 
 
+def test_a_family_of_another_layout_does_not_stop_the_others(declared, monkeypatch, tmp_path):
+    """Every family is asked whether a checkpoint is its own, and some cannot read it."""
+    from safetensors.torch import save_file
+
+    from bids_brainfm.models import weights
+    from bids_brainfm.models.brain_jepa import BrainJEPA
+    from bids_brainfm.models.cards import load_card
+
+    class Nested(BrainJEPA):
+        model_type = 'nested'
+        signature = ('none.of.these', 'a nested')
+        unpack = staticmethod(lambda state: state['model'])
+
+    monkeypatch.setattr('bids_brainfm.models.brain_jepa.Nested', Nested, raising=False)
+    declared('nested-package', nested='bids_brainfm.models.brain_jepa:Nested')
+    assert 'nested' in {kind.model_type for kind in working_families()}
+    network = build(load_card('brainlm-demo').config)
+    state = weights.initialise(network, 0).state_dict()
+    save_file({name: x.contiguous() for name, x in state.items()}, tmp_path / 'model.safetensors')
+    assert weights.load_checkpoint(network, tmp_path) == tmp_path / 'model.safetensors'
+
+
 @pytest.mark.parametrize('promised', [{'reconstructs': True}, {'predicts_latents': True}])
 def test_a_network_that_does_not_keep_its_promise(declared, monkeypatch, promised):
     from bids_brainfm.models.brain_jepa import BrainJEPA

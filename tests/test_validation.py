@@ -106,3 +106,5 @@ def test_cards_by_name_and_by_path(tmp_path):
         read_card(own, 'denoising', 'preset')
     own.write_text('a: 1')
     assert read_card(str(own), 'denoising', 'preset') == (own, {'a': 1})
+    plain = own.rename(tmp_path / 'plain')
+    assert read_card(plain, 'denoising', 'preset') == (plain, {'a': 1})

@@ -59,7 +59,9 @@ def iterate_records(
     must have the label that is given, or one of the labels, or where None be absent.
     """
     wanted = {k: [v] if v is None or isinstance(v, str) else v for k, v in entities.items()}
-    folders = [root / f'sub-{label}' for label in sorted(subjects)] or sorted(root.glob('sub-*/'))
+    folders = [root / f'sub-{label}' for label in sorted(set(subjects))] or sorted(
+        root.glob('sub-*/')
+    )
     for folder in folders:
         paths = [p for func in ('func', 'ses-*/func') for p in folder.glob(f'{func}/*{extension}')]
         for path in sorted(paths):

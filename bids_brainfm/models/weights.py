@@ -161,17 +161,25 @@ def _bare_names(state: dict[str, Any]) -> dict[str, Any]:
     return {f'.{name}'.replace('.module.', '.')[1:]: x for name, x in state.items()}
 
 
+def _unpacked(family: Network | type[Network], content: dict[str, Any]) -> dict[str, Any]:
+    """Tensors of a checkpoint by their names in a family; none where it has another layout."""
+    try:
+        return _bare_names(family.unpack(content))
+    except Exception:  # whatever a package of somebody else raises
+        return {}
+
+
 def _check_fit(network: Network, content: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return the state dict of a file if it is, name by name and shape by shape, the network's."""
     wanted = network.state_dict()
     for other in working_families():
         key, kind = other.signature
-        if key not in wanted and key in _bare_names(other.unpack(content)):
+        if key not in wanted and key in _unpacked(other, content):
             raise BrainfmError(
                 f'{path} holds {kind} checkpoint, but its configuration says '
                 f'{network.model_type}; give the folder of one model with its own configuration.'
             )
-    state = _bare_names(network.unpack(content))
+    state = _unpacked(network, content)
     missing = [name for name in wanted if name not in state]
     extra = [name for name in state if name not in wanted]
     found = {'lacks': missing, 'has unexpected': extra}

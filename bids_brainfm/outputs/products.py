@@ -22,7 +22,7 @@ from bids_brainfm.bids.run import BoldRun
 from bids_brainfm.config import Settings
 from bids_brainfm.models.spec import ModelSpec
 from bids_brainfm.outputs.registry import PRODUCTS, Product
-from bids_brainfm.outputs.tasks import ModelTask, Place, Task
+from bids_brainfm.outputs.tasks import ModelTask, Place, SeriesTask, Task
 from bids_brainfm.reports.report import Figure
 from bids_brainfm.signals.contract import ModelInput
 from bids_brainfm.signals.series import Windows
@@ -39,8 +39,11 @@ class ProductModule(Protocol):
 
     FIGURES: Mapping[str, Figure]  # in the report, by name, in their order
 
-    def parameters(self, settings: Settings, spec: ModelSpec, atlas: Atlas) -> Any:
-        """Settle options for a model, or refuse them (BrainfmError); of products with options."""
+    def parameters(self, settings: Settings, spec: ModelSpec | None, atlas: Atlas) -> Any:
+        """Settle options for a model, or refuse them (BrainfmError); of products with options.
+
+        `spec` is None for a product that is made without a model.
+        """
 
     def companions(self, run: BoldRun, place: Place, task: Any = None) -> list[Path]:
         """Files next to table and map that a task asks for; without a task all; if any."""
@@ -93,6 +96,12 @@ def companions(
     return [place.image(run, place.table(run, product.name))] * product.image + own
 
 
+def facts(product: Product, sidecar: dict[str, Any]) -> dict[str, Any]:
+    """Lines of the report on a product; none where its module has no such function."""
+    module = module_of(product)
+    return module.facts(sidecar) if hasattr(module, 'facts') else {}
+
+
 def product_current(
     product: Product, run: BoldRun, task: Task, inputs: dict[str, dict[str, Any]] | None = None
 ) -> bool:
@@ -102,7 +111,8 @@ def product_current(
     if not freshness.is_current(table, inputs):
         return False
     written = (freshness.read_sidecar(freshness.sidecar_path(table)) or {}).get('Arrays')
-    whole = all(map(freshness.is_whole, companions(product, run, task.place, task)))
+    files = companions(product, run, task.place, None if written else task)
+    whole = all(map(freshness.is_whole, files))
     return whole and (written is None or set(getattr(task, 'arrays', ())) <= set(written))
 
 
@@ -150,7 +160,7 @@ def claim(product: Product, task: Task) -> None:
     place, module, settings = task.place, module_of(product), {}
     if hasattr(module, 'settings'):
         settings = module.settings(task)
-    elif asked := cast(ModelTask, task).parameters[product.name]:
+    elif asked := cast(ModelTask | SeriesTask, task).parameters[product.name]:
         settings = asdict(asked)
     name = record_name(product, place)
     claim_settings(place.output, name, settings, records_of(product, place))

@@ -118,8 +118,8 @@ PRODUCTS = (
         'forecast', 'run', 'forecast', 'forecast', record='forecast_desc-{label}',
         output='forecast', about='the end of each window from its beginning (BrainLM)',
         needs='reconstructs', options=(
-            Option('forecast_points', "samples to forecast, at the model's TR (default: 20)",
-                   type=positive(int), metavar='SAMPLES'),
+            Option('forecast_points', "samples to forecast, at the model's TR (default: a "
+                   'tenth of the window, 20 of 200)', type=positive(int), metavar='SAMPLES'),
             Option('forecast_mode', 'hide exactly these samples, or all tokens that hold any of '
                    'them (default: predict_last_pixel)',
                    choices=('predict_last_pixel', 'predict_last')),

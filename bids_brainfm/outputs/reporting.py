@@ -1,5 +1,6 @@
 """From the derivatives of a participant to the report: everything is read back from disk."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ from bids_brainfm.bids.dataset import Record, find_records
 from bids_brainfm.bids.freshness import read_sidecar
 from bids_brainfm.bids.naming import join_name
 from bids_brainfm.outputs.outcome import read_failures
-from bids_brainfm.outputs.products import module_of, report_figures
+from bids_brainfm.outputs.products import facts, report_figures
 from bids_brainfm.outputs.registry import BY_NAME, OF_SERIES, PRODUCTS, Product
 from bids_brainfm.reports.fragments import ModelFacts, RunFacts, Source
 from bids_brainfm.reports.methods import read_methods
@@ -15,6 +16,7 @@ from bids_brainfm.reports.report import write_report
 from bids_brainfm.signals.connectome import LABEL as CONNECTOME
 
 EMBEDDING = BY_NAME['embedding']
+NEXT_TO_SERIES = tuple(product for product in OF_SERIES if product.name != 'series')
 # Products that belong to an embedding, and have lines in the report next to its own
 NEXT_TO_EMBEDDING = tuple(
     product for product in PRODUCTS
@@ -36,19 +38,15 @@ def collect_runs(output: Path, subject: str) -> list[RunFacts]:
     for record in find_records(output, series.suffix, stat=series.stat, **sidecars):
         sidecar, name = read_sidecar(record.path), _name(record)
         if sidecar is not None:
-            atlas, inputs = sidecar['Atlas'], module_of(series).facts(sidecar)
+            atlas, warnings = sidecar['Atlas'], list(sidecar['Warnings'])
             source = Source(atlas['Name'], atlas['License'], atlas['Citation'])
-            runs[name] = RunFacts(name, inputs, atlas=source, warnings=list(sidecar['Warnings']))
+            inputs = facts(series, sidecar) | _lines(NEXT_TO_SERIES, record, sidecar, warnings)
+            runs[name] = RunFacts(name, inputs, atlas=source, warnings=warnings)
     for record in find_records(output, EMBEDDING.suffix, **sidecars):
         sidecar, run = read_sidecar(record.path), runs.get(_name(record))
         if sidecar is None or run is None:
             continue
-        lines: dict[str, str | int] = {}
-        for product in NEXT_TO_EMBEDDING:
-            content = read_sidecar(_sidecar_of(product, record))
-            if content and content['InputFiles'] == sidecar['InputFiles']:
-                lines |= module_of(product).facts(content)
-                run.warnings.extend(content.get('Warnings', []))
+        lines = _lines(NEXT_TO_EMBEDDING, record, sidecar, run.warnings)
         if record.entities['desc'] == CONNECTOME:
             run.inputs.update({name: str(line) for name, line in lines.items()})
         else:
@@ -63,19 +61,33 @@ def _name(record: Record) -> str:
     return join_name({k: v for k, v in record.entities.items() if k not in ('stat', 'desc')})
 
 
+def _lines(
+    products: Iterable[Product], record: Record, sidecar: dict[str, Any], warnings: list[str]
+) -> dict[str, Any]:
+    """Lines on products that belong to a record and are of the same input; adds to `warnings`."""
+    lines: dict[str, Any] = {}
+    for product in products:
+        content = read_sidecar(_sidecar_of(product, record))
+        if content and content['InputFiles'] == sidecar['InputFiles']:
+            lines |= facts(product, content)
+            warnings.extend(content.get('Warnings', []))
+    return lines
+
+
 def _sidecar_of(product: Product, record: Record) -> Path:
-    """Sidecar of a product that belongs to an embedding."""
+    """Sidecar of a product that belongs to a series or an embedding."""
     stat = {'stat': product.stat} if product.stat else {}
-    others = {k: v for k, v in record.entities.items() if k != 'desc'}
-    entities = others | stat | {'desc': record.entities['desc']}
+    label = {'desc': record.entities['desc']} if 'desc' in record.entities else {}
+    others = {k: v for k, v in record.entities.items() if k not in ('stat', 'desc')}
+    entities = others | stat | label
     return record.path.with_name(join_name(entities, product.suffix, '.json'))
 
 
 def _model_facts(label: str, sidecar: dict[str, Any], lines: dict[str, str | int]) -> ModelFacts:
-    model, facts = sidecar['Model'], module_of(EMBEDDING).facts(sidecar) | lines
+    model, shown = sidecar['Model'], facts(EMBEDDING, sidecar) | lines
     return ModelFacts(
         model['Name'], model['License'], ' '.join(model['Citation']), label=label,
-        trained=model['Trained'], windows=sidecar['NumberOfWindows'], facts=facts,
+        trained=model['Trained'], windows=sidecar['NumberOfWindows'], facts=shown,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from bids_brainfm.bids.run import BoldRun, repetition_time
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.outputs import products
 from bids_brainfm.outputs.outcome import Outcome, attempt
-from bids_brainfm.outputs.registry import OF_SERIES
+from bids_brainfm.outputs.registry import BY_NAME, OF_SERIES
 from bids_brainfm.outputs.tasks import Place, SeriesTask
 from bids_brainfm.reports.report import Figure
 from bids_brainfm.signals.denoise import Preset, load_preset
@@ -135,15 +135,15 @@ def compute_series(run: BoldRun, task: SeriesTask) -> SeriesContext:
 
 def series_current(run: BoldRun, task: SeriesTask) -> bool:
     """Whether series and connectome of a run exist and fit the inputs."""
-    return all(products.product_current(product, run, task) for product in OF_SERIES)
+    return all(products.product_current(BY_NAME[name], run, task) for name in task.parameters)
 
 
 def make_series(run: BoldRun, task: SeriesTask, stop: bool = False) -> Outcome:
     """Write the parcel series of one run; `stop` raises a failure after it was recorded."""
 
     def work() -> None:
-        context, names = compute_series(run, task), [product.name for product in OF_SERIES]
-        products.write_products(OF_SERIES, run, task, names, context)
+        context = compute_series(run, task)
+        products.write_products(OF_SERIES, run, task, task.parameters, context)
 
     return attempt(task.place.output, run, task.place.step, work, stop)
 
@@ -158,7 +158,18 @@ def settings(task: SeriesTask) -> dict[str, Any]:
     preset = load_preset(task.denoise)
     content = json.dumps(dataclasses.asdict(preset), sort_keys=True)
     digest = hashlib.sha256(content.encode()).hexdigest()
-    return {'denoise': preset.name, 'denoise_sha256': digest, 'min_coverage': task.min_coverage}
+    found = {'denoise': preset.name, 'denoise_sha256': digest, 'min_coverage': task.min_coverage}
+    return found | ({'denoised_by_pipeline': True} if task.denoised else {})
+
+
+def _denoising(task: SeriesTask) -> str:
+    """What was removed from the series, as sentences."""
+    if task.denoised:
+        return (
+            'The data had been denoised by the pipeline that preprocessed them; no further '
+            'confound was regressed out, no volume was dropped and none was interpolated.'
+        )
+    return load_preset(task.denoise).description.strip()
 
 
 def methods(task: SeriesTask) -> str:
@@ -172,7 +183,7 @@ def methods(task: SeriesTask) -> str:
         'matched by their affines: each voxel took the label nearest to it or, where the data are '
         'too coarse for that, each voxel of the atlas took the voxel of the data nearest to it. '
         f'Parcels with less than {task.min_coverage:.0%} of their volume in the field of view '
-        f'were set to n/a. {dropped}{preset.description.strip()} Functional connectivity (Pearson '
+        f'were set to n/a. {dropped}{_denoising(task)} Functional connectivity (Pearson '
         'correlation between the denoised parcel series) was computed as the baseline to compare '
         'embeddings with.\n\n'
     )
@@ -220,7 +231,7 @@ def _describe(context: SeriesContext) -> dict[str, Any]:
         'FlaggedVolumes': np.flatnonzero(series.flagged),
         'FlaggedVolumesInterpolated': context.assessed,
         'Denoising': {
-            'Name': preset.name, 'Description': preset.description,
+            'Name': preset.name, 'Description': _denoising(context.task),
             'ConfoundRegressors': series.names,
             'DegreesOfFreedomLost': len(series.names) + 1 if series.names else 0,
             'MeanAddedBack': bool(series.names),

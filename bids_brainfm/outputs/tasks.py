@@ -73,6 +73,9 @@ class SeriesTask:
     denoise: str  # name or file of the denoising preset
     min_coverage: float  # proportion of a parcel below which it is n/a
     version: str
+    denoised: bool = False  # whether the pipeline that wrote the runs had denoised them
+    # ``Parameters`` by the name of each product asked for; None for a product without options
+    parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,7 @@ class ModelTask:
     threads: int
     tokens: bool  # whether to write token embeddings
     version: str
-    # ``Parameters`` by the name of each product asked for; None for a product without options
-    parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)  # as in SeriesTask
 
     @property
     def arrays(self) -> list[str]:

@@ -5,6 +5,8 @@ weights, one per participant and atlas finds networks, and one per participant w
 They hand on outcomes; data go through the derivatives, so that a killed run goes on where it was.
 """
 
+from collections.abc import Sequence
+
 from nipype.interfaces.utility import Merge
 from nipype.pipeline import engine as pe
 from niworkflows.engine.workflows import LiterateWorkflow
@@ -14,6 +16,7 @@ from bids_brainfm.config import Settings
 from bids_brainfm.outputs import networks, series
 from bids_brainfm.outputs.products import module_of, record_name
 from bids_brainfm.outputs.registry import BY_NAME
+from bids_brainfm.outputs.tasks import ModelTask, SeriesTask
 from bids_brainfm.workflows.nodes import EncodeRuns, MakeNetworks, MakeSeries, WriteReport
 from bids_brainfm.workflows.plan import AtlasPlan, ModelPlan, Plan
 
@@ -73,22 +76,23 @@ def _gather(name: str, ends: list[tuple[pe.Node, str]], workflow: LiterateWorkfl
 
 def describe(workflow: LiterateWorkflow, plan: Plan) -> dict[str, tuple[str, list[str]]]:
     """Methods text that the graph carries, and what to cite, for each kind of output."""
-    parts = {}
+    parts: dict[str, tuple[str, list[str]]] = {}
     for atlas in plan.atlases:
-        text = workflow.get_node(node_name('series', atlas.name, 'wf')).visit_desc()
-        parts[record_name(BY_NAME['series'], atlas.task.place)] = text, list(atlas.citation)
-        for model in atlas.models:
-            task = model.task
-            for product in (BY_NAME[each] for each in task.parameters):
-                if product.name == 'embedding':
-                    encode = node_name('encode', task.spec.label, 'wf')
-                    text = workflow.get_node(encode).visit_desc()
-                    cited = list(task.spec.card.citation)
-                elif product.record:
-                    text, cited = module_of(product).methods(task), []
-                else:
-                    continue
-                parts[record_name(product, task.place)] = text, cited
+        if not atlas.runs:
+            continue
+        tasks: list[tuple[str, SeriesTask | ModelTask, Sequence[str]]] = [
+            (node_name('series', atlas.name, 'wf'), atlas.task, atlas.citation)
+        ]
+        for spec, encoding in ((model.task.spec, model.task) for model in atlas.models):
+            tasks.append((node_name('encode', spec.label, 'wf'), encoding, spec.card.citation))
+        for name, task, citation in tasks:
+            recorded = [BY_NAME[each] for each in task.parameters if BY_NAME[each].record]
+            for product in recorded:
+                text = module_of(product).methods(task)
+                parts[record_name(product, task.place)] = text, []
+            # of the first, with what the graph says of the data
+            text = workflow.get_node(name).visit_desc()
+            parts[record_name(recorded[0], task.place)] = text, list(citation)
         for source in atlas.networks:
             name = record_name(BY_NAME['networks'], source.place)
             parts[name] = networks.methods(source), networks.REFERENCES

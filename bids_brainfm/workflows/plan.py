@@ -25,7 +25,7 @@ from bids_brainfm.outputs.encoding import run_current
 from bids_brainfm.outputs.networks import NetworksTask
 from bids_brainfm.outputs.outcome import Outcome, read_failures
 from bids_brainfm.outputs.products import claim
-from bids_brainfm.outputs.registry import BY_NAME
+from bids_brainfm.outputs.registry import BY_NAME, OF_SERIES
 from bids_brainfm.outputs.series import series_current
 from bids_brainfm.outputs.tasks import ModelTask, Place, SeriesTask
 from bids_brainfm.resources import home
@@ -206,8 +206,17 @@ def _plan_atlas(
                 'Some of the runs were denoised by their pipeline and others were not, and they '
                 'would not be comparable: process them into two output folders.'
             )
+        if settings.denoise not in ('card', 'none'):
+            raise BrainfmError(
+                f'--denoise {settings.denoise}: the runs were denoised by their pipeline '
+                f'({runs[0].pipeline}), and nothing is regressed out twice: leave the option out.'
+            )
         denoise = 'none'
-    series = SeriesTask(place, card, home, denoise, settings.min_coverage, version)
+    series = SeriesTask(
+        place, card, home, denoise, settings.min_coverage, version,
+        denoised=any(run.denoised for run in runs),
+        parameters=resolve.parameters(OF_SERIES, settings, None, atlas),
+    )  # fmt: skip
     if load_preset(denoise).touches_nothing:  # then the confounds are no input
         runs = [dataclasses.replace(run, confounds=None, confounds_json=None) for run in runs]
     if twice := [name for name, n in Counter(run.name for run in runs).items() if n > 1]:
@@ -217,10 +226,10 @@ def _plan_atlas(
         )
     for task in tasks:
         resolve.check_fit(task, atlas)
-    claim(BY_NAME['series'], series)
-    for task in tasks:
-        for name in task.parameters:
-            claim(BY_NAME[name], task)
+    every: list[SeriesTask | ModelTask] = [series, *tasks]
+    for asked in every:
+        for name in asked.parameters:
+            claim(BY_NAME[name], asked)
     todo = [run for run in runs if not series_current(run, series)]
     remade = {run.name for run in todo}
     to_encode = lambda run, task: run.name in remade or not run_current(run, task)

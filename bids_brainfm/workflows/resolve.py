@@ -1,7 +1,7 @@
 """Which models are run and how: weights, contracts, and what is asked of each product."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,14 @@ from bids_brainfm.models.cards import ModelCard, load_card
 from bids_brainfm.models.spec import ModelSpec
 from bids_brainfm.outputs.networks import NetworksTask, Search
 from bids_brainfm.outputs.products import module_of
-from bids_brainfm.outputs.registry import ALL, EMBEDDINGS, LACKING, OF_MODELS, PRODUCTS
+from bids_brainfm.outputs.registry import (
+    ALL,
+    BY_NAME,
+    EMBEDDINGS,
+    LACKING,
+    OF_MODELS,
+    Product,
+)  # fmt: skip
 from bids_brainfm.outputs.tasks import ModelTask, Place
 from bids_brainfm.signals.connectome import LABEL as CONNECTOME
 from bids_brainfm.signals.contract import Contract
@@ -65,7 +72,7 @@ def resolve_models(settings: Settings, home: Path, version: str) -> list[ModelTa
             precision=str(resolve_precision(settings.precision, device)),
             batch_size=settings.batch_size, threads=settings.omp_nthreads or 1,
             tokens=settings.tokens, version=version,
-            parameters=_parameters(settings, spec, atlas),
+            parameters=parameters(OF_MODELS, settings, spec, atlas),
         )  # fmt: skip
         tasks.append(task)
     labels = [task.spec.label for task in tasks]
@@ -83,24 +90,31 @@ def resolve_models(settings: Settings, home: Path, version: str) -> list[ModelTa
     return tasks
 
 
-def can(spec: ModelSpec, needs: str) -> bool:
-    """Whether a model has what a product needs."""
+def can(spec: ModelSpec | None, needs: str) -> bool:
+    """Whether a model, None for what is made without one, has what a product needs."""
+    if spec is None:
+        return True
     if needs == 'head':
         return bool(spec.predicted)
     return needs not in LACKING or bool(getattr(spec.capabilities, needs))
 
 
-def _parameters(settings: Settings, spec: ModelSpec, atlas: Atlas) -> dict[str, Any]:
-    """Products that are asked for and that the model can make, with their parameters."""
+def parameters(
+    products: Iterable[Product], settings: Settings, spec: ModelSpec | None, atlas: Atlas
+) -> dict[str, Any]:
+    """Products that are asked for and that the model can make, with their parameters.
+
+    `spec` is None for products that are made without a model.
+    """
     found: dict[str, Any] = {}
-    for product in OF_MODELS:
+    for product in products:
         asked = not product.output or {product.output, ALL} & set(settings.outputs)
         if not asked or not can(spec, product.needs):
             continue
         options = product.options
-        parameters = module_of(product).parameters(settings, spec, atlas) if options else None
-        if parameters is not None or not options:
-            found[product.name] = parameters
+        settled = module_of(product).parameters(settings, spec, atlas) if options else None
+        if settled is not None or not options:
+            found[product.name] = settled
     return found
 
 
@@ -196,8 +210,7 @@ def networks_tasks(
     settings: Settings, version: str, home: Path, card: str, tasks: list[ModelTask]
 ) -> list[NetworksTask]:
     """How networks are found in one atlas, from each source; none where they are not asked for."""
-    networks = next(product for product in PRODUCTS if product.name == 'networks')
-    if not tasks or not {networks.output, ALL} & set(settings.outputs):
+    if not tasks or not {BY_NAME['networks'].output, ALL} & set(settings.outputs):
         return []
     atlas = load_atlas(card, home)
     reference = references.reference_for(atlas, settings.options.get('reference_networks') or ())
