@@ -134,7 +134,14 @@ def test_denoised_runs_are_not_denoised_again(simulated, tmp_path, monkeypatch, 
         open_dataset=fmriprep.open_dataset, find_runs=find_runs,
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, f'{inputs.__name__}.clean', clean)
-    asked = (simulated, tmp_path / 'out', '--participant-label', '01', '--stop-after', 'timeseries')
+    asked = (
+        simulated,
+        tmp_path / 'out',
+        '--participant-label',
+        '01',
+        '--stop-after',
+        'timeseries',
+    )
     with monkeypatch.context() as patch:
         patch.setattr(inputs, 'ADAPTERS', ('clean',))
         assert app(*asked, '--denoise', '36P') == 2

@@ -50,7 +50,7 @@ def write_people(folder, rows, column='age'):
     (folder / 'dataset_description.json').write_text('{"Name": "x", "BIDSVersion": "1.10.0"}')
     lines = [f'participant_id\t{column}', *(f'sub-{label}\t{text}' for label, text in rows)]
     (folder / 'participants.tsv').write_text('\n'.join(lines) + '\n')
-    return [CohortRun(folder / f'sub-{label}', folder, label, 2.0) for label, _ in rows]
+    return [CohortRun(folder / f'sub-{label}_x', folder, label, 2.0) for label, _ in rows]
 
 
 # --- runs ------------------------------------------------------------------------------------

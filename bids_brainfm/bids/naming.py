@@ -35,6 +35,16 @@ def join_name(entities: dict[str, str], suffix: str = '', extension: str = '') -
     return '_'.join(parts) + extension
 
 
+def parcels_name(name: str) -> str:
+    """Run, space and atlas of an output, by its file name.
+
+    >>> parcels_name('sub-01_task-rest_space-fsLR_atlas-A424_stat-mean_timeseries.tsv')
+    'sub-01_task-rest_space-fsLR_atlas-A424'
+    """
+    entities = parse_name(name)[0]
+    return join_name({key: v for key, v in entities.items() if key not in ('stat', 'desc')})
+
+
 def derivative_path(
     output: Path, run: BoldRun, suffix: str, extension: str = '.tsv', *,
     atlas: str | None = None, stat: str | None = None, desc: str | None = None,

@@ -11,6 +11,7 @@ import numpy as np
 
 from bids_brainfm.analyses.contrast import Contrast
 from bids_brainfm.analyses.contrast import contrast as compare
+from bids_brainfm.atlases.export import find_exported
 from bids_brainfm.bids.dataset import Record, describe_filters, find_whole, read_column
 from bids_brainfm.bids.files import write_table
 from bids_brainfm.bids.freshness import write_sidecar
@@ -61,18 +62,11 @@ def find(dataset: Path, filters: Filters, settings: Settings) -> list[GroupMap]:
         )
     groups = []
     for (space, atlas, label), records in found.items():
-        folder = dataset / 'sourcedata' / 'atlases' / f'tpl-{space}'
-        images = sorted(folder.glob(f'tpl-{space}_atlas-{atlas}_*_dseg*.nii*'))
-        if not images:
-            raise BrainfmError(
-                f'The image of atlas {atlas} is not in {folder}, where the participant level '
-                f'puts it: run that again.'
-            )
-        table = images[0].with_name(images[0].name.partition('.')[0] + '.tsv')
+        image, table = find_exported(dataset, space, atlas)
         name = f'space-{space}_atlas-{atlas}_stat-{attention.stat}_desc-{label}'
         read = lambda path: pd.read_csv(path, sep='\t', na_values='n/a')['attention']
         maps = np.array([read(record.path).to_numpy(float) for record in records])
-        groups.append(GroupMap(name, label, images[0], table, records, maps))
+        groups.append(GroupMap(name, label, image, table, records, maps))
     return groups
 
 

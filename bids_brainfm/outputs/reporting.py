@@ -6,7 +6,7 @@ from typing import Any
 
 from bids_brainfm.bids.dataset import Record, find_records
 from bids_brainfm.bids.freshness import read_sidecar
-from bids_brainfm.bids.naming import join_name
+from bids_brainfm.bids.naming import join_name, parcels_name
 from bids_brainfm.outputs.outcome import read_failures
 from bids_brainfm.outputs.products import facts, report_figures
 from bids_brainfm.outputs.registry import BY_NAME, OF_SERIES, PRODUCTS, Product
@@ -36,14 +36,14 @@ def collect_runs(output: Path, subject: str) -> list[RunFacts]:
     sidecars = {'subjects': [subject], 'extension': '.json'}
     series = BY_NAME['series']
     for record in find_records(output, series.suffix, stat=series.stat, **sidecars):
-        sidecar, name = read_sidecar(record.path), _name(record)
+        sidecar, name = read_sidecar(record.path), parcels_name(record.path.name)
         if sidecar is not None:
             atlas, warnings = sidecar['Atlas'], list(sidecar['Warnings'])
             source = Source(atlas['Name'], atlas['License'], atlas['Citation'])
             inputs = facts(series, sidecar) | _lines(NEXT_TO_SERIES, record, sidecar, warnings)
             runs[name] = RunFacts(name, inputs, atlas=source, warnings=warnings)
     for record in find_records(output, EMBEDDING.suffix, **sidecars):
-        sidecar, run = read_sidecar(record.path), runs.get(_name(record))
+        sidecar, run = read_sidecar(record.path), runs.get(parcels_name(record.path.name))
         if sidecar is None or run is None:
             continue
         lines = _lines(NEXT_TO_EMBEDDING, record, sidecar, run.warnings)
@@ -54,11 +54,6 @@ def collect_runs(output: Path, subject: str) -> list[RunFacts]:
             run.warnings.extend(sidecar['Warnings'])
     listed = list(runs.values())
     return listed + _failed(output, subject, listed)
-
-
-def _name(record: Record) -> str:
-    """What the report calls the run: entities up to the atlas."""
-    return join_name({k: v for k, v in record.entities.items() if k not in ('stat', 'desc')})
 
 
 def _lines(

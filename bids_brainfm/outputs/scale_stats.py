@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from bids_brainfm.bids.dataset import Record, describe_filters, find_whole
 from bids_brainfm.bids.files import read_matrix, write_json, write_table
-from bids_brainfm.bids.naming import own_uri
+from bids_brainfm.bids.naming import own_uri, parcels_name
 from bids_brainfm.config import Settings
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.outputs.registry import BY_NAME
@@ -100,8 +100,7 @@ def write(
                 'The statistics of %s are of %d participants only: with fewer than %d they say '
                 'more of these people than of a cohort.', atlas, len(people), FEW,
             )  # fmt: skip
-        ending = f'_stat-{BY_NAME["series"].stat}'
-        runs = [record.path.name.partition(ending)[0] for record in records]
+        runs = [parcels_name(record.path.name) for record in records]
         table = {'run': runs, 'volumes': lengths}
         fitted = {'cohort': fit.series(), 'cohort-means': fit.temporal_means()}
         for method, stats in fitted.items():

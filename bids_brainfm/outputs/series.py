@@ -23,6 +23,7 @@ from bids_brainfm.outputs.registry import BY_NAME, OF_SERIES
 from bids_brainfm.outputs.tasks import Place, SeriesTask
 from bids_brainfm.reports.report import Figure
 from bids_brainfm.signals.denoise import Preset, load_preset
+from bids_brainfm.signals.series import coverage_path
 
 if TYPE_CHECKING:
     from bids_brainfm.signals.bold import BoldSeries
@@ -150,7 +151,7 @@ def make_series(run: BoldRun, task: SeriesTask, stop: bool = False) -> Outcome:
 
 def companions(run: BoldRun, place: Place, task: SeriesTask | None = None) -> list[Path]:
     """The table of coverage."""
-    return [place.path(run, 'bold', 'coverage')]
+    return [coverage_path(place.table(run, 'series'))]
 
 
 def settings(task: SeriesTask) -> dict[str, Any]:

@@ -38,13 +38,18 @@ class Windows:
     left_over: float = 0.0  # seconds at the end of the run that are in no window
 
 
+def coverage_path(series: Path) -> Path:
+    """Table of the coverage of parcels, next to the table of their series."""
+    entities = parse_name(series.name)[0] | {'stat': 'coverage'}
+    return series.with_name(join_name(entities, 'bold', '.tsv'))
+
+
 def read_series(path: Path) -> ParcelSeries:
     """Read parcel series back from their table, its sidecar and the coverage next to it."""
     import pandas as pd
 
     data, _ = read_matrix(path)
-    entities = parse_name(path.name)[0] | {'stat': 'coverage'}
-    coverage = pd.read_csv(path.with_name(join_name(entities, 'bold', '.tsv')), sep='\t')
+    coverage = pd.read_csv(coverage_path(path), sep='\t')
     sidecar = json.loads(sidecar_path(path).read_text())
     flagged = np.zeros(len(data), dtype=bool)
     flagged[sidecar['FlaggedVolumes']] = True

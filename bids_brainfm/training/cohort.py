@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from bids_brainfm.bids.dataset import Record, find_records, read_column
+from bids_brainfm.bids.naming import parcels_name
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.signals.resample import same_rate
 
@@ -27,7 +28,7 @@ class CohortRun:
     @property
     def name(self) -> str:
         """Name of the file up to its statistic: run, space and atlas."""
-        return self.path.name.partition('_stat-')[0]
+        return parcels_name(self.path.name)
 
 
 def find_cohort(datasets: Sequence[Path], atlas: str, mix_trs: bool = False) -> list[CohortRun]:
