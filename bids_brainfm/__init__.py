@@ -24,33 +24,23 @@ os.environ.setdefault('NO_ET', '1')
 os.environ.setdefault('NIPYPE_NO_ET', '1')
 
 if TYPE_CHECKING:
+    from bids_brainfm.api import Embedding, Model, load_model, parcellate
     from bids_brainfm.atlases.atlas import load_atlas
-    from bids_brainfm.models.model import Embedding, Model, load_model
-    from bids_brainfm.signals.bold import denoise, parcellate
+    from bids_brainfm.signals.bold import denoise
     from bids_brainfm.signals.series import ParcelSeries
 
 __all__ = [
     'Embedding', 'Model', 'ParcelSeries', 'denoise', 'load_atlas', 'load_model', 'parcellate',
 ]  # fmt: skip
-# Modules of the public names, which are imported when they are used
-_MODULES = {
-    'Embedding': 'models.model',
-    'Model': 'models.model',
-    'ParcelSeries': 'signals.series',
-    'denoise': 'signals.bold',
-    'load_atlas': 'atlases.atlas',
-    'load_model': 'models.model',
-    'parcellate': 'signals.bold',
-}
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name."""
+    """Import a public name when it is used."""
     from importlib import import_module
 
-    if name not in _MODULES:
+    if name not in __all__:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    return getattr(import_module(f'{__name__}.{_MODULES[name]}'), name)
+    return getattr(import_module(f'{__name__}.api'), name)
 
 
 def __dir__() -> list[str]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import tomllib
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -18,16 +19,27 @@ def available_cpus() -> int:
     return int(allocated) if allocated.isdigit() else len(os.sched_getaffinity(0))
 
 
+def split_name(text: str) -> tuple[str, Path | None]:
+    """Split ``NAME[=PATH]`` of ``--model``; the path is made absolute.
+
+    >>> split_name('brainlm-111m=/w'), split_name('/lr=0.1/my.yml')
+    (('brainlm-111m', PosixPath('/w')), ('/lr=0.1/my.yml', None))
+    """
+    match = re.fullmatch(r'(.+?\.ya?ml|[^=]*)(?:=(.*))?', text, re.DOTALL)
+    assert match
+    return match[1], None if match[2] is None else Path(match[2]).absolute()
+
+
 def absolute(text: str) -> str:
     """Make the paths of a card or preset of one's own (``FILE.yml``) and of weights absolute.
 
     >>> absolute('brainlm-111m'), absolute('/a/my.yml=/w'), absolute('simple')
     ('brainlm-111m', '/a/my.yml=/w', 'simple')
     """
-    name, given, path = text.partition('=')
+    name, path = split_name(text)
     if name.endswith(('.yml', '.yaml')):
         name = str(Path(name).absolute())
-    return f'{name}={Path(path).absolute()}' if given else name
+    return name if path is None else f'{name}={path}'
 
 
 @dataclass(frozen=True)

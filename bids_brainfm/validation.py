@@ -1,4 +1,4 @@
-"""Cards: YAML files of the package or the user, checked against the dataclass that they fill.
+"""Values that users give, and cards: YAML files, checked against the dataclass that they fill.
 
 A field declares what it takes by its annotation and by a :class:`Condition` in ``Annotated``.
 What does not fit is refused in one sentence: the file, the field, its value, what is accepted.
@@ -6,6 +6,7 @@ What does not fit is refused in one sentence: the file, the field, its value, wh
 
 import dataclasses
 import math
+import numbers
 import types
 import typing
 from collections.abc import Callable, Collection
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 DATA = Path(__file__).parent / 'data'
+MAX_TR = 30  # seconds; a longer repetition time is in milliseconds
 WORDS = {bool: 'true or false', dict: 'a mapping', float: 'a number', int: 'a whole number',
          list: 'a list', str: 'text', tuple: 'a list'}  # fmt: skip
 Kind = TypeVar('Kind', bound='DataclassInstance')
@@ -40,6 +42,11 @@ PositiveInt = Annotated[int, Condition(lambda value: value > 0, 'above 0')]
 Proportion = Annotated[float, Condition(lambda value: 0 < value <= 1, 'above 0 and at most 1')]
 LABEL = 'made of letters and digits only (it goes into file names)'
 Label = Annotated[str, Condition(str.isalnum, LABEL)]
+
+
+def is_number(value: Any, kind: type = numbers.Real) -> bool:
+    """Whether this is a number (of a kind); text, True and False are not."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def card_names(folder: str) -> list[str]:

@@ -9,7 +9,9 @@ import pandas as pd
 import pytest
 
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.signals.bold import denoise as denoise_series
 from bids_brainfm.signals.denoise import Confounds, denoise, load_preset, read_confounds
+from bids_brainfm.signals.series import ParcelSeries
 
 SHARED = Path(__file__).parents[1].parent / 'shared'
 T, P = 150, 9
@@ -73,8 +75,8 @@ def test_presets(tmp_path, name, n_columns):
 
 def test_none_touches_nothing(tmp_path):
     data = series().astype(np.float32)
-    confounds = read_confounds(tmp_path / 'absent.tsv', None, load_preset('none'), T)
-    assert np.array_equal(denoise(data, confounds), data)
+    raw = ParcelSeries(data, 2.0, np.ones(data.shape[1]), np.arange(T) < 10, 1000.0)
+    assert denoise_series(raw, tmp_path / 'absent.tsv', 'none') is raw
 
 
 def test_equals_nilearn_on_a_synthetic_run(tmp_path):

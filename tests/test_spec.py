@@ -60,7 +60,7 @@ def checkpoint(tmp_path):
 def test_file_and_folder_mean_the_same(card, checkpoint, table, tmp_path):
     """Sizes come from the card where no configuration lies beside the weights."""
     for path in (checkpoint, checkpoint.parent):
-        spec = resolve_model(f'{card()}={path}', tmp_path)
+        spec = resolve_model(str(card()), tmp_path, path)
         assert spec.sha256 == sha256_of(checkpoint)
         assert spec.capabilities.window == (424, spec.card.window) == (424, 160)
         assert spec.capabilities.pooling == 'mean over tokens'
@@ -75,41 +75,41 @@ def test_configuration_beside_the_weights_holds(card, checkpoint, tmp_path):
     for name in ('architecture.json', 'config.json'):
         (checkpoint.parent / name).write_text(json.dumps(config))
         with pytest.raises(BrainfmError, match=r'blocks\.2'):
-            resolve_model(f'{card()}={checkpoint}', tmp_path)
+            resolve_model(str(card()), tmp_path, checkpoint)
 
 
 def test_table_beside_the_weights_goes_first_and_is_told(card, checkpoint, tmp_path):
     own = checkpoint.with_name('gradient_mapping.csv')
     write_gradients(own, np.random.default_rng(1).standard_normal((424, 30)))
-    spec = resolve_model(f'{card()}={checkpoint}', tmp_path)
+    spec = resolve_model(str(card()), tmp_path, checkpoint)
     assert spec.gradients.path == own
     assert not spec.gradients.named
     assert spec.gradients.sha256 == sha256_of(own)
     write_gradients(own.with_name('gradients2.csv'), read_gradients(own))
     with pytest.raises(BrainfmError, match='2 tables of gradients'):
-        resolve_model(f'{card()}={checkpoint}', tmp_path)
+        resolve_model(str(card()), tmp_path, checkpoint)
 
 
 def test_other_content_than_the_card_names_is_refused(card, checkpoint, table, tmp_path):
     path = card()
     table.write_text(table.read_text().replace('1', '2'))
     with pytest.raises(BrainfmError, match=r'sha256 .* was expected'):
-        resolve_model(f'{path}={checkpoint}', tmp_path)
+        resolve_model(str(path), tmp_path, checkpoint)
 
 
 @pytest.mark.parametrize('rows', [423, 450])
 def test_table_of_another_atlas_is_refused(card, checkpoint, table, tmp_path, rows):
     write_gradients(table, np.random.default_rng(0).standard_normal((rows, 30)))
     with pytest.raises(BrainfmError, match=f'{rows}×30'):
-        resolve_model(f'{card()}={checkpoint}', tmp_path)
+        resolve_model(str(card()), tmp_path, checkpoint)
 
 
 def test_missing_table_says_how_to_get_it(card, checkpoint, table, tmp_path):
     path = card()
     table.unlink()
-    for text in (f'{path}={checkpoint}', str(path)):
+    for weights in (checkpoint, None):
         with pytest.raises(BrainfmError, match=r'table of brain gradients mine_gradients\.csv'):
-            resolve_model(text, tmp_path, random_weights=True)
+            resolve_model(str(path), tmp_path, weights, random_weights=True)
 
 
 def test_folder_with_the_table_only_has_no_weights(card, table, tmp_path):
@@ -123,7 +123,7 @@ def test_folder_with_the_table_only_has_no_weights(card, table, tmp_path):
 
 def test_weights_that_are_not_there(card, tmp_path):
     with pytest.raises(BrainfmError, match='does not exist'):
-        resolve_model(f'{card()}={tmp_path / "nowhere"}', tmp_path)
+        resolve_model(str(card()), tmp_path, tmp_path / 'nowhere')
 
 
 @pytest.mark.parametrize('content', ['', 'a,b\n1,2\n', '1,2\n3\n', '1,nan\n2,3\n'])
@@ -191,7 +191,7 @@ def test_random_weights_stand_beside_trained_ones(trained, tmp_path):
 
 def test_other_weights_are_not_said_to_be_the_trained_ones(trained, checkpoint, tmp_path):
     path = trained(training={'test': {'r': 0.5}}, weights=[{'name': 'mine.safetensors'}])
-    spec = resolve_model(f'{path}={checkpoint}', tmp_path)
+    spec = resolve_model(str(path), tmp_path, checkpoint)
     assert spec.sha256 == sha256_of(checkpoint)
     assert spec.card.training is None
 
@@ -224,7 +224,7 @@ def test_a_part_of_a_checkpoint_beside_the_card_is_none(trained, tmp_path):
 
 def test_card_without_weights_is_untrained(card, tmp_path):
     for random_weights in (False, True):
-        spec = resolve_model(str(card(weights=[])), tmp_path, random_weights)
+        spec = resolve_model(str(card(weights=[])), tmp_path, random_weights=random_weights)
         assert (spec.label, spec.trained, spec.sha256) == (DEMO['label'], False, None)
 
 

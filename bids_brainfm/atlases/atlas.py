@@ -80,9 +80,22 @@ class Atlas:
 def load_atlas(name_or_path: str | Path, home: Path | None = None) -> Atlas:
     """Read an atlas by the name or path of its card.
 
-    The files of a user's own card lie next to it, those of ours in `home`
-    (:func:`bids_brainfm.resources.home` where not given). Files that are missing, or contradict
-    the card or each other, are refused.
+    Parameters
+    ----------
+    name_or_path : str or path-like
+        Name of an atlas (``'A424'``), or path of a card; its files lie next to it.
+    home : Path, optional
+        Folder of fetched files; by default :func:`bids_brainfm.resources.home`.
+
+    Returns
+    -------
+    Atlas
+        Of P parcels, with their centres ``xyz`` (P, 3) in mm.
+
+    Raises
+    ------
+    BrainfmError
+        There is no such atlas, or its files are missing or contradict the card or each other.
     """
     card, home = load_card(name_or_path), home or fetched_files()
     images = images_here(card, home)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.validation import MAX_TR, is_number
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,12 @@ def repetition_time(run: BoldRun) -> float:
             f'{run.name}: {run.sidecar.name} gives VolumeTiming instead of RepetitionTime, and '
             f'unevenly spaced volumes cannot be windowed: leave this run out.'
         )
-    if isinstance(tr, bool) or not isinstance(tr, (int, float)) or not tr > 0:
+    if not (is_number(tr) and tr > 0):
         found = 'no RepetitionTime' if tr is None else f'RepetitionTime {tr!r}'
         raise BrainfmError(
             f'{run.name}: {run.sidecar.name} has {found}: write the repetition time in seconds.'
         )
-    if tr > 30:
+    if tr > MAX_TR:
         raise BrainfmError(
             f'{run.name}: RepetitionTime {tr:g} in {run.sidecar.name} looks like milliseconds: '
             f'write it in seconds ({tr / 1000:g}).'

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from bids_brainfm import stopping
 from bids_brainfm.cli import scratch
 from bids_brainfm.cli.parser import named_files, parse_settings
-from bids_brainfm.config import Settings
+from bids_brainfm.config import Settings, split_name
 from bids_brainfm.errors import BrainfmError
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def check_places(settings: Settings, datasets: dict[str, Path]) -> None:
 
         files = [settings.bids_database_dir, *(path for _, path in named_files(settings))]
         files += map(Path, (settings.denoise, *settings.model))
-        files += [*(Path(model.partition('=')[2] or '/') for model in settings.model), home()]
+        files += [*(split_name(model)[1] for model in settings.model), home()]
         kept = [*read, raw, settings.output_dir.resolve()]
         kept += [path.resolve() for path in files if path is not None and path.exists()]
         for path in kept:

@@ -51,18 +51,13 @@ class ModelSpec:
         return f'sha256 {self.sha256}' if self.sha256 else f'random, untrained (seed {SEED})'
 
 
-def split_name(text: str) -> tuple[str, Path | None]:
-    """Split ``NAME[=PATH]`` of ``--model``; the path is made absolute."""
-    name, given, path = text.partition('=')
-    return name, Path(path).absolute() if given else None
-
-
-def find_checkpoint(text: str, home: Path, random_weights: bool) -> tuple[ModelCard, Path | None]:
-    """Card and checkpoint (a folder, or its file of weights) that ``NAME[=PATH]`` means.
+def find_checkpoint(
+    name: str, path: Path | None, home: Path, random_weights: bool
+) -> tuple[ModelCard, Path | None]:
+    """Card and checkpoint (a folder, or its file of weights), see :func:`resolve_model`.
 
     Raises BrainfmError: there is no such card, or its weights are not at hand.
     """
-    name, path = split_name(text)
     card = load_card(name)
     if path is None and (random_weights or not card.weights):
         return card, None
@@ -97,20 +92,19 @@ def find_checkpoint(text: str, home: Path, random_weights: bool) -> tuple[ModelC
     return card, checkpoint
 
 
-def find_gradients(text: str, home: Path) -> GradientTable | None:
-    """Find the table of gradients of what ``NAME[=PATH]`` means, None where it needs none.
+def find_gradients(name: str, checkpoint: Path | None, home: Path) -> GradientTable | None:
+    """Find the table of gradients of a model, None where it needs none.
 
     It is the only ``gradient*.csv`` in the folder of a checkpoint of one's own, else the card's.
 
     Raises BrainfmError: there is none, there are several, or it is not the one the card names.
     """
-    named, checkpoint = split_name(text)
-    card = load_card(named)
+    card = load_card(name)
     if card.gradients is None:
         return None
-    name, expected = card.gradients['name'], card.gradients.get('sha256')
+    table, expected = card.gradients['name'], card.gradients.get('sha256')
     # a name that is absolute stays as it is
-    path, own = checkpoint_dir(card, home) / name, False
+    path, own = checkpoint_dir(card, home) / table, False
     if checkpoint is not None:
         folder = checkpoint.parent if checkpoint.is_file() else checkpoint
         tables = sorted(folder.glob('gradient*.csv'))
@@ -123,8 +117,8 @@ def find_gradients(text: str, home: Path) -> GradientTable | None:
         path, own = (tables[0], True) if tables else (path, False)
     if not path.is_file():
         raise BrainfmError(
-            f'{card.name} needs the table of brain gradients {Path(name).name}, which is not in '
-            f'{path.parent}: run "bids_brainfm_models fetch {named}" (without internet, add '
+            f'{card.name} needs the table of brain gradients {Path(table).name}, which is not in '
+            f'{path.parent}: run "bids_brainfm_models fetch {name}" (without internet, add '
             f'--from DIR), or put the table that your checkpoint was trained with beside it.'
         )
     digest = sha256_of(path)
@@ -147,19 +141,21 @@ def _check_content(card: ModelCard) -> None:
             )
 
 
-def resolve_model(text: str, home: Path, random_weights: bool = False) -> ModelSpec:
-    """Resolve one ``--model`` argument ``NAME[=PATH]``, before anything runs.
+def resolve_model(
+    name: str, home: Path, path: Path | None = None, random_weights: bool = False
+) -> ModelSpec:
+    """Resolve a model by the name or path of its card, before anything runs.
 
-    Fetched weights are in `home`; `random_weights` leaves them aside: the control experiment.
+    The checkpoint is that of `path`, a folder or file, else the fetched one in `home`, or that
+    next to the card; `random_weights` leaves it aside: the control experiment.
 
     Raises BrainfmError: card, checkpoint or gradients are missing or do not belong together.
     """
     from bids_brainfm.models.gradient_table import read_gradients
     from bids_brainfm.models.weights import build, load_checkpoint, read_config
 
-    card, checkpoint = find_checkpoint(text, home, random_weights)
-    given, digest = split_name(text)[1], None
-    if checkpoint is not None and given is None:
+    (card, checkpoint), digest = find_checkpoint(name, path, home, random_weights), None
+    if checkpoint is not None and path is None:
         _check_content(card)
     try:
         network = build(card.config)
@@ -184,18 +180,18 @@ def resolve_model(text: str, home: Path, random_weights: bool = False) -> ModelS
             # weights that do not fit are found now, not after hours of parcellation
             weights = load_checkpoint(network, checkpoint)
             digest = sha256_of(weights)
-            if given is None and (recorded_sha256(weights) or digest) != digest:
+            if path is None and (recorded_sha256(weights) or digest) != digest:
                 raise BrainfmError(
                     f'{weights} is damaged, its sha256 is not the one that was recorded when it '
                     f'was fetched: run "bids_brainfm_models fetch {card.name}" again.'
                 )
-    gradients = find_gradients(text, home)
+    gradients = find_gradients(name, path, home)
     if gradients is not None:
         network.set_positions(read_gradients(gradients.path))
-    if given is not None or digest is None:  # the card describes other weights
+    if path is not None or digest is None:  # the card describes other weights
         card = dataclasses.replace(card, training=None)
     # the control is written in addition to the real outputs, never in their place
-    label = card.label + ('random' if random_weights and (card.weights or given) else '')
+    label = card.label + ('random' if random_weights and (card.weights or path) else '')
     trained = checkpoint if digest else None
     predicted = tuple(network.head.columns) if network.head else ()
     return ModelSpec(card, label, trained, digest, network.capabilities, gradients, predicted)

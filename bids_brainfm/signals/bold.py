@@ -1,11 +1,7 @@
-"""From one BOLD file to its parcel series: the way in for notebooks, and for the command.
-
->>> series = parcellate('sub-01_space-MNI152NLin6Asym_desc-preproc_bold.nii.gz', 'A424', mask)
-... # doctest: +SKIP
->>> clean = denoise(series, 'sub-01_desc-confounds_timeseries.tsv')  # doctest: +SKIP
-"""
+"""From one BOLD file, with its mask and confounds, to parcel series."""
 
 import dataclasses
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -13,16 +9,14 @@ from typing import TypeVar
 import numpy as np
 from nibabel.cifti2 import Cifti2Header
 
-from bids_brainfm.atlases.atlas import Atlas, AtlasImage, load_atlas
-from bids_brainfm.bids.inputs.fmriprep import run_of
-from bids_brainfm.bids.run import repetition_time
+from bids_brainfm.atlases.atlas import Atlas, AtlasImage
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.signals import denoise as denoising
 from bids_brainfm.signals import parcellate as averaging
 from bids_brainfm.signals.denoise import Preset, load_preset, read_confounds
 from bids_brainfm.signals.parcellate import Parcellation
-from bids_brainfm.signals.series import ParcelSeries
-from bids_brainfm.signals.stream import load_image
+from bids_brainfm.signals.series import ParcelSeries, check_tr
+from bids_brainfm.signals.stream import load_image, open_bold
 
 Series = TypeVar('Series', bound=ParcelSeries)
 
@@ -38,51 +32,21 @@ class BoldSeries(ParcelSeries):
 
 
 def parcellate(
-    bold: str | Path, atlas: Atlas | str | Path, mask: str | Path | None = None,
-    space: str | None = None, tr: float | None = None,
-) -> BoldSeries:  # fmt: skip
-    """Average a BOLD file over the parcels of an atlas.
-
-    Parameters
-    ----------
-    bold : a preprocessed 4-D NIfTI file or a CIFTI dense series, in a standard space
-    atlas : an atlas, or what :func:`bids_brainfm.load_atlas` takes
-    mask : brain mask on the run's grid, for the mean of the brain (else of the atlas); no CIFTI
-    space : template space; that of the file name (``space-``) where not given
-    tr : repetition time in seconds; that of the JSON sidecar, else of the header, where not given
-
-    Returns
-    -------
-    BoldSeries : all volumes, in BOLD units; NaN for a parcel without a usable voxel
-
-    Raises
-    ------
-    BrainfmError : the space or the repetition time is not known, the atlas is not at hand in this
-        space, or a file cannot be read or is not of the run
-    """
-    bold = Path(bold)
-    run = run_of(bold)
-    atlas = atlas if isinstance(atlas, Atlas) else load_atlas(atlas)
-    space = space or run.entities.get('space')
-    if space is None:
-        raise BrainfmError(
-            f'The name of {bold.name} has no space- entity, so its template space is unknown: '
-            f'give it as space=, such as {atlas.images[0].space}.'
+    bold: Path, atlas: Atlas, mask: Path | None, space: str, tr: float | None = None
+) -> BoldSeries:
+    """As :func:`bids_brainfm.parcellate`, but nothing is looked up next to the file."""
+    image, header = atlas.image_for(space, voxel_size(bold)), open_bold(bold)
+    if mask is None and not header.is_cifti:
+        warnings.warn(
+            f'{bold.name} comes without a brain mask, so the mean of the brain is taken over the '
+            'whole atlas: give the desc-brain_mask of the run as mask=.',
+            stacklevel=3,
         )
-    if tr is None and run.sidecar is not None:
-        tr = repetition_time(run)
-    image = atlas.image_for(space, voxel_size(bold))
-    found = averaging.parcellate(bold, image.path, atlas.n_parcels, Path(mask) if mask else None)
-    tr = tr or found.header_tr
-    if not tr:
-        raise BrainfmError(
-            f'{bold.name} has no repetition time in its header and no JSON sidecar next to it: '
-            'give it in seconds as tr=.'
-        )
-    flagged, mean = np.zeros(len(found.data), bool), found.brain_mean
+    tr = check_tr(header.tr, f' in the header of {bold.name}') if tr is None else check_tr(tr)
+    found = averaging.parcellate(bold, image.path, atlas.n_parcels, mask)
     return BoldSeries(
-        data=found.data, tr=tr, coverage=found.coverage, flagged=flagged, brain_mean=mean,
-        image=image, found=found,
+        data=found.data, tr=tr, coverage=found.coverage, flagged=np.zeros(len(found.data), bool),
+        brain_mean=found.brain_mean, image=image, found=found,
     )  # fmt: skip
 
 
@@ -94,30 +58,40 @@ def denoise(
 
     Parameters
     ----------
-    series : all volumes of the run
-    confounds : fMRIPrep's ``desc-confounds_timeseries.tsv``; not needed for the strategy ``none``
-    strategy : a denoising preset, by name (``simple``, ``36P``, ``acompcor``, ``none``) or file
-    confounds_json : their sidecar, which CompCor needs; that next to the table where not given
+    series : ParcelSeries
+        All volumes of the run; those that are flagged count as outliers, too.
+    confounds : path-like, optional
+        fMRIPrep's ``desc-confounds_timeseries.tsv``; not needed for the strategy ``'none'``.
+    strategy : str, path-like or Preset, default 'simple'
+        A denoising preset (``'simple'``, ``'36P'``, ``'acompcor'`` or ``'none'``), or its file.
+    confounds_json : path-like, optional
+        Sidecar of the confounds, which CompCor needs; by default the one next to the table.
 
     Returns
     -------
-    ParcelSeries : of the type that was given, with ``flagged`` volumes and ``start``
+    ParcelSeries
+        Of the type that was given, without dummy volumes: data (volumes, parcels) in BOLD units,
+        ``flagged`` (volumes,) with the outliers, and ``start`` in seconds.
 
     Raises
     ------
-    BrainfmError : the confounds are missing, damaged, of another run, or too many for its volumes
+    BrainfmError
+        The confounds are missing, damaged, of another run, or too many for its volumes.
     """
     preset = strategy if isinstance(strategy, Preset) else load_preset(strategy)
-    if confounds is None and not preset.touches_nothing:
+    if preset.touches_nothing:
+        return series
+    if confounds is None:
         raise BrainfmError(
             f'The denoising "{preset.name}" needs the confounds of the run: give its '
             "desc-confounds_timeseries.tsv as confounds=, or choose 'none'."
         )
-    table = None if confounds is None else Path(confounds)
+    table = Path(confounds)
     sidecar = None if confounds_json is None else Path(confounds_json)
-    if table and not sidecar and table.with_suffix('.json').is_file():
+    if not sidecar and table.with_suffix('.json').is_file():
         sidecar = table.with_suffix('.json')
     found = read_confounds(table, sidecar, preset, len(series.data))
+    found = dataclasses.replace(found, flagged=found.flagged | series.flagged.astype(bool))
     data, flagged = denoising.denoise(series.data, found), found.flagged[found.dummy :]
     start = series.start + found.dummy * series.tr
     clean = dataclasses.replace(series, data=data, flagged=flagged, start=start)

@@ -9,9 +9,10 @@ import numpy as np
 
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.signals.resample import nearest_volume, official_frames, resample, volumes_for
-from bids_brainfm.signals.scale import Scaling, fit_scaling, load_scale_stats
+from bids_brainfm.signals.scale import Scaling, check_method, fit_scaling, load_scale_stats
 from bids_brainfm.signals.series import ParcelSeries, Windows
-from bids_brainfm.signals.windows import cut, fill_uncovered
+from bids_brainfm.signals.windows import check_cut, cut, fill_uncovered
+from bids_brainfm.validation import is_number
 
 TEMPORAL = ('resample', 'official')
 
@@ -34,6 +35,10 @@ class Contract:
     min_real: float = 1.0  # proportion of recorded samples that suffices for a window
 
     def __post_init__(self) -> None:
+        check_method(self.scaling, self.stats)
+        check_cut(self.stride, self.short_runs)
+        if not (is_number(self.min_coverage) and 0 <= self.min_coverage <= 1):
+            raise BrainfmError(f'--min-coverage is a share from 0 to 1, not {self.min_coverage}.')
         if self.temporal not in TEMPORAL:
             names = ', '.join(TEMPORAL)
             raise BrainfmError(f'--temporal is one of {names}, not {self.temporal!r}.')

@@ -67,24 +67,13 @@ def load_preset(name: str | Path) -> Preset:
     return build(Preset, {'name': path.stem} | content, f'The denoising preset {path}')
 
 
-def read_confounds(
-    tsv: Path | None, json_path: Path | None, preset: Preset, n_volumes: int
-) -> Confounds:
+def read_confounds(tsv: Path, json_path: Path | None, preset: Preset, n_volumes: int) -> Confounds:
     """Take a preset's columns out of an fMRIPrep confounds table and its sidecar.
 
-    The table is not opened if the preset touches nothing. Derivatives have no value in the first
-    volume; they get the second one's, as in nilearn's ``load_confounds``.
-
-    Refused are a missing file, another number of rows than volumes, a required column that is
-    absent, and values that are not numbers.
+    Derivatives have no value in the first volume; they get the second one's, as in nilearn's
+    ``load_confounds``. Refused are a missing file, another number of rows than volumes, a required
+    column that is absent, and values that are not numbers.
     """
-    if preset.touches_nothing:
-        return Confounds(np.empty((n_volumes, 0)), (), np.zeros(n_volumes, bool), 0)
-    if tsv is None:
-        raise BrainfmError(
-            f'There is no confounds table, which denoising "{preset.name}" needs: copy it from '
-            'the fMRIPrep output, or choose --denoise none.'
-        )
     table = _read_table(tsv, n_volumes)
     names = _choose(list(table.columns), preset, tsv)
     if preset.components:
@@ -192,8 +181,6 @@ def denoise(data: np.ndarray, confounds: Confounds) -> np.ndarray:
     (T - dummy, P) float32. A parcel that is NaN stays NaN.
     """
     data = np.asarray(data)
-    if not (confounds.names or confounds.flagged.any() or confounds.dummy):
-        return data.astype(np.float32)
     series = data[confounds.dummy :].astype(float)
     regressors = confounds.regressors[confounds.dummy :]
     good = ~confounds.flagged[confounds.dummy :]

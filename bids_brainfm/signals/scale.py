@@ -134,6 +134,14 @@ def unusable(stats: ScaleStats) -> np.ndarray:
     return np.flatnonzero(~(known & (stats.iqr > 0)))
 
 
+def check_method(method: str, stats: Path | None = None) -> None:
+    """Refuse a method that :func:`fit_scaling` does not know, or statistics it does not use."""
+    if method not in METHODS:
+        raise BrainfmError(f'There is no scaling {method!r}; choose one of {", ".join(METHODS)}.')
+    if stats is not None and method not in STATISTICS:
+        raise BrainfmError('--scale-stats is used by --scale cohort only: add --scale cohort.')
+
+
 def check_stats(stats: ScaleStats | None, method: str) -> None:
     """Refuse statistics that a method of :func:`fit_scaling` needs and cannot use."""
     wanted = STATISTICS.get(method)
@@ -219,8 +227,7 @@ def fit_scaling(
     and ``'cohort'`` is its formula with fitted statistics. Brain-JEPA was pretrained with
     ``'cohort-means'``; its authors use ``'global-z'`` downstream.
     """
-    if method not in METHODS:
-        raise BrainfmError(f'There is no scaling {method!r}; choose one of {", ".join(METHODS)}.')
+    check_method(method)
     series = np.asarray(data, dtype=float)
     n_parcels = series.shape[1]
     free = np.full(n_parcels, np.inf)

@@ -3,12 +3,15 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from bids_brainfm.bids.files import read_matrix
 from bids_brainfm.bids.freshness import sidecar_path
 from bids_brainfm.bids.naming import join_name, parse_name
+from bids_brainfm.errors import BrainfmError
+from bids_brainfm.validation import MAX_TR, is_number
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,16 @@ class ParcelSeries:
     flagged: np.ndarray  # (T,) bool, volumes marked as outliers (motion)
     brain_mean: float  # over voxels of the brain mask and all volumes, in BOLD units
     start: float = 0.0  # seconds from the run's first volume to the first row
+
+    def __post_init__(self) -> None:
+        check_tr(self.tr)
+        arrays = self.data, self.coverage, self.flagged
+        shapes = [array.shape if isinstance(array, np.ndarray) else () for array in arrays]
+        if len(shapes[0]) != 2 or not shapes[0][0] or shapes[1:] != [shapes[0][1:], shapes[0][:1]]:
+            raise BrainfmError(
+                'A ParcelSeries takes arrays data (volumes, parcels), coverage (parcels,) and '
+                f'flagged (volumes,), not {", ".join(map(str, shapes))}: make them fit.'
+            )
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,16 @@ def coverage_path(series: Path) -> Path:
     """Table of the coverage of parcels, next to the table of their series."""
     entities = parse_name(series.name)[0] | {'stat': 'coverage'}
     return series.with_name(join_name(entities, 'bold', '.tsv'))
+
+
+def check_tr(tr: Any, where: str = '') -> float:
+    """Return a repetition time in seconds; refuse what cannot be one, such as milliseconds."""
+    if is_number(tr) and 0 < tr <= MAX_TR:
+        return float(tr)
+    raise BrainfmError(
+        f'tr={tr!r}{where} is not a repetition time in seconds: give tr= as a number above 0 and '
+        f'at most {MAX_TR}.'
+    )
 
 
 def read_series(path: Path) -> ParcelSeries:

@@ -1,12 +1,14 @@
 """Windows of a model's length out of a run, and parcels filled where the run has none."""
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import numpy as np
 
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.signals.resample import official_frames
 from bids_brainfm.signals.series import Windows
+from bids_brainfm.validation import is_number
 
 SHORT_RUNS = ('refuse', 'pad', 'tile')
 
@@ -47,11 +49,8 @@ def cut(
     >>> windows.onset, windows.duration
     (array([0., 6.]), array([6., 4.]))
     """
-    if short not in SHORT_RUNS:
-        raise BrainfmError(f'--short-runs is one of {", ".join(SHORT_RUNS)}, not {short!r}.')
+    check_cut(stride, short)
     stride = length if stride is None else stride
-    if stride < 1:
-        raise BrainfmError(f'--stride must be at least 1 sample, not {stride}.')
     data, flagged = np.asarray(data, dtype=np.float32), np.asarray(flagged, dtype=bool)
     n_rows = len(data)
     n_spanned, frames, spacing = length, np.arange(length), tr
@@ -78,6 +77,14 @@ def cut(
     onset, duration = start + starts * tr, np.minimum(n_spanned, n_rows - starts) * tr
     marked = (recorded & flagged[rows]).sum(axis=1) / recorded.sum(axis=1)
     return Windows(windows, onset, duration, real, marked, spacing, (n_rows - covered) * tr)
+
+
+def check_cut(stride: int | None, short: str) -> None:
+    """Refuse a stride below one sample, and a way with short runs that is not known."""
+    if short not in SHORT_RUNS:
+        raise BrainfmError(f'--short-runs is one of {", ".join(SHORT_RUNS)}, not {short!r}.')
+    if stride is not None and not (is_number(stride, Integral) and stride >= 1):
+        raise BrainfmError(f'--stride must be at least 1 sample, not {stride!r}.')
 
 
 def cover(data: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:

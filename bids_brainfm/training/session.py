@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from bids_brainfm.atlases.atlas import load_atlas
 from bids_brainfm.bids.files import write_json, write_table
+from bids_brainfm.config import split_name
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models import encoder
 from bids_brainfm.models.model import Model, contract_of
@@ -258,7 +259,8 @@ def start(
     network and a cohort; `check` refuses a recipe that does not fit a network without weights.
     """
     untrained = settings.random_weights if head else not settings.warm_start
-    spec = resolve_model(settings.model, settings.home, random_weights=untrained)
+    name, path = split_name(settings.model)
+    spec = resolve_model(name, settings.home, path, random_weights=untrained)
     if settings.scale:
         scaling = spec.card.cohort_scaling if settings.scale == 'cohort' else settings.scale
         spec = dataclasses.replace(spec, card=dataclasses.replace(spec.card, scaling=scaling))

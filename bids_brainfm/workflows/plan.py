@@ -20,6 +20,7 @@ from bids_brainfm.bids.run import BoldRun
 from bids_brainfm.config import Settings
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.cards import ModelCard
+from bids_brainfm.models.model import check_fit
 from bids_brainfm.outputs import networks
 from bids_brainfm.outputs.encoding import run_current
 from bids_brainfm.outputs.networks import NetworksTask
@@ -225,7 +226,7 @@ def _plan_atlas(
             f'would write the same files: name one dataset.'
         )
     for task in tasks:
-        resolve.check_fit(task, atlas)
+        check_fit(task.spec, atlas, task.contract)
     every: list[SeriesTask | ModelTask] = [series, *tasks]
     for asked in every:
         for name in asked.parameters:

@@ -9,10 +9,11 @@ from typing import Any
 
 from bids_brainfm.atlases import reference as references
 from bids_brainfm.atlases.atlas import Atlas, load_atlas
-from bids_brainfm.config import Settings
+from bids_brainfm.config import Settings, split_name
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models import spec as specs
 from bids_brainfm.models.cards import ModelCard, load_card
+from bids_brainfm.models.model import contract_of
 from bids_brainfm.models.spec import ModelSpec
 from bids_brainfm.outputs.networks import NetworksTask, Search
 from bids_brainfm.outputs.products import module_of
@@ -27,7 +28,7 @@ from bids_brainfm.outputs.registry import (
 from bids_brainfm.outputs.tasks import ModelTask, Place
 from bids_brainfm.signals.connectome import LABEL as CONNECTOME
 from bids_brainfm.signals.contract import Contract
-from bids_brainfm.signals.scale import STATISTICS, check_stats, kind_of, load_scale_stats
+from bids_brainfm.signals.scale import STATISTICS, kind_of
 
 LOGGER = logging.getLogger('bids_brainfm')
 
@@ -40,11 +41,12 @@ def find_resources(settings: Settings, home: Path) -> list[ModelCard]:
     """
     cards, missing = [], []
     for text in settings.model:
-        card = load_card(specs.split_name(text)[0])
+        name, path = split_name(text)
+        card = load_card(name)
         cards.append(card)
         needs: list[Callable[[], object]] = [
-            partial(specs.find_checkpoint, text, home, settings.random_weights),
-            partial(specs.find_gradients, text, home),
+            partial(specs.find_checkpoint, name, path, home, settings.random_weights),
+            partial(specs.find_gradients, name, path, home),
             partial(load_atlas, card.atlas, home),
         ]
         for find in needs if settings.stop_after is None else needs[-1:]:
@@ -64,7 +66,8 @@ def resolve_models(settings: Settings, home: Path, version: str) -> list[ModelTa
     device = resolve_device(settings.device)
     tasks = []
     for text in settings.model:
-        spec = specs.resolve_model(text, home, settings.random_weights)
+        name, path = split_name(text)
+        spec = specs.resolve_model(name, home, path, settings.random_weights)
         atlas = load_atlas(spec.card.atlas, home)
         task = ModelTask(
             place=Place(settings.output_dir, atlas.name, spec.label), spec=spec,
@@ -162,8 +165,6 @@ def _check_references(settings: Settings, tasks: list[ModelTask]) -> None:
 
 
 def _contract(settings: Settings, card: ModelCard, atlas: str) -> Contract:
-    from bids_brainfm.models.model import contract_of
-
     official = settings.temporal == 'official' and card.official_volumes
     contract = contract_of(
         card, settings.scale, stride=settings.stride, short_runs=settings.short_runs,
@@ -191,19 +192,6 @@ def _stats_of(files: tuple[Path, ...], atlas: str, scaling: str) -> Path | None:
             f'are of {", ".join(f"{kind} of {name}" for name, kind in found)}.'
         )
     return found[wanted]
-
-
-def check_fit(task: ModelTask, atlas: Atlas) -> None:
-    """See that a model and its statistics are of this atlas, before anything is computed."""
-    card, stats = task.spec.card, task.contract.stats
-    parcels = task.spec.capabilities.window[0]
-    if parcels != atlas.n_parcels:
-        raise BrainfmError(
-            f'{card.name} takes {parcels} parcels, but its atlas {atlas.name} has '
-            f'{atlas.n_parcels}: name the atlas that it was trained with in its card.'
-        )
-    if stats is not None:
-        check_stats(load_scale_stats(stats, atlas.name, atlas.n_parcels), task.contract.scaling)
 
 
 def networks_tasks(

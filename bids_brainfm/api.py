@@ -1,0 +1,159 @@
+"""The public names: signals and models, with what fMRIPrep writes next to a BOLD file."""
+
+from pathlib import Path
+from typing import Any
+
+from bids_brainfm.atlases.atlas import Atlas, load_atlas
+from bids_brainfm.bids.inputs.fmriprep import run_of
+from bids_brainfm.bids.run import repetition_time
+from bids_brainfm.errors import BrainfmError
+from bids_brainfm.models import model as models
+from bids_brainfm.models.model import Embedding, contract_of
+from bids_brainfm.models.spec import resolve_model
+from bids_brainfm.resources import home
+from bids_brainfm.signals import bold as signals
+from bids_brainfm.signals.bold import BoldSeries, denoise
+from bids_brainfm.signals.scale import check_stats
+from bids_brainfm.signals.series import ParcelSeries as ParcelSeries
+
+
+class Model(models.Model):
+    """A network, the atlas of its parcels, and the input that it expects."""
+
+    def embed_bold(
+        self, bold: str | Path, mask: str | Path | None = None,
+        confounds: str | Path | None = None, denoising: str | Path | None = None,
+        space: str | None = None, tr: float | None = None, tokens: bool = False,
+    ) -> Embedding:  # fmt: skip
+        """Embed one preprocessed BOLD file.
+
+        Parameters
+        ----------
+        bold, mask, space, tr, tokens
+            As :func:`bids_brainfm.parcellate` and :meth:`embed` take them.
+        confounds : path-like, optional
+            Table of confounds; by default the one that fMRIPrep writes next to the file.
+        denoising : str or path-like, optional
+            Strategy of :func:`bids_brainfm.denoise`; by default that of the model's card.
+
+        Returns
+        -------
+        Embedding
+            As of :meth:`embed`.
+
+        Raises
+        ------
+        BrainfmError
+            As of :func:`bids_brainfm.parcellate`, of :func:`bids_brainfm.denoise` for missing or
+            unfit confounds, and of :meth:`embed` for a run that is too short or cannot be scaled.
+
+        Warns
+        -----
+        UserWarning
+            Volumes come without a brain mask, or the parcels seem to be in another order.
+        """
+        table = confounds or run_of(Path(bold)).confounds
+        series = parcellate(bold, self.atlas, mask, space, tr)
+        series = denoise(series, table, denoising or self.spec.card.denoising)
+        return self.embed(series, tokens=tokens)
+
+
+def parcellate(
+    bold: str | Path, atlas: Atlas | str | Path, mask: str | Path | None = None,
+    space: str | None = None, tr: float | None = None,
+) -> BoldSeries:  # fmt: skip
+    """Average a BOLD file over the parcels of an atlas.
+
+    Parameters
+    ----------
+    bold : path-like
+        A preprocessed 4-D NIfTI file or a CIFTI dense series, in a standard space.
+    atlas : Atlas, str or path-like
+        An atlas, or what :func:`bids_brainfm.load_atlas` takes.
+    mask : path-like, optional
+        Brain mask on the grid of the volumes, for the mean of the brain; by default the one that
+        fMRIPrep writes next to the file. A CIFTI series needs none.
+    space : str, optional
+        Template space, such as ``'MNI152NLin6Asym'``; by default that of the file name.
+    tr : float, optional
+        Repetition time in seconds; by default that of the JSON sidecar, else of the header.
+
+    Returns
+    -------
+    BoldSeries
+        A ParcelSeries in BOLD units (volumes, parcels); NaN for a parcel without a usable voxel.
+
+    Raises
+    ------
+    BrainfmError
+        The space is unknown, `tr` is not in seconds, the atlas is not at hand in this space, or
+        a file cannot be read or is not of the run.
+
+    Warns
+    -----
+    UserWarning
+        There is no brain mask of the volumes, so that their mean is taken over the whole atlas.
+    """
+    run = run_of(Path(bold))
+    atlas = atlas if isinstance(atlas, Atlas) else load_atlas(atlas)
+    space = space or run.entities.get('space')
+    if space is None:
+        raise BrainfmError(
+            f'The name of {run.bold.name} has no space- entity, so its template space is unknown: '
+            f'give it as space=, such as {atlas.images[0].space}.'
+        )
+    if tr is None and run.sidecar is not None:
+        tr = repetition_time(run)
+    return signals.parcellate(run.bold, atlas, Path(mask) if mask else run.mask, space, tr)
+
+
+def load_model(
+    name_or_card: str | Path, weights: str | Path | None = None, device: str = 'auto',
+    precision: str | None = None, random_weights: bool = False, block: str | None = None,
+    **options: Any,
+) -> Model:  # fmt: skip
+    """Load a model.
+
+    Parameters
+    ----------
+    name_or_card : str or path-like
+        Name of a model (``'brainlm-111m'``), or path of a card.
+    weights : path-like, optional
+        A checkpoint folder or file; by default the fetched weights, or those next to the card.
+    device : {'auto', 'cpu', 'cuda'}
+        Where the network runs; ``'auto'`` takes a GPU where there is one.
+    precision : {'float32', 'bfloat16'}, optional
+        Of matrix products; by default float32 on the CPU and bfloat16 on a GPU.
+    random_weights : bool, default False
+        Whether to leave the weights aside: the control experiment.
+    block : {'cross-time', 'cross-roi', 'double-cross'}, optional
+        Part of each window to predict from the rest, if the model predicts latents.
+    **options
+        How series become windows, as for the command: `scale` ('card', 'cohort' or a method of
+        :func:`bids_brainfm.signals.scale.fit_scaling`), `scale_stats` (a file, for 'cohort'),
+        `stride` (samples), `short_runs` ('refuse', 'pad' or 'tile'), `temporal` ('resample' or
+        'official') and `min_coverage` (0 to 1).
+
+    Returns
+    -------
+    Model
+        With its atlas; the network is loaded when it is first used.
+
+    Raises
+    ------
+    BrainfmError
+        There is no such model, an option has a value that it does not take, or weights,
+        gradients, statistics or the atlas are not at hand or do not fit.
+    """
+    from bids_brainfm.models.encoder import resolve_device, resolve_precision
+
+    place, path = home(), None if weights is None else Path(weights).absolute()
+    spec = resolve_model(str(name_or_card), place, path, random_weights)
+    atlas, contract = load_atlas(spec.card.atlas, place), contract_of(spec.card, **options)
+    if contract.stats is None:
+        check_stats(None, contract.scaling)
+    where = resolve_device(device)
+    model = Model(spec, atlas, contract, str(where), resolve_precision(precision, where), block)
+    if block is not None:
+        _ = model.encoder  # refuses a block that does not fit
+    return model
