@@ -1,18 +1,25 @@
 """The package in a notebook: the numbers of the command, in three lines."""
 
+import dataclasses
+import inspect
 import json
+import operator
+import re
+import shutil
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 
 import h5py
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
 
 import bids_brainfm
 from bids_brainfm.atlases.atlas import load_atlas
+from bids_brainfm.config import absolute, split_name
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.encoder import ascending_y
 from bids_brainfm.signals.order import misordered
@@ -144,9 +151,39 @@ def test_a_file_of_which_nothing_is_known(bold, tmp_path):
     with pytest.raises(BrainfmError, match=r'run\.nii\.gz has no space- entity, .* space='):
         bids_brainfm.parcellate(copy, 'Demo424')
     space = SPACE.removeprefix('space-')
-    found = bids_brainfm.parcellate(copy, 'Demo424', space=space)  # as the header says
-    assert found.tr == pytest.approx(bids_brainfm.parcellate(bold, 'Demo424').tr)
-    assert bids_brainfm.parcellate(copy, 'Demo424', space=space, tr=1.5).tr == 1.5
+    mask = bold.parent / f'sub-01_task-rest_{SPACE}_desc-brain_mask.nii.gz'
+    found = bids_brainfm.parcellate(copy, 'Demo424', mask, space)  # as the header says
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        beside = bids_brainfm.parcellate(bold, 'Demo424')  # as fMRIPrep says
+    assert found.tr == pytest.approx(beside.tr)
+    assert found.brain_mean == beside.brain_mean
+    assert bids_brainfm.parcellate(copy, 'Demo424', mask, space, tr=1.5).tr == 1.5
+
+
+def test_volumes_without_a_brain_mask_give_a_warning(bold, tmp_path):
+    copy = tmp_path / bold.name
+    copy.write_bytes(bold.read_bytes())
+    model = bids_brainfm.load_model('brainlm-demo', device='cpu', short_runs='pad')
+    said = r'bold\.nii\.gz comes without a brain mask, .* whole atlas: give .* as mask='
+    with pytest.warns(UserWarning, match=said):
+        bids_brainfm.parcellate(copy, 'Demo424', tr=TR)
+    with pytest.warns(UserWarning, match=said):
+        model.embed_bold(copy, denoising='none', tr=TR)
+
+
+def test_denoising_keeps_the_flags_of_a_series(bold):
+    raw = bids_brainfm.parcellate(bold, 'Demo424')
+    marked = dataclasses.replace(raw, flagged=np.arange(len(raw.data)) % 20 == 19)
+    assert np.array_equal(bids_brainfm.denoise(marked, strategy='none').flagged, marked.flagged)
+    table = bold.parent / 'sub-01_task-rest_desc-confounds_timeseries.tsv'
+    clean, other = bids_brainfm.denoise(marked, table), bids_brainfm.denoise(raw, table)
+    assert other.flagged.any()
+    assert np.array_equal(clean.flagged, other.flagged | marked.flagged[clean.dummy :])
+    rows = np.flatnonzero(clean.flagged & ~other.flagged)[:-1]  # interpolated, as the others are
+    row = next(r for r in rows if not clean.flagged[[r - 1, r + 1]].any())
+    middle = (clean.data[row - 1] + clean.data[row + 1]) / 2
+    np.testing.assert_allclose(clean.data[row], middle, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -155,6 +192,7 @@ def test_a_file_of_which_nothing_is_known(bold, tmp_path):
         ((300, 400), r'424 parcels of the atlas Demo424 .* is 300×400: parcellate the run by'),
         ((424, 300), r'is 424×300: give its transpose'),
         ((424,), r'is 424: parcellate'),
+        ((0, 424), r'is 0×424: parcellate'),
     ],
 )
 def test_an_array_of_other_parcels_is_refused(model, shape, said):
@@ -162,11 +200,72 @@ def test_an_array_of_other_parcels_is_refused(model, shape, said):
         model.embed(np.ones(shape), tr=2.0)
 
 
+@pytest.mark.parametrize('values', [None, 3, 'text', [[1, 2], [3]], [['a'] * 424]])
+def test_what_is_no_array_is_refused(model, values):
+    with pytest.raises(BrainfmError, match=r'424 parcels .* but this is no array: parcellate'):
+        model.embed(values, tr=2.0)
+    text = np.full((300, 424), 'x')
+    run = bids_brainfm.ParcelSeries(text, 2.0, np.ones(424), np.zeros(300, bool), 1.0)
+    with pytest.raises(BrainfmError, match='this is no array'):
+        model.embed(run)
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        {'coverage': np.ones(400)},
+        {'flagged': np.zeros(9, bool)},
+        {'flagged': [False] * 300},
+        {'data': np.ones((0, 424)), 'flagged': np.zeros(0, bool)},
+        {'data': np.ones(424)},
+    ],
+)
+def test_parts_of_a_series_fit_each_other(change):
+    parts = {'data': np.ones((300, 424)), 'coverage': np.ones(424), 'flagged': np.zeros(300, bool)}
+    bids_brainfm.ParcelSeries(**parts, tr=2.0, brain_mean=1.0)
+    with pytest.raises(BrainfmError, match=r'takes arrays data \(volumes, parcels\), coverage'):
+        bids_brainfm.ParcelSeries(**parts | change, tr=2.0, brain_mean=1.0)
+
+
 def test_an_array_does_not_tell_its_repetition_time(model):
     with pytest.raises(BrainfmError, match=r'An array does not tell .* tr=0\.735'):
         model.embed(np.ones((300, 424)))
-    with pytest.raises(BrainfmError, match=r'tr=735 is not a repetition time in seconds'):
-        model.embed(np.ones((300, 424)), tr=735)
+
+
+@pytest.mark.parametrize('tr', [735, 0, -1, np.nan, np.inf, '0.8', True, [2.0]])
+def test_one_check_of_the_repetition_time(model, series, bold, tr):
+    said = rf'tr={re.escape(repr(tr))} is not a repetition time in seconds: give tr= .* most 30'
+    run = read_series(series)
+    for call in (
+        lambda: model.embed(run.data, tr=tr),
+        lambda: model.embed(run, tr=tr),
+        lambda: dataclasses.replace(run, tr=tr),
+        lambda: bids_brainfm.parcellate(bold, 'Demo424', tr=tr),
+        lambda: model.embed_bold(bold, tr=tr),
+    ):
+        with pytest.raises(BrainfmError, match=said):
+            call()
+
+
+@pytest.mark.parametrize('tr', [0, 2000])
+def test_the_header_gives_no_repetition_time_in_seconds(bold, tmp_path, tr):
+    image = nib.load(bold)
+    image.header['pixdim'][4] = tr
+    image.header.set_xyzt_units('mm', None)
+    nib.save(image, tmp_path / bold.name)
+    with (
+        pytest.warns(UserWarning, match='brain mask'),
+        pytest.raises(BrainfmError, match=rf'tr={tr}\.0 in the header of sub-01.* is not a rep'),
+    ):
+        bids_brainfm.parcellate(tmp_path / bold.name, 'Demo424')
+
+
+def test_a_series_has_its_own_repetition_time(model, series):
+    run = read_series(series)
+    with pytest.raises(BrainfmError, match=r'tr=1\.7 is not the repetition time of this series'):
+        model.embed(run, tr=1.7)
+    same = model.embed(run, tr=np.float32(run.tr))
+    assert np.array_equal(same.summary, model.embed(run).summary)
 
 
 def test_parcels_of_an_array_without_signal_are_filled(series):
@@ -193,6 +292,45 @@ def test_weights_are_those_of_the_command(tmp_path):
         bids_brainfm.load_model('brainlm')
     control = bids_brainfm.load_model('brainlm-demo', random_weights=True)
     assert control.spec.label == 'brainlmdemorandom'
+
+
+def test_cards_and_weights_in_folders_with_an_equals_sign(tmp_path):
+    data = Path(bids_brainfm.__file__).parent / 'data' / 'models'
+    folder = tmp_path / 'lr=0.1'
+    shutil.copytree(data, folder)
+    own = folder / 'brain-jepa-demo.safetensors'
+    for weights in (None, own):
+        model = bids_brainfm.load_model(folder / 'brain-jepa-demo.yml', weights, device='cpu')
+        assert model.spec.checkpoint == own
+    text = f'{folder}/brain-jepa-demo.yml'
+    assert split_name(absolute(text)) == (text, None)
+    assert split_name(absolute(f'{text}={own}')) == (text, own)
+    assert split_name(absolute(f'brainlm-111m={own}')) == ('brainlm-111m', own)
+
+
+@pytest.mark.parametrize(
+    ('options', 'said'),
+    [
+        ({'scale': 'bogus'}, "There is no scaling 'bogus'"),
+        ({'scale': 'cohort'}, "'cohort' needs statistics of a cohort"),
+        ({'scale_stats': 'absent.json'}, 'is used by --scale cohort only'),
+        ({'scale': 'global-z', 'scale_stats': 'absent.json'}, 'is used by --scale cohort only'),
+        ({'scale': 'cohort', 'scale_stats': 'absent.json'}, r'absent\.json cannot be read'),
+        ({'stride': 0}, 'at least 1 sample, not 0'),
+        ({'stride': 1.5}, r'at least 1 sample, not 1\.5'),
+        ({'short_runs': 'bogus'}, "refuse, pad, tile, not 'bogus'"),
+        ({'temporal': 'bogus'}, "resample, official, not 'bogus'"),
+        ({'min_coverage': 2}, 'a share from 0 to 1, not 2'),
+        ({'min_coverage': np.nan}, 'a share from 0 to 1, not nan'),
+        ({'min_coverage': '0.5'}, 'a share from 0 to 1'),
+        ({'block': 'cross-time'}, 'predicts no latents'),
+        ({'device': 'bogus'}, "device 'bogus'"),
+        ({'precision': 'bogus'}, "precision 'bogus'"),
+    ],
+)
+def test_options_are_checked_when_the_model_is_loaded(options, said):
+    with pytest.raises(BrainfmError, match=said):
+        bids_brainfm.load_model('brainlm-demo', **{'device': 'cpu'} | options)
 
 
 def test_options_of_the_command(series):
@@ -275,3 +413,25 @@ def test_public_names():
         assert name in dir(bids_brainfm)
     with pytest.raises(AttributeError, match='nothing'):
         _ = bids_brainfm.nothing
+
+
+@pytest.mark.parametrize(
+    ('name', 'warns'),
+    [
+        ('load_atlas', False),
+        ('load_model', False),
+        ('denoise', False),
+        ('parcellate', True),
+        ('Model.embed', True),
+        ('Model.embed_bold', True),
+    ],
+)
+def test_docstrings_name_parameters_results_errors_and_warnings(name, warns):
+    function = operator.attrgetter(name)(bids_brainfm)
+    text = inspect.getdoc(function)
+    headings = re.findall(r'^(.+)\n-+$', text, flags=re.MULTILINE)
+    assert headings == ['Parameters', 'Returns', 'Raises'] + ['Warns'] * warns
+    listed = re.search(r'Parameters\n-+\n(.*?)\n\n', text, flags=re.DOTALL)[1]
+    named = re.findall(r'^\**(\w[\w, ]*?)(?: :.*)?$', listed, flags=re.MULTILINE)
+    parameters = [p for p in inspect.signature(function).parameters if p != 'self']
+    assert sorted(n for line in named for n in line.split(', ')) == sorted(parameters)

@@ -10,13 +10,13 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / 'bids_brainfm'
 # From the top down; a room imports what is below it. errors.py is below all of them.
 ROOMS = (
-    'cli', 'workflows', 'outputs', 'reports', 'training', 'analyses', 'models', 'signals',
+    'cli', 'workflows', 'outputs', 'reports', 'training', 'api', 'analyses', 'models', 'signals',
     'atlases', 'bids', 'resources', 'validation', 'config', 'arguments', 'stopping', 'errors',
 )  # fmt: skip
 
 
-def imported_rooms(path: Path) -> set[str]:
-    """Rooms of this package that a module imports, anywhere in it."""
+def imported(path: Path) -> set[str]:
+    """Modules of this package, and names in them, that a module imports, anywhere in it."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -25,7 +25,7 @@ def imported_rooms(path: Path) -> set[str]:
             names |= {f'{node.module}.{alias.name}' for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names.add(f'bids_brainfm.{path.parent.name}')
-    return {name.split('.')[1] for name in names if name.startswith('bids_brainfm.')}
+    return {name for name in names if name.startswith('bids_brainfm.')}
 
 
 @pytest.mark.parametrize('path', sorted(PACKAGE.rglob('*.py')), ids=str)
@@ -35,7 +35,14 @@ def test_rooms_import_downwards(path):
     if room == '__init__':
         return
     allowed = ROOMS[ROOMS.index(room) :]
-    assert imported_rooms(path) <= set(allowed)
+    assert {name.split('.')[1] for name in imported(path)} <= set(allowed)
+
+
+@pytest.mark.parametrize('room', ['analyses', 'models', 'signals'])
+def test_arrays_know_no_pipeline(room):
+    """Only the API and the command look up what a pipeline writes next to a BOLD file."""
+    for path in (PACKAGE / room).rglob('*.py'):
+        assert not [name for name in imported(path) if name.startswith('bids_brainfm.bids.inputs')]
 
 
 def test_help_is_instant():

@@ -1,9 +1,8 @@
 """A loaded model, parcel series in, embeddings out: the same for the command and notebooks."""
 
-import dataclasses
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,7 +77,7 @@ class Model:
         """The encoder in float32."""
         if self.precision == 'float32':
             return self.encoder
-        return dataclasses.replace(self, precision='float32').encoder
+        return replace(self, precision='float32').encoder
 
     @cached_property
     def gradients(self) -> np.ndarray | None:
@@ -136,9 +135,9 @@ class Model:
             raise BrainfmError(
                 f'tr={tr:g} is not the repetition time of this series, {series.tr:g} s: omit it.'
             )
-        columns, xyz = self._columns(series.data), self.atlas.xyz
+        series, xyz = replace(series, data=self._columns(series.data)), self.atlas.xyz
         misorders = {**self.atlas.misorders, 'ascending-y': ascending_y(xyz)}
-        if (doubt := misordered(columns, xyz, misorders)) is not None:
+        if (doubt := misordered(series.data, xyz, misorders)) is not None:
             warnings.warn(doubt, stacklevel=2)
         data = self.prepare_input(series)
         windows = self.windows(data)
