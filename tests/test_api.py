@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import h5py
@@ -23,6 +24,7 @@ from bids_brainfm.config import absolute, split_name
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.encoder import ascending_y
 from bids_brainfm.signals.order import misordered
+from bids_brainfm.signals.scale import ScaleStats, stats_content
 from bids_brainfm.signals.series import read_series
 
 TR = 0.735
@@ -331,6 +333,19 @@ def test_cards_and_weights_in_folders_with_an_equals_sign(tmp_path):
 def test_options_are_checked_when_the_model_is_loaded(options, said):
     with pytest.raises(BrainfmError, match=said):
         bids_brainfm.load_model('brainlm-demo', **{'device': 'cpu'} | options)
+
+
+def test_statistics_are_checked_when_the_model_is_loaded(tmp_path):
+    ones, path = np.ones(424), tmp_path / 'stats.json'
+    for statistic, said in (
+        ('series', None),
+        ('temporal mean', 'statistics of the series of each'),
+    ):
+        bounds = () if said else (-ones, ones)
+        stats = ScaleStats(ones, ones, 'Demo424', *bounds, statistic=statistic)
+        path.write_text(json.dumps(stats_content(stats)))
+        with pytest.raises(BrainfmError, match=said) if said else nullcontext():
+            bids_brainfm.load_model('brainlm-demo', scale='cohort', scale_stats=path)
 
 
 def test_options_of_the_command(series):
