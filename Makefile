@@ -8,7 +8,7 @@ demo: .venv/installed
 	$(BIN)/bids_brainfm_demo brainfm-demo
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -282,6 +282,7 @@ def test_cleaning_the_work_folder_deletes_no_input(dataset, tmp_path, app, capfd
     assert (outside / 'dataset_description.json').is_file()
 
 
+@pytest.mark.slow
 def test_a_mended_fault_of_other_settings_is_not_held_against_a_run(dataset, tmp_path, app):
     """Failures of another space or model do not count in a run that does not ask for them."""
     out = tmp_path / 'out'

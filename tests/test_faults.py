@@ -355,14 +355,15 @@ def small_disk(tmp_path):
 NO_SPACE = os.strerror(28)
 
 
+@slow
 @pytest.mark.parametrize(
     ('kilobytes', 'nprocs', 'code'),
     [
-        pytest.param(8, 1, 2, marks=slow),  # not even the log's folder
-        pytest.param(12, 1, 2, marks=slow),  # not even the dataset's own files
-        pytest.param(60, 2, 1, marks=slow),  # no series, no report
-        pytest.param(7000, 1, 1, marks=slow),  # one participant
-        pytest.param(3000, 2, 1, marks=slow),  # no series
+        (8, 1, 2),  # not even the log's folder
+        (12, 1, 2),  # not even the dataset's own files
+        (60, 2, 1),  # no series, no report
+        (7000, 1, 1),  # one participant
+        (3000, 2, 1),  # no series
         (3000, 1, 1),
     ],
 )
