@@ -34,7 +34,7 @@ def work_alone(data: Path, out: Path) -> float:
     from bids_brainfm.cli.parser import parse_settings
     from bids_brainfm.outputs.encoding import encode_all
     from bids_brainfm.outputs.reporting import report
-    from bids_brainfm.outputs.series import write_series
+    from bids_brainfm.outputs.series import make_series
     from bids_brainfm.workflows.plan import make_plan
 
     work = out.with_name(f'{out.name}_work')
@@ -44,7 +44,7 @@ def work_alone(data: Path, out: Path) -> float:
     (atlas,) = plan.atlases
     started = time.perf_counter()
     for run in atlas.todo:
-        write_series(run, atlas.task)
+        make_series(run, atlas.task)
     for model in atlas.models:
         encode_all(model.todo, model.task)
     report(out, plan.subjects[0], {})

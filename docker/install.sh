@@ -60,7 +60,7 @@ templates() {
   TEMPLATEFLOW_HOME=$(mktemp -d) /opt/venv/bin/python - "$target" <<'END'
 import shutil, sys
 from pathlib import Path
-from bids_brainfm.atlases.atlas import atlas_names, load_card
+from bids_brainfm.atlases.cards import atlas_names, load_card
 from bids_brainfm.atlases.obtain import template_transform
 from bids_brainfm.errors import BrainfmError
 

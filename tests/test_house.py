@@ -1,6 +1,8 @@
 """The plan of the house: who imports whom, and what importing costs."""
 
 import ast
+import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,3 +79,25 @@ for name in {modules!r}:
         [sys.executable, '-c', code], capture_output=True, text=True, env=env, check=False
     )
     assert run.returncode == 0, run.stderr
+
+
+def written_imports() -> list[tuple[str, str, str]]:
+    """File, module and name of all imports of the package outside it, scripts and docs too."""
+    folders = ('benchmarks', 'docker', 'docs', 'singularity', 'tests/containers', 'tools', '')
+    found = []
+    for folder in folders:
+        for path in sorted((PACKAGE.parent / folder).glob('*.*')):
+            if path.suffix not in ('.py', '.sh', '.md', '.def'):
+                continue
+            pattern = r'^ *from (bids_brainfm[\w.]*) import (\([^)]*\)|[^\n#(]+)'
+            for module, names in re.findall(pattern, path.read_text(), re.M):
+                for name in re.findall(r'(\w+)(?: as \w+)?\s*(?:,|\)|$)', names.strip()):
+                    found.append((path.name, module, name))
+    return [each for each in found if each[2] != 'fingerprint']  # the example of a recipe
+
+
+@pytest.mark.parametrize(('file', 'module', 'name'), written_imports())
+def test_scripts_and_docs_import_what_there_is(file, module, name):
+    """Image recipes, benchmarks, tools and documentation follow the package."""
+    found = importlib.import_module(module)
+    assert hasattr(found, name) or importlib.util.find_spec(f'{module}.{name}')
