@@ -65,7 +65,7 @@ from bids_brainfm.atlases.obtain import template_transform
 from bids_brainfm.errors import BrainfmError
 
 files = [file for name in atlas_names() for file in load_card(name).files]
-for name in {file.made['transform'] for file in files if file.made and 'transform' in file.made}:
+for name in {file.made.transform for file in files if file.made and file.made.transform}:
     try:
         path = template_transform(name)
     except BrainfmError as error:

@@ -26,3 +26,20 @@ def test_both_images_have_the_same_environment_and_arguments():
 def test_images_have_the_torch_that_is_tested():
     pinned = re.search(r'^torch==\S+$', (ROOT / 'constraints.txt').read_text(), re.M)[0]
     assert pinned in (ROOT / 'docker' / 'install.sh').read_text().split()
+
+
+def test_the_image_gets_the_transforms_that_atlases_need(tmp_path, monkeypatch):
+    """The program within install.sh, without TemplateFlow itself."""
+    source = tmp_path / 'from' / 'tpl-X' / 'transform.h5'
+    source.parent.mkdir(parents=True)
+    source.write_text('transform')
+    asked = []
+    monkeypatch.setattr(
+        'bids_brainfm.atlases.obtain.template_transform',
+        lambda name: asked.append(name) or source,
+    )
+    monkeypatch.setattr('sys.argv', ['-', str(tmp_path)])
+    text = (ROOT / 'docker' / 'install.sh').read_text()
+    exec(re.search(r"<<'END'\n(.*?)^END$", text, re.M | re.S)[1], {})
+    assert asked
+    assert (tmp_path / 'tpl-X' / 'transform.h5').read_text() == 'transform'
