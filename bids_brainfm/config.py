@@ -31,7 +31,7 @@ def split_name(text: str) -> tuple[str, Path | None]:
 
 
 def absolute(text: str) -> str:
-    """Make the paths of a card or preset of one's own (``FILE.yml``) and of weights absolute.
+    """Make the paths of a user's card or preset (``FILE.yml``) and of weights absolute.
 
     >>> absolute('brainlm-111m'), absolute('/a/my.yml=/w'), absolute('simple')
     ('brainlm-111m', '/a/my.yml=/w', 'simple')

@@ -26,7 +26,7 @@ Kind = TypeVar('Kind', bound='DataclassInstance')
 
 
 class Condition(NamedTuple):
-    """What a value must fulfil besides its type, and what is accepted in words."""
+    """What a value must fulfil in addition to its type, and a description of what is accepted."""
 
     holds: Callable[[Any], bool]
     accepted: str

@@ -95,7 +95,7 @@ def find_checkpoint(
 def find_gradients(name: str, checkpoint: Path | None, home: Path) -> GradientTable | None:
     """Find the table of gradients of a model, None where it needs none.
 
-    It is the only ``gradient*.csv`` in the folder of a checkpoint of one's own, else the card's.
+    It is the only ``gradient*.csv`` in the folder of the user's checkpoint, else the card's.
 
     Raises BrainfmError: there is none, there are several, or it is not the one the card names.
     """
