@@ -132,7 +132,7 @@ def load_model(
         How series become windows, as for the command: `scale` ('card', 'cohort' or a method of
         :func:`bids_brainfm.signals.scale.fit_scaling`), `scale_stats` (a file, for 'cohort'),
         `stride` (samples), `short_runs` ('refuse', 'pad' or 'tile'), `temporal` ('resample' or
-        'official') and `min_coverage` (0 to 1).
+        'official'), `min_coverage` and `max_flagged` (0 to 1).
 
     Returns
     -------

@@ -69,6 +69,7 @@ class Settings:
     model: tuple[str, ...] = ('brainlm-111m',)
     denoise: str = 'card'
     min_coverage: float = 0.5
+    max_flagged: float = 1.0
     scale: str = 'card'
     scale_stats: tuple[Path, ...] | None = None
     temporal: str = 'resample'
@@ -81,6 +82,7 @@ class Settings:
     random_seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     stop_after: str | None = None
+    recompute: bool = False
 
     device: str = 'auto'
     precision: str | None = None

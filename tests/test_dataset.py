@@ -28,7 +28,7 @@ def outputs(tmp_path):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text('a\n1\n')
-        write_sidecar(path, {'InputFiles': {}, 'Name': path.name})
+        write_sidecar(path, {'InputFiles': {}, 'Name': path.name, 'ResultsVersion': 7})
     return tmp_path
 
 
@@ -67,7 +67,7 @@ def test_what_is_cut_off_is_left_out_by_name(outputs, caplog):
         import logging
 
         logging.getLogger('bids_brainfm').propagate = True
-        records = find_whole(outputs, 'timeseries', {}, stat='mean')
+        records = find_whole(outputs, 'timeseries', {}, 7, stat='mean')
     assert [record.entities['sub'] for record in records] == ['02']
     assert NAMES[0].rpartition('/')[2] in caplog.text
 
@@ -75,7 +75,7 @@ def test_what_is_cut_off_is_left_out_by_name(outputs, caplog):
 def test_other_datasets_are_refused(outputs):
     (outputs / 'dataset_description.json').write_text('{"Name": "x"}')
     with pytest.raises(BrainfmError, match='not written by bids_brainfm'):
-        find_whole(outputs, 'timeseries', {})
+        find_whole(outputs, 'timeseries', {}, 7)
 
 
 @pytest.mark.parametrize('name', inputs.ADAPTERS)

@@ -19,6 +19,7 @@ from bids_brainfm.bids.naming import OUTPUT_ENTITIES, join_name, parse_name
 from bids_brainfm.errors import BrainfmError
 
 LOGGER = logging.getLogger('bids_brainfm')
+VERSION = 'results_version'  # key of the settings records
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,12 @@ def find_records(root: Path, suffix: str, **wanted: Any) -> list[Record]:
 
 
 def find_whole(
-    root: Path, suffix: str, filters: dict[str, tuple[str, ...]], **entities: Labels
-) -> list[Record]:
-    """Find whole outputs of a dataset that this program wrote; a warning names the others.
+    root: Path, suffix: str, filters: dict[str, tuple[str, ...]], version: int,
+    **entities: Labels,
+) -> list[Record]:  # fmt: skip
+    """Find the outputs of a dataset that group results are made from; warnings name the others.
 
+    They are whole, of this `version` of the results, and not excluded for their flagged volumes.
     `filters` are the labels of an entity to take, all where empty; for the rest see
     :func:`iterate_records`. Raises BrainfmError where the dataset was not written by this
     program, or lacks a participant that was asked for.
@@ -95,13 +98,21 @@ def find_whole(
     check_participants({'outputs': root}, subjects)
     asked = {name: labels for name, labels in filters.items() if labels and name != 'sub'}
     records = find_records(root, suffix, subjects=subjects, **(asked | entities))
+    kept = []
     for record in records:
+        sidecar = record.sidecar or {}
         if not record.whole:
-            LOGGER.warning(
-                '%s is left out, since it or its sidecar (.json) is not whole: run the '
-                'participant level on it again.', record.path,
-            )  # fmt: skip
-    return [record for record in records if record.whole]
+            reason = 'it or its sidecar (.json) is not whole: run the participant level again'
+        elif sidecar.get('ResultsVersion') != version:
+            reason = 'another version of bids_brainfm wrote it, with other numbers: run the '
+            reason += 'participant level again with --recompute'
+        elif sidecar.get('Excluded'):
+            reason = 'more of its volumes are flagged than --max-flagged allows'
+        else:
+            kept.append(record)
+            continue
+        LOGGER.warning('%s is left out, since %s.', record.path, reason)
+    return kept
 
 
 def describe_filters(filters: dict[str, tuple[str, ...]]) -> str:
@@ -154,13 +165,16 @@ def read_column(dataset: Path, column: str) -> dict[str, str]:
 
 
 def claim_settings(
-    output: Path, name: str, settings: Mapping[str, Any], records: Iterable[Record]
-) -> None:
+    output: Path, name: str, settings: Mapping[str, Any], records: Iterable[Record],
+    recompute: bool = False,
+) -> None:  # fmt: skip
     """Record the settings behind one kind of output, or check that they are the recorded ones.
 
     The first process to write the record wins; all others must agree with it, as long as there
     are outputs of this kind, the `records`, read only where settings differ. The `name` says what
-    the settings are for, e.g. ``atlas-A424`` or ``desc-brainlm111m``.
+    the settings are for, e.g. ``atlas-A424`` or ``desc-brainlm111m``. Their ``results_version``
+    says which version of the results the outputs are of; with `recompute`, a record of another
+    version is replaced.
 
     Raises
     ------
@@ -184,7 +198,15 @@ def claim_settings(
     ]
     if not differences:
         return
-    if next(iter(records), None) is not None:
+    outdated = known is not None and recorded.get(VERSION) != wanted.get(VERSION)
+    if not (outdated and recompute) and next(iter(records), None) is not None:
+        if outdated:
+            raise BrainfmError(
+                f'{output} holds outputs of {name} by another version of bids_brainfm, whose '
+                f'numbers differ (results version {recorded.get(VERSION, 1)}, now '
+                f'{wanted.get(VERSION)}): add --recompute to make them again, or use another '
+                f'output folder.'
+            )
         if known is None:
             raise BrainfmError(
                 f'{path} is damaged, and says no longer with which settings the outputs of {name} '

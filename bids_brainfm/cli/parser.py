@@ -75,6 +75,10 @@ def get_parser() -> argparse.ArgumentParser:
     add('--min-coverage', '--min_coverage', type=proportion, metavar='SHARE',
         help='least share of a parcel inside the field of view; below it the parcel is n/a '
         '(default: 0.5)')
+    add('--max-flagged', '--max_flagged', type=proportion, metavar='PROPORTION',
+        help='proportion of flagged volumes above which a window, or all windows of a run, are '
+        'marked as excluded: they stay in the tables, and summaries and the group level leave '
+        'them out (default: 1, no limit)')
     add('--scale', choices=SCALINGS,
         help='scaling of the parcel series before the encoder; none leaves the values as they are '
         '(default: what the model card says)')
@@ -135,6 +139,9 @@ def get_parser() -> argparse.ArgumentParser:
     add('--stop-after', '--stop_after', choices=['timeseries'],
         help='stop when the parcel series are written: that needs neither weights nor a GPU, and '
         'the same command without it goes on from there')
+    add('--recompute', **switch,
+        help='make outputs again that an earlier version of the program wrote with other numbers '
+        '(default: refuse to add to them)')
     add('--reports-only', '--reports_only', **switch,
         help='only write the reports again, from the output folder')
     add('--boilerplate-only', '--boilerplate_only', **switch, help='only write the methods text')

@@ -175,6 +175,7 @@ def write_arrays(path: Path, context: Context) -> None:
 
     with atomic(path) as temporary, h5py.File(temporary, 'w') as file:
         file['onset'], file['parcel_names'] = context.windows.onset, list(context.atlas.names)
+        file['excluded'] = context.windows.excluded
         for name in ('parcels', 'tokens', 'attention'):
             if (values := getattr(context.encoding, name)) is not None:
                 file.create_dataset(name, data=values, compression='gzip', compression_opts=1)
@@ -211,6 +212,12 @@ def _warnings(context: Context, filled: dict[str, str], checked: dict[str, Any])
                 f'{lost.size} parcels have no usable statistics in {contract.stats.name} and are '
                 f'zero: {names}.'
             )
+    if n_excluded := np.count_nonzero(windows.excluded):
+        warnings.append(
+            f'{n_excluded} of {len(windows.data)} windows of {spec.label} are excluded from '
+            f'summaries, since more of their volumes, or of those of the run, are flagged than '
+            f'--max-flagged {contract.max_flagged:g} allows.'
+        )
     if (left := windows.left_over) > 0:
         warnings.append(f'The last {left:.1f} s of the run are in no window of {spec.label}.')
     if (windows.real < 1).any():
@@ -262,6 +269,7 @@ def _describe(context: Context, checked: dict[str, Any]) -> dict[str, Any]:
         'ShortRuns': contract.short_runs, 'LeftOver': windows.left_over,
         'Denoising': source['Denoising'],
         'ShareFlagged': windows.flagged if 'NumberOfVolumesFlagged' in source else None,
+        'MaxFlagged': contract.max_flagged, 'WindowsExcluded': np.flatnonzero(windows.excluded),
         'ShareReal': windows.real, 'FilledParcels': filled, 'FillRule': FILL_RULE,
         'Precision': task.precision, 'Device': task.device, 'Space': source['Space'],
         'Atlas': source['Atlas'], 'Warnings': _warnings(context, filled, checked),

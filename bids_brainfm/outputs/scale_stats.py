@@ -44,7 +44,8 @@ def find(dataset: Path, filters: Filters, settings: Settings) -> dict[str, list[
     series = BY_NAME['series']
     found: dict[str, list[Record]] = {}
     first: dict[tuple[str, str], Record] = {}
-    for record in find_whole(dataset, series.suffix, filters, stat=series.stat):
+    version = series.results_version
+    for record in find_whole(dataset, series.suffix, filters, version, stat=series.stat):
         atlas = record.entities['atlas']
         found.setdefault(atlas, []).append(record)
         other = first.setdefault((record.name, atlas), record)

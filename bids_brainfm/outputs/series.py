@@ -17,11 +17,12 @@ from bids_brainfm.bids.freshness import input_fingerprints, write_sidecar
 from bids_brainfm.bids.naming import own_uri
 from bids_brainfm.bids.run import BoldRun, repetition_time
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.outputs import products
+from bids_brainfm.outputs import products, quality
 from bids_brainfm.outputs.outcome import Outcome, attempt
 from bids_brainfm.outputs.registry import BY_NAME, OF_SERIES
 from bids_brainfm.outputs.tasks import Place, SeriesTask
 from bids_brainfm.reports.report import Figure
+from bids_brainfm.signals.connectome import connectome
 from bids_brainfm.signals.denoise import Preset, load_preset
 from bids_brainfm.signals.series import coverage_path
 
@@ -55,11 +56,27 @@ class SeriesContext:
     atlas: Atlas
     preset: Preset  # the denoising
     series: 'BoldSeries'  # denoised; NaN for parcels without enough coverage
+    results_version: int | None = None  # of the product that is being made
 
     @property
     def assessed(self) -> bool:
         """Whether confounds were read, so that outliers are known."""
         return bool(self.preset.outliers)
+
+    @property
+    def excluded(self) -> bool:
+        """Whether a larger proportion of the volumes is flagged than allowed."""
+        return bool(self.series.flagged.mean() > self.task.max_flagged)
+
+    @cached_property
+    def relmat(self) -> np.ndarray:
+        """Correlations between parcels over unflagged volumes, (P, P) float32."""
+        return connectome(self.series.data, self.series.flagged)
+
+    @cached_property
+    def quality(self) -> dict[str, float]:
+        """Quality metrics by name, see :mod:`bids_brainfm.outputs.quality`."""
+        return quality.metrics(self)
 
     @property
     def uncovered(self) -> list[str]:
@@ -87,6 +104,12 @@ class SeriesContext:
                 f'{self.task.min_coverage:.0%} of their volume in the field of view, or none, and '
                 f'are n/a: {", ".join(names[:5])}{more}.'
             )
+        if self.excluded:
+            sentences.append(
+                f'{self.series.flagged.mean():.0%} of the volumes are flagged, more than '
+                f'--max-flagged {self.task.max_flagged:g} allows: the run is excluded from '
+                f'summaries and from the group level.'
+            )
         if dummy := self.series.dummy:
             sentences.append(f'{dummy} non-steady-state volumes at the start were left out.')
         return sentences
@@ -106,6 +129,7 @@ class SeriesContext:
             'Sources': own * from_series + self.sources,
             'InputFiles': input_fingerprints(self.run),
             'SoftwareVersion': self.task.version,
+            'ResultsVersion': self.results_version,
         }
         write_sidecar(path, content | common)
 
@@ -160,6 +184,7 @@ def settings(task: SeriesTask) -> dict[str, Any]:
     content = json.dumps(dataclasses.asdict(preset), sort_keys=True)
     digest = hashlib.sha256(content.encode()).hexdigest()
     found = {'denoise': preset.name, 'denoise_sha256': digest, 'min_coverage': task.min_coverage}
+    found['max_flagged'] = task.max_flagged
     return found | ({'denoised_by_pipeline': True} if task.denoised else {})
 
 
@@ -230,6 +255,7 @@ def _describe(context: SeriesContext) -> dict[str, Any]:
         'NumberOfVolumesDiscardedByNonsteadyStatesDetector': series.dummy,
         'NumberOfVolumesFlagged': int(series.flagged.sum()) if context.assessed else None,
         'FlaggedVolumes': np.flatnonzero(series.flagged),
+        'MaxFlagged': context.task.max_flagged, 'Excluded': context.excluded,
         'FlaggedVolumesInterpolated': context.assessed,
         'Denoising': {
             'Name': preset.name, 'Description': _denoising(context.task),
@@ -244,7 +270,7 @@ def _describe(context: SeriesContext) -> dict[str, Any]:
         },
         'Space': context.run.space, 'Resolution': context.run.entities.get('res'),
         'Sampling': series.found.sampling, 'BrainMean': series.found.brain_mean,
-        'MinimumCoverage': context.task.min_coverage,
+        'MinimumCoverage': context.task.min_coverage, 'Quality': context.quality,
         'ParcelsBelowMinimumCoverage': context.uncovered, 'Warnings': context.warnings,
     }  # fmt: skip
 
@@ -266,4 +292,4 @@ def facts(sidecar: dict[str, Any]) -> dict[str, Any]:
         'Mean brain signal': f'{sidecar["BrainMean"]:.1f} (BOLD units)',
         'Parcels below coverage': f'{len(sidecar["ParcelsBelowMinimumCoverage"])} '
         f'(limit {sidecar["MinimumCoverage"]:g})',
-    }
+    } | quality.lines(sidecar['Quality'])

@@ -47,6 +47,7 @@ class Windows:
     duration: np.ndarray  # (W,) seconds of recorded signal, less than its length where completed
     real: np.ndarray  # (W,) proportion of samples that were recorded, not filled in or repeated
     flagged: np.ndarray  # (W,) proportion of the recorded samples from flagged volumes
+    excluded: np.ndarray  # (W,) bool, windows that summaries of the run leave out
     tr: float  # seconds between samples (on average, where frames were picked)
     left_over: float = 0.0  # seconds at the end of the run that are in no window
 

@@ -76,7 +76,8 @@ def cut(
     windows = np.ascontiguousarray(cut_out.transpose(0, 2, 1))
     onset, duration = start + starts * tr, np.minimum(n_spanned, n_rows - starts) * tr
     marked = (recorded & flagged[rows]).sum(axis=1) / recorded.sum(axis=1)
-    return Windows(windows, onset, duration, real, marked, spacing, (n_rows - covered) * tr)
+    excluded, left_over = np.zeros(len(starts), bool), (n_rows - covered) * tr
+    return Windows(windows, onset, duration, real, marked, excluded, spacing, left_over)
 
 
 def check_cut(stride: int | None, short: str) -> None:

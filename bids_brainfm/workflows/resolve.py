@@ -169,6 +169,7 @@ def _contract(settings: Settings, card: ModelCard, atlas: str) -> Contract:
     contract = contract_of(
         card, settings.scale, stride=settings.stride, short_runs=settings.short_runs,
         temporal='official' if official else 'resample', min_coverage=settings.min_coverage,
+        max_flagged=settings.max_flagged,
     )  # fmt: skip
     return replace(contract, stats=_stats_of(settings.scale_stats or (), atlas, contract.scaling))
 
