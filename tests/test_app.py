@@ -114,24 +114,26 @@ def test_embedding_is_what_python_gives(done):
     load_checkpoint(network, card.weights[0]['name'])
     encoding = Encoder(network, order=ascending_y(atlas.xyz)).encode(windows.data)
     table = pd.read_csv(func / f'{STEM}_desc-brainlmdemo_embedding.tsv', sep='\t')
-    assert list(table.columns[:5]) == ['window', 'onset', 'duration', 'real', 'flagged']
-    np.testing.assert_allclose(table.iloc[:, 5:], encoding.summary, atol=1e-5)
+    first = ['window', 'onset', 'duration', 'real', 'flagged', 'excluded']
+    assert list(table.columns[:6]) == first
+    np.testing.assert_allclose(table.iloc[:, 6:], encoding.summary, atol=1e-5)
 
 
 def test_connectome_is_the_relmat(done):
-    """The baseline's row is the upper triangle of the correlation of the written series."""
+    """The baseline's row is the upper triangle of the correlation of unflagged volumes."""
     func = done[0] / 'sub-01' / 'func'
     series = pd.read_csv(func / f'{STEM}_stat-mean_timeseries.tsv', sep='\t')
     relmat = pd.read_csv(
         func / f'{STEM}_stat-pearsoncorrelation_relmat.tsv', sep='\t', index_col='Node'
     )
-    np.testing.assert_allclose(relmat, series.corr(), atol=1e-5)
     row = pd.read_csv(func / f'{STEM}_desc-connectome_embedding.tsv', sep='\t').iloc[0]
     sidecar = json.loads((func / f'{STEM}_stat-mean_timeseries.json').read_text())
-    share = sidecar['NumberOfVolumesFlagged'] / len(series)
-    assert share > 0
-    np.testing.assert_allclose(row[:5], [0, 0, 210 * 0.735, 1, share], rtol=1e-5)
-    row = row[5:]
+    proportion = sidecar['NumberOfVolumesFlagged'] / len(series)
+    assert proportion > 0
+    unflagged = series.drop(sidecar['FlaggedVolumes'])
+    np.testing.assert_allclose(relmat, unflagged.corr(), atol=1e-5)
+    np.testing.assert_allclose(row[:6], [0, 0, 210 * 0.735, 1, proportion, 0], rtol=1e-5)
+    row = row[6:]
     np.testing.assert_allclose(row, relmat.to_numpy()[np.triu_indices(424, 1)], atol=1e-6)
 
 

@@ -101,3 +101,10 @@ def test_the_group_level_leaves_out_earlier_outputs_by_name(earlier, tmp_path, c
     error = capfd.readouterr().err
     assert 'stat-mean_timeseries.tsv is left out' in error
     assert '--recompute' in error
+
+
+def test_reports_do_not_show_earlier_outputs(simulated, earlier, app):
+    assert app(simulated, earlier, '--reports-only', '--participant-label', '01') == 0
+    page = (earlier / 'sub-01.html').read_text()
+    assert 'the outputs were written by another version of bids_brainfm' in page
+    assert 'Mean brain signal' not in page
