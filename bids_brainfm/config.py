@@ -69,6 +69,7 @@ class Settings:
     model: tuple[str, ...] = ('brainlm-111m',)
     denoise: str = 'card'
     min_coverage: float = 0.5
+    parcel_voxels: str = 'mask'
     scale: str = 'card'
     scale_stats: tuple[Path, ...] | None = None
     temporal: str = 'resample'

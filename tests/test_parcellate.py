@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.signals.parcellate import make_sampler, parcellate
+from bids_brainfm.signals.parcellate import parcellate
+from bids_brainfm.signals.sampling import make_sampler
 from bids_brainfm.signals.stream import frames, open_bold
 
 SHARED = Path(__file__).parents[1].parent / 'shared'

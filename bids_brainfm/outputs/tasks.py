@@ -74,6 +74,7 @@ class SeriesTask:
     min_coverage: float  # proportion of a parcel below which it is n/a
     version: str
     denoised: bool = False  # whether the pipeline that wrote the runs had denoised them
+    parcel_voxels: str = 'mask'  # that parcel means are taken over, of signals.parcellate.VOXELS
     # ``Parameters`` by the name of each product asked for; None for a product without options
     parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
