@@ -5,7 +5,7 @@ from typing import Any
 
 from bids_brainfm.atlases.atlas import Atlas, load_atlas
 from bids_brainfm.bids.inputs.fmriprep import run_of
-from bids_brainfm.bids.run import repetition_time
+from bids_brainfm.bids.run import repetition_time, start_time
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models import model as models
 from bids_brainfm.models.model import Embedding, contract_of
@@ -60,7 +60,7 @@ class Model(models.Model):
 
 def parcellate(
     bold: str | Path, atlas: Atlas | str | Path, mask: str | Path | None = None,
-    space: str | None = None, tr: float | None = None,
+    space: str | None = None, tr: float | None = None, voxels: str = 'mask',
 ) -> BoldSeries:  # fmt: skip
     """Average a BOLD file over the parcels of an atlas.
 
@@ -71,28 +71,37 @@ def parcellate(
     atlas : Atlas, str or path-like
         An atlas, or what :func:`bids_brainfm.load_atlas` takes.
     mask : path-like, optional
-        Brain mask on the grid of the volumes, for the mean of the brain; by default the one that
-        fMRIPrep writes next to the file. A CIFTI series needs none.
+        Brain mask on the grid of the volumes; by default the one that fMRIPrep writes next to the
+        file. A CIFTI series needs none.
     space : str, optional
         Template space, such as ``'MNI152NLin6Asym'``; by default that of the file name.
     tr : float, optional
         Repetition time in seconds; by default that of the JSON sidecar, else of the header.
+    voxels : {'mask', 'all'}, default 'mask'
+        Whether the mean is taken over the voxels of a parcel inside the brain mask, or over all.
+        Voxels that are constant over the run are left out of both. No difference for CIFTI.
 
     Returns
     -------
     BoldSeries
         A ParcelSeries in BOLD units (volumes, parcels); NaN for a parcel without a usable voxel.
+        Of each parcel, ``coverage`` is the proportion of voxels that are inside the brain mask and
+        vary, ``level`` the mean over time in BOLD units, and ``tsnr`` the temporal signal-to-noise
+        ratio: mean by standard deviation over time of a voxel, and the median over voxels.
+        ``level`` and ``tsnr`` leave out the volumes that fMRIPrep found not to be in steady state.
+        ``start`` is the StartTime of the sidecar, 0 where there is none.
 
     Raises
     ------
     BrainfmError
-        The space is unknown, `tr` is not in seconds, the atlas is not at hand in this space, or
-        a file cannot be read or is not of the run.
+        The space is unknown, `tr` is not in seconds, the atlas is not at hand in this space, a
+        file cannot be read or is not of the run, or `voxels` has another value.
 
     Warns
     -----
     UserWarning
-        There is no brain mask of the volumes, so that their mean is taken over the whole atlas.
+        There is no brain mask of the volumes, so that voxels outside the brain are not told from
+        those inside.
     """
     run = run_of(Path(bold))
     atlas = atlas if isinstance(atlas, Atlas) else load_atlas(atlas)
@@ -104,7 +113,11 @@ def parcellate(
         )
     if tr is None and run.sidecar is not None:
         tr = repetition_time(run)
-    return signals.parcellate(run.bold, atlas, Path(mask) if mask else run.mask, space, tr)
+    start = None if run.sidecar is None else start_time(run)
+    return signals.parcellate(
+        run.bold, atlas, Path(mask) if mask else run.mask, space, tr, start or 0.0, voxels,
+        run.confounds,
+    )  # fmt: skip
 
 
 def load_model(

@@ -70,6 +70,7 @@ class Settings:
     denoise: str = 'card'
     min_coverage: float = 0.5
     max_flagged: float = 1.0
+    parcel_voxels: str = 'mask'
     scale: str = 'card'
     scale_stats: tuple[Path, ...] | None = None
     temporal: str = 'resample'

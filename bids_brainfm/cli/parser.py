@@ -72,13 +72,16 @@ def get_parser() -> argparse.ArgumentParser:
     add('--denoise', metavar='{card,none,simple,36P,acompcor,FILE.yml}',
         help='confounds to regress out of the parcel series; none touches nothing: no regression, '
         'no interpolation, no volumes dropped (default: what the model card says)')
-    add('--min-coverage', '--min_coverage', type=proportion, metavar='SHARE',
-        help='least share of a parcel inside the field of view; below it the parcel is n/a '
-        '(default: 0.5)')
     add('--max-flagged', '--max_flagged', type=proportion, metavar='PROPORTION',
         help='proportion of flagged volumes above which a window, or all windows of a run, are '
         'marked as excluded: they stay in the tables, and summaries and the group level leave '
         'them out (default: 1, no limit)')
+    add('--min-coverage', '--min_coverage', type=proportion, metavar='PROPORTION',
+        help="least proportion of a parcel's voxels that are inside the brain mask and vary over "
+        'the run; below it the parcel is n/a (default: 0.5)')
+    add('--parcel-voxels', '--parcel_voxels', choices=['mask', 'all'],
+        help='voxels that parcel means are taken over: those inside the brain mask, or all; '
+        'constant voxels are left out of both, and grayordinates have no mask (default: mask)')
     add('--scale', choices=SCALINGS,
         help='scaling of the parcel series before the encoder; none leaves the values as they are '
         '(default: what the model card says)')

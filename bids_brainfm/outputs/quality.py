@@ -54,7 +54,7 @@ def metrics(context: 'SeriesContext') -> dict[str, float]:
         'minutes_retained': np.count_nonzero(kept) * series.tr / 60,
         'num_regressors': len(series.names),
         'degrees_of_freedom': np.nan,
-        'median_tsnr': np.nan,
+        'median_tsnr': np.nanmedian(series.tsnr),
         'min_coverage': series.coverage.min(),
         'fc_distance_r': distance_dependence(context.relmat, xyz),
         'order_r': np.nan if near is None else near.as_read,

@@ -15,7 +15,7 @@ from bids_brainfm.atlases.export import export_atlas
 from bids_brainfm.bids.files import write_matrix, write_table
 from bids_brainfm.bids.freshness import input_fingerprints, write_sidecar
 from bids_brainfm.bids.naming import own_uri
-from bids_brainfm.bids.run import BoldRun, repetition_time
+from bids_brainfm.bids.run import BoldRun, metadata, repetition_time, start_time
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.outputs import products, quality
 from bids_brainfm.outputs.outcome import Outcome, attempt
@@ -41,9 +41,10 @@ FIGURES = {
         "square over parcels of the change from volume to volume, in percent of the parcel's "
         'mean.'),
     'coverage': Figure('Coverage of the atlas',
-        "Share of each parcel's voxels that lie in the field of view and vary over time, at the "
-        "parcel's centroid. Ringed parcels are below the limit (dashed line): they are n/a in "
-        'the series and are filled before the encoder. Left is left.'),
+        "Proportion of each parcel's voxels that are inside the brain mask and vary over time, "
+        "at the parcel's centroid; grayordinates have no mask and need only vary. Ringed parcels "
+        'are below the limit (dashed line): they are n/a in the series and are filled before the '
+        'encoder. Left is left.'),
 }  # fmt: skip
 
 
@@ -85,6 +86,13 @@ class SeriesContext:
         return [self.atlas.names[i] for i in missing]
 
     @property
+    def voxels(self) -> str:
+        """What coverage counts, for sentences."""
+        if self.run.is_cifti:
+            return 'grayordinates varying over the run'
+        return 'voxels inside the brain mask and varying over the run'
+
+    @property
     def warnings(self) -> list[str]:
         """What is out of the ordinary, one sentence each."""
         found, tr, sentences = self.series.found, self.series.tr, []
@@ -101,8 +109,8 @@ class SeriesContext:
             more = f' and {len(names) - 5} more' * (len(names) > 5)
             sentences.append(
                 f'{len(names)} of {self.atlas.n_parcels} parcels have less than '
-                f'{self.task.min_coverage:.0%} of their volume in the field of view, or none, and '
-                f'are n/a: {", ".join(names[:5])}{more}.'
+                f'{self.task.min_coverage:.0%} of their {self.voxels}, or none, and are n/a: '
+                f'{", ".join(names[:5])}{more}.'
             )
         if self.excluded:
             sentences.append(
@@ -138,7 +146,7 @@ def compute_series(run: BoldRun, task: SeriesTask) -> SeriesContext:
     """Parcellate and denoise one run; refuse files that are missing, damaged or contradictory."""
     from bids_brainfm.signals.bold import denoise, parcellate
 
-    tr, preset = repetition_time(run), load_preset(task.denoise)
+    tr, start, preset = repetition_time(run), start_time(run), load_preset(task.denoise)
     if run.mask is None and not run.is_cifti:
         raise BrainfmError(
             f'{run.name}: the brain mask of {run.bold.name} (desc-brain_mask) is missing: copy it '
@@ -150,9 +158,10 @@ def compute_series(run: BoldRun, task: SeriesTask) -> SeriesContext:
             f'"{preset.name}" needs: copy it from the fMRIPrep output, or use --denoise none.'
         )
     atlas = load_atlas(task.card, task.home)
-    raw = parcellate(run.bold, atlas, run.mask, run.space, tr)
-    placed = dataclasses.replace(raw, start=run.start)
-    series = denoise(placed, run.confounds, preset, run.confounds_json)
+    raw = parcellate(
+        run.bold, atlas, run.mask, run.space, tr, start or 0.0, task.parcel_voxels, run.confounds
+    )
+    series = denoise(raw, run.confounds, preset, run.confounds_json)
     covered = (series.coverage >= task.min_coverage) & np.isfinite(series.data).all(axis=0)
     data = np.where(covered, series.data, np.nan).astype(np.float32)
     return SeriesContext(run, task, atlas, preset, dataclasses.replace(series, data=data))
@@ -174,17 +183,19 @@ def make_series(run: BoldRun, task: SeriesTask, stop: bool = False) -> Outcome:
 
 
 def companions(run: BoldRun, place: Place, task: SeriesTask | None = None) -> list[Path]:
-    """The table of coverage."""
+    """The table of coverage, mean level and tSNR."""
     return [coverage_path(place.table(run, 'series'))]
 
 
 def settings(task: SeriesTask) -> dict[str, Any]:
-    """Denoising and limit of coverage."""
+    """Denoising, voxels of the parcels, and limit of coverage."""
     preset = load_preset(task.denoise)
     content = json.dumps(dataclasses.asdict(preset), sort_keys=True)
     digest = hashlib.sha256(content.encode()).hexdigest()
-    found = {'denoise': preset.name, 'denoise_sha256': digest, 'min_coverage': task.min_coverage}
-    found['max_flagged'] = task.max_flagged
+    found = {
+        'denoise': preset.name, 'denoise_sha256': digest, 'min_coverage': task.min_coverage,
+        'parcel_voxels': task.parcel_voxels, 'max_flagged': task.max_flagged,
+    }  # fmt: skip
     return found | ({'denoised_by_pipeline': True} if task.denoised else {})
 
 
@@ -203,13 +214,17 @@ def methods(task: SeriesTask) -> str:
     preset = load_preset(task.denoise)
     steady = 'Volumes before the steady state, as found by fMRIPrep, were left out. '
     dropped = '' if preset.touches_nothing else steady
+    inside = ' and lie inside the brain mask' if task.parcel_voxels == 'mask' else ''
     return (
         f'The mean BOLD signal of each parcel of the {task.place.atlas} atlas was computed over '
-        'the voxels (or grayordinates) of the parcel that vary over the run. Atlas and data were '
-        'matched by their affines: each voxel took the label nearest to it or, where the data are '
-        'too coarse for that, each voxel of the atlas took the voxel of the data nearest to it. '
-        f'Parcels with less than {task.min_coverage:.0%} of their volume in the field of view '
-        f'were set to n/a. {dropped}{_denoising(task)} Functional connectivity (Pearson '
+        f'the voxels of the parcel that vary over the run{inside}, or over its grayordinates that '
+        'vary, which have no mask. Atlas and data were matched by their affines: each voxel took '
+        'the label nearest to it or, where the data are too coarse for that, each voxel of the '
+        'atlas took the voxel of the data nearest to it. Parcels of which less than '
+        f'{task.min_coverage:.0%} of the voxels lie inside the brain mask and vary were set to '
+        'n/a. The temporal signal-to-noise ratio (mean by standard deviation over time) was '
+        'computed for each voxel of the preprocessed series and its median taken over each parcel '
+        f'(Esteban et al. 2017). {dropped}{_denoising(task)} Functional connectivity (Pearson '
         'correlation between the denoised parcel series) was computed as the baseline to compare '
         'embeddings with.\n\n'
     )
@@ -226,7 +241,8 @@ def write(context: SeriesContext, result: 'BoldSeries') -> None:
 
     run, place, atlas, series = context.run, context.task.place, context.atlas, result
     table, (coverage,) = place.table(run, 'series'), companions(run, place)
-    write_table(coverage, {'Node': list(atlas.names), 'coverage': series.coverage})
+    columns = {'coverage': series.coverage, 'mean': series.level, 'tsnr': series.tsnr}
+    write_table(coverage, {'Node': list(atlas.names)} | columns)
     write_matrix(table, series.data, list(atlas.names))
     order, label = products.display_order(atlas.xyz)
     carpet = figures.carpet(
@@ -237,9 +253,22 @@ def write(context: SeriesContext, result: 'BoldSeries') -> None:
     drawn = figures.coverage(atlas.xyz, series.coverage, context.task.min_coverage)
     products.save_figure(drawn, place.figure(run, 'coverage'))
     content = {
-        'Description': 'Share of each parcel inside the field of view of this run.',
+        'Description': 'Coverage, mean level and temporal signal-to-noise ratio of each parcel, '
+        'from the preprocessed series before denoising.',
+        'ParcelVoxels': series.found.voxels,
+        'NumberOfVolumesLeftOut': series.found.skip,
         'Node': {'Description': f'Parcel of {atlas.name}'},
-        'coverage': {'Description': 'Share of the parcel with signal', 'Units': 'arbitrary'},
+        'coverage': {'Description': f'Proportion of {context.voxels}', 'Units': 'arbitrary'},
+        'mean': {
+            'Description': 'Mean over the voxels of the parcel series and over volumes',
+            'Units': 'arbitrary',
+        },
+        'tsnr': {
+            'LongName': 'Temporal signal-to-noise ratio',
+            'Description': 'Mean by standard deviation over time of each voxel of the parcel '
+            'series; median over voxels',
+            'Units': 'arbitrary',
+        },
     }
     context.write_sidecar(coverage, content, from_series=False)
     context.write_sidecar(table, _describe(context), from_series=False)
@@ -251,6 +280,8 @@ def _describe(context: SeriesContext) -> dict[str, Any]:
     return {
         'Description': f'Mean BOLD signal of each parcel of {atlas.name}, in BOLD units.',
         'RepetitionTime': series.tr, 'SamplingFrequency': 1 / series.tr, 'StartTime': series.start,
+        'InputStartTime': start_time(context.run),
+        'SliceTimingCorrected': metadata(context.run).get('SliceTimingCorrected'),
         'NumberOfVolumes': len(series.found.data),
         'NumberOfVolumesDiscardedByNonsteadyStatesDetector': series.dummy,
         'NumberOfVolumesFlagged': int(series.flagged.sum()) if context.assessed else None,
@@ -269,8 +300,9 @@ def _describe(context: SeriesContext) -> dict[str, Any]:
             'Citation': ' '.join(atlas.citation),
         },
         'Space': context.run.space, 'Resolution': context.run.entities.get('res'),
-        'Sampling': series.found.sampling, 'BrainMean': series.found.brain_mean,
-        'MinimumCoverage': context.task.min_coverage, 'Quality': context.quality,
+        'Sampling': series.found.sampling, 'ParcelVoxels': series.found.voxels,
+        'BrainMean': series.found.brain_mean, 'Quality': context.quality,
+        'MinimumCoverage': context.task.min_coverage,
         'ParcelsBelowMinimumCoverage': context.uncovered, 'Warnings': context.warnings,
     }  # fmt: skip
 
@@ -278,12 +310,14 @@ def _describe(context: SeriesContext) -> dict[str, Any]:
 def facts(sidecar: dict[str, Any]) -> dict[str, Any]:
     """What was read and what was done to it."""
     denoising = sidecar['Denoising']
+    dropped = sidecar['NumberOfVolumesDiscardedByNonsteadyStatesDetector']
     return {
         'BOLD': sidecar['Sources'][0],
         'Space': f'{sidecar["Space"]}, atlas image: {sidecar["Atlas"]["Provenance"]}',
         'Volumes': f'{sidecar["NumberOfVolumes"]} at a repetition time of '
         f'{sidecar["RepetitionTime"]:g} s',
-        'Left out at the start': f'{sidecar["StartTime"]:g} s (not in steady state)',
+        'Left out at the start': f'{dropped} (not in steady state)',
+        'First row at': f'{sidecar["StartTime"]:g} s',
         'Flagged volumes': f'{sidecar["NumberOfVolumesFlagged"]} (interpolated)'
         if sidecar['FlaggedVolumesInterpolated']
         else 'not assessed',

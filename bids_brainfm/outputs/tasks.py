@@ -78,6 +78,7 @@ class SeriesTask:
     max_flagged: float  # proportion of flagged volumes above which a run is excluded
     version: str
     denoised: bool = False  # whether the pipeline that wrote the runs had denoised them
+    parcel_voxels: str = 'mask'  # that parcel means are taken over, of signals.parcellate.VOXELS
     # ``Parameters`` by the name of each product asked for; None for a product without options
     parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
 

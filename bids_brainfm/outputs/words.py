@@ -17,7 +17,7 @@ def described(columns: Mapping[str, str] | None = None, /, **more: str) -> dict[
 # First columns of tables with one row per window
 WINDOW_COLUMNS = {
     'window': {'Description': 'Number of the window, from 0'},
-    'onset': {'Description': "Start of the window since the run's start", 'Units': 's'},
+    'onset': {'Description': 'Start of the window, on the time axis of StartTime', 'Units': 's'},
     'duration': {'Description': 'Recorded signal in the window', 'Units': 's'},
     'real': {'Description': 'Proportion of samples that were recorded'},
     'flagged': {'Description': 'Proportion of recorded samples from flagged volumes'},

@@ -80,9 +80,7 @@ def read_confounds(tsv: Path, json_path: Path | None, preset: Preset, n_volumes:
         names = _retained(names, preset.components['mask'], tsv, json_path)
     regressors = _numbers(table, names, tsv)
 
-    steady = _numbers(table, [c for c in table if c.startswith('non_steady_state_outlier')], tsv)
-    non_steady = steady.any(axis=1)
-    dummy = n_volumes if non_steady.all() else int(np.argmin(non_steady))
+    non_steady, dummy = _non_steady(table, tsv)
     flagged: np.ndarray = non_steady & (np.arange(n_volumes) >= dummy)
     for column, limit in preset.outliers.items():
         if column not in table:
@@ -92,6 +90,19 @@ def read_confounds(tsv: Path, json_path: Path | None, preset: Preset, n_volumes:
             )
         flagged |= _numbers(table, [column], tsv, fill=False)[:, 0] > limit
     return Confounds(regressors, tuple(names), flagged, dummy)
+
+
+def count_dummy(tsv: Path, n_volumes: int) -> int:
+    """Volumes at the start of a run that are not in steady state, from its confounds table."""
+    return _non_steady(_read_table(tsv, n_volumes), tsv)[1]
+
+
+def _non_steady(table: 'pd.DataFrame', tsv: Path) -> tuple[np.ndarray, int]:
+    """(T,) bool, volumes that are not in steady state; how many of these are at the start."""
+    columns = [c for c in table if c.startswith('non_steady_state_outlier')]
+    non_steady = np.asarray(_numbers(table, columns, tsv).any(axis=1))
+    dummy = len(table) if non_steady.all() else int(np.argmin(non_steady))
+    return non_steady, dummy
 
 
 def _read_table(tsv: Path, n_volumes: int) -> 'pd.DataFrame':

@@ -215,7 +215,7 @@ def _plan_atlas(
         denoise = 'none'
     series = SeriesTask(
         place, card, home, denoise, settings.min_coverage, settings.max_flagged, version,
-        denoised=any(run.denoised for run in runs),
+        denoised=any(run.denoised for run in runs), parcel_voxels=settings.parcel_voxels,
         parameters=resolve.parameters(OF_SERIES, settings, None, atlas),
     )  # fmt: skip
     if load_preset(denoise).touches_nothing:  # then the confounds are no input
