@@ -25,7 +25,6 @@ from bids_brainfm.models.encoder import (
     ascending_y,
     encode_runs,
     resolve_device,
-    resolve_precision,
     set_positions,
 )
 from bids_brainfm.models.masking import keep_lowest, keep_visible, masked_loss, masked_tokens

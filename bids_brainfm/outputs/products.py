@@ -183,6 +183,8 @@ class Context:
     data: ModelInput  # the run in the model's units
     windows: Windows  # what was encoded
     encoding: 'Encoding'
+    # what PrecisionCheck found so far; None where the encoder computes in float32
+    precision_check: dict[str, Any] | None = None
 
     @property
     def atlas(self) -> Atlas:
