@@ -262,8 +262,8 @@ def test_statistics_of_the_training_part_only(simulated, tmp_path, app, capsys):
 
     capsys.readouterr()
     for options, words in (
-        (listed + ('--part', 'validation'), 'nobody of this part; its parts are test, train'),
-        (listed + ('--part', 'train', '--participant-label', '01'), 'both name participants'),
+        ((*listed, '--part', 'validation'), 'nobody of this part; its parts are test, train'),
+        ((*listed, '--part', 'train', '--participant-label', '01'), 'both name participants'),
         (('--scale-stats', '--part', 'train'), 'add --participants-file'),
     ):
         assert group(out, *options) == 2

@@ -117,8 +117,8 @@ def test_cohort_means_keep_the_level():
 def between_person_variance(gain_sd, brain_means=None, people=200, parcels=100, volumes=60):
     """Between-person variance of what the model is given, and what one number explains of it.
 
-    Parcels differ between people by a third as much as 20 %, receivers by `gain_sd`. The number is the mean over
-    parcels, by which each parcel is predicted.
+    Parcels differ between people by a third of 20 %, receivers by `gain_sd`. The number is the
+    mean over parcels, by which each parcel is predicted.
     """
     rng, fit, runs = np.random.default_rng(1), CohortFit('A'), []
     pattern = rng.uniform(7000, 12000, parcels)

@@ -98,20 +98,19 @@ class PrecisionCheck:
         self._squares = (found**2).sum(axis=0) + (self._squares if self.encoded else 0)
         self.encoded += len(found)
 
-    @property
-    def error(self) -> float | None:
-        """Error in SD; None with fewer than two windows, or where embeddings do not vary."""
+    def errors(self) -> np.ndarray:
+        """Error of each dimension that varies, in SD; of none with fewer than two windows."""
         if self.encoded < 2:
-            return None
+            return np.zeros(0)
         variance = (self._squares - self._sum**2 / self.encoded) / (self.encoded - 1)
         varies = variance > 0
-        if not varies.any():
-            return None
-        return float(np.sqrt((self._error[varies] ** 2 / variance[varies]).mean()))
+        return self._error[varies] / np.sqrt(variance[varies])
 
     def found(self) -> dict[str, Any]:
         """What a sidecar says, as of now; a warning where the error is above `TOLERATED`."""
-        error, warning = self.error, None
+        errors = self.errors()
+        error = float(np.sqrt((errors**2).mean())) if errors.size else None
+        warning = None
         if error is not None and error > TOLERATED:
             warning = (
                 f'In {self.precision}, embeddings are off by {error:.1%} of their standard '
@@ -123,6 +122,6 @@ class PrecisionCheck:
             'Description': f'Difference between embeddings in {self.precision} and in float32: '
             'root mean square over the windows compared, divided by the standard deviation over '
             'the windows encoded so far by this command, as a root mean square over dimensions.',
-            'RelativeError': error, 'WindowsCompared': self.compared,
-            'WindowsEncoded': self.encoded, 'Warning': warning,
+            'RelativeError': error, 'LargestOfDimensions': errors.max() if errors.size else None,
+            'WindowsCompared': self.compared, 'WindowsEncoded': self.encoded, 'Warning': warning,
         }  # fmt: skip
