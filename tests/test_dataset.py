@@ -91,7 +91,7 @@ def test_precisions_are_not_mixed(outputs):
     path = stem.with_name(f'{stem.name}_run-2_stat-attention_desc-m_boldmap.tsv')
     write_sidecar(path, {'Precision': 'tf32'})
     with pytest.raises(
-        BrainfmError, match='run-1.* in float32 and .*run-2.* in tf32: a difference'
+        BrainfmError, match=r'run-1.* in float32 and .*run-2.* in tf32: a difference'
     ):
         find_whole(outputs, 'boldmap', {})
     assert len(find_whole(outputs, 'boldmap', {'run': ('1', '3')})) == 2

@@ -572,13 +572,16 @@ def allowed():
 def test_only_tf32_is_tf32(xyz, monkeypatch, precision, before):
     """Convolutions, for which PyTorch takes TF32 by itself, are in float32 unless asked."""
     encoder, seen = encoder_of('vit16', xyz, precision), []
-    for name in ('encode', 'decode'):
 
-        def watched(*args, function=getattr(encoder.network, name), **more):
+    def watch(function):
+        def watched(*args, **more):
             seen.append(allowed())
             return function(*args, **more)
 
-        monkeypatch.setattr(encoder.network, name, watched)
+        return watched
+
+    for name in ('encode', 'decode'):
+        monkeypatch.setattr(encoder.network, name, watch(getattr(encoder.network, name)))
     with products_in('tf32' if before else 'float32'):
         encoder.encode(windows_of(1))
         encoder.reconstruct(windows_of(1), torch.arange(0, encoder.network.tokens, 2))
