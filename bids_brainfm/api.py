@@ -135,8 +135,8 @@ def load_model(
         A checkpoint folder or file; by default the fetched weights, or those next to the card.
     device : {'auto', 'cpu', 'cuda'}
         Where the network runs; ``'auto'`` takes a GPU where there is one.
-    precision : {'float32', 'bfloat16'}, optional
-        Of matrix products; by default float32 on the CPU and bfloat16 on a GPU.
+    precision : {'float32', 'tf32', 'bfloat16'}, optional
+        Of matrix products; by default float32 on the CPU, and TF32 on a GPU that has it.
     random_weights : bool, default False
         Whether to leave the weights aside: the control experiment.
     block : {'cross-time', 'cross-roi', 'double-cross'}, optional
@@ -158,7 +158,8 @@ def load_model(
         There is no such model, an option has a value that it does not take, or weights,
         gradients, statistics or the atlas are not at hand or do not fit.
     """
-    from bids_brainfm.models.encoder import resolve_device, resolve_precision
+    from bids_brainfm.models.encoder import resolve_device
+    from bids_brainfm.models.precision import resolve_precision
 
     place, path = home(), None if weights is None else Path(weights).absolute()
     spec = resolve_model(str(name_or_card), place, path, random_weights)

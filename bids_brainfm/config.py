@@ -12,6 +12,9 @@ from typing import Any
 
 from bids_brainfm.errors import BrainfmError
 
+# Of the matrix products of a network, from the highest to the lowest
+PRECISIONS = ('float32', 'tf32', 'bfloat16')
+
 
 def available_cpus() -> int:
     """Number of CPUs this process may use: the Slurm allocation where there is one."""
@@ -58,6 +61,8 @@ class Settings:
     analysis_level: str = 'participant'
 
     participant_label: tuple[str, ...] = ()
+    participants_file: Path | None = None
+    part: str | None = None
     session_label: tuple[str, ...] = ()
     task_id: tuple[str, ...] = ()
     run_id: tuple[str, ...] = ()

@@ -385,6 +385,9 @@ def test_exact_is_the_same_where_it_can_be():
     coarse = bids_brainfm.load_model('brainlm-demo', device='cpu', precision='bfloat16')
     assert coarse.exact is coarse.exact is not coarse.encoder
     assert coarse.exact.precision == 'float32'
+    fast = dataclasses.replace(model, precision='tf32')  # on a GPU
+    assert (fast.encoder.precision, fast.exact.precision) == ('tf32', 'float32')
+    assert fast.exact.network is fast.encoder.network
 
 
 # --- order of columns ------------------------------------------------------------------------

@@ -78,6 +78,25 @@ def test_other_datasets_are_refused(outputs):
         find_whole(outputs, 'timeseries', {}, 7)
 
 
+def test_precisions_are_not_mixed(outputs):
+    """Of one model; a second model may have been run in another one."""
+    stem = outputs / 'sub-01' / 'func' / 'sub-01_task-rest'
+    for run, label, precision in (
+        ('1', 'm', 'float32'), ('2', 'm', 'float32'), ('3', 'k', 'bfloat16'),
+    ):  # fmt: skip
+        path = stem.with_name(f'{stem.name}_run-{run}_stat-attention_desc-{label}_boldmap.tsv')
+        path.write_text('a\n1\n')
+        write_sidecar(path, {'Precision': precision})
+    assert len(find_whole(outputs, 'boldmap', {})) == 3
+    path = stem.with_name(f'{stem.name}_run-2_stat-attention_desc-m_boldmap.tsv')
+    write_sidecar(path, {'Precision': 'tf32'})
+    with pytest.raises(
+        BrainfmError, match=r'run-1.* in float32 and .*run-2.* in tf32: a difference'
+    ):
+        find_whole(outputs, 'boldmap', {})
+    assert len(find_whole(outputs, 'boldmap', {'run': ('1', '3')})) == 2
+
+
 @pytest.mark.parametrize('name', inputs.ADAPTERS)
 def test_adapters_have_what_the_protocol_says(name):
     module = inputs.adapter(name)

@@ -86,7 +86,8 @@ def find_whole(
     They are whole, of this `version` of the results, and not excluded for their flagged volumes.
     `filters` are the labels of an entity to take, all where empty; for the rest see
     :func:`iterate_records`. Raises BrainfmError where the dataset was not written by this
-    program, or lacks a participant that was asked for.
+    program, lacks a participant that was asked for, or has outputs of one model that were
+    computed in different precisions, which no statistic over participants may mix.
     """
     makers = [program.get('Name') for program in generators(read_description(root))]
     if 'bids_brainfm' not in makers:
@@ -112,7 +113,67 @@ def find_whole(
             kept.append(record)
             continue
         LOGGER.warning('%s is left out, since %s.', record.path, reason)
+    _check_precision(kept)
     return kept
+
+
+def _check_precision(records: Iterable[Record]) -> None:
+    """Raise BrainfmError where outputs of one model were computed in different precisions."""
+    first: dict[str | None, Record] = {}
+    for record in records:
+        other = first.setdefault(record.entities.get('desc'), record)
+        one, two = (
+            (each.sidecar or {}).get('Precision', 'an unknown precision')
+            for each in (other, record)
+        )
+        if one != two:
+            raise BrainfmError(
+                f'{other.path.name} was computed in {one} and {record.path.name} in {two}: a '
+                f'difference between these could be one of precision; run the participant level '
+                f'with one --precision on all participants, in another output folder.'
+            )
+
+
+def select_participants(dataset: Path, path: Path, part: str | None) -> tuple[str, ...]:
+    """Labels (``01``) of the participants of a dataset that a table lists, or of a part of them.
+
+    The table is a TSV with the column ``participant_id``, and ``part`` where one is asked for, as
+    a training writes it; a warning says how many of it the dataset lacks. Raises BrainfmError
+    where there is no such column or part, or the dataset has none of them.
+    """
+    import pandas as pd
+
+    try:
+        frame = pd.read_csv(path, sep='\t', dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise BrainfmError(f'--participants-file {path} cannot be read ({error}).') from None
+    for column in ('participant_id', 'part')[: 1 if part is None else 2]:
+        if column not in frame:
+            raise BrainfmError(
+                f'--participants-file {path} has no column {column}; its columns are '
+                f'{", ".join(frame)}.'
+            )
+    if part is not None:
+        known = sorted(set(frame['part']))
+        if part not in known:
+            raise BrainfmError(
+                f'--part {part}: {path} lists nobody of this part; its parts are '
+                f'{", ".join(known) or "none"}.'
+            )
+        frame = frame[frame['part'] == part]
+    listed = dict.fromkeys(frame['participant_id'].str.removeprefix('sub-'))
+    found = tuple(label for label in listed if (dataset / f'sub-{label}').is_dir())
+    if not found:
+        raise BrainfmError(
+            f'{dataset} has none of the {len(listed)} participants that --participants-file '
+            f'{path} lists{f" as {part}" if part else ""}: give a table of this dataset.'
+        )
+    if len(found) < len(listed):
+        LOGGER.warning(
+            '%s has %d of the %d participants that %s lists.', dataset, len(found), len(listed),
+            path,
+        )  # fmt: skip
+    return found
 
 
 def describe_filters(filters: dict[str, tuple[str, ...]]) -> str:

@@ -1,5 +1,6 @@
 """A loaded model, parcel series in, embeddings out: the same for the command and notebooks."""
 
+import copy
 import math
 import warnings
 from dataclasses import dataclass, replace
@@ -75,10 +76,14 @@ class Model:
 
     @cached_property
     def exact(self) -> 'Encoder':
-        """The encoder in float32."""
+        """The encoder in float32, of the same weights in memory where these are float32."""
+        if self.precision == 'bfloat16':
+            return replace(self, precision='float32').encoder
         if self.precision == 'float32':
             return self.encoder
-        return replace(self, precision='float32').encoder
+        exact = copy.copy(self.encoder)
+        exact.precision = 'float32'
+        return exact
 
     @cached_property
     def gradients(self) -> np.ndarray | None:

@@ -189,6 +189,8 @@ class Context:
     data: ModelInput  # the run in the model's units
     windows: Windows  # what was encoded
     encoding: 'Encoding'
+    # what PrecisionCheck found so far; None where the encoder computes in float32
+    precision_check: dict[str, Any] | None = None
     results_version: int | None = None  # of the product that is being made
 
     @property

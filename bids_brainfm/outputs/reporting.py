@@ -1,5 +1,6 @@
 """From the derivatives of a participant to the report: everything is read back from disk."""
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from bids_brainfm.reports.methods import read_methods
 from bids_brainfm.reports.report import write_report
 from bids_brainfm.signals.connectome import LABEL as CONNECTOME
 
+LOGGER = logging.getLogger('bids_brainfm')
 OUTDATED = (
     'the outputs were written by another version of bids_brainfm, with other numbers: run it again '
     'with --recompute.'
@@ -29,8 +31,14 @@ NEXT_TO_EMBEDDING = tuple(
 
 
 def report(output: Path, subject: str, software: dict[str, str]) -> Path:
-    """Write the report of one participant, from what is in the output folder."""
+    """Write the report of one participant, from what is in the output folder.
+
+    The warnings of all sidecars that it shows go to the log as well.
+    """
     runs, methods = collect_runs(output, subject), read_methods(output)
+    for run in runs:
+        for sentence in run.warnings:
+            LOGGER.warning('%s: %s', run.name, sentence)
     return write_report(output, subject, runs, report_figures(), methods, software)
 
 

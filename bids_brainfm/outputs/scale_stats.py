@@ -15,6 +15,7 @@ from bids_brainfm.bids.naming import own_uri, parcels_name
 from bids_brainfm.config import Settings
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.outputs.registry import BY_NAME
+from bids_brainfm.resources import sha256_of
 from bids_brainfm.signals.cohort_stats import CohortFit
 from bids_brainfm.signals.scale import ScaleStats, check_stats, stats_content, unusable
 
@@ -24,8 +25,8 @@ FEW = 20
 WHAT = {
     'cohort': 'median and interquartile range of all samples of runs with the grand mean at 10000 '
     "and the parcel's own mean taken out, and bounds at -3.6 and 3.7 SD, in interquartile ranges",
-    'cohort-means': 'median and interquartile range over participants of the mean over time, in '
-    'BOLD units',
+    'cohort-means': 'median and interquartile range over participants of the mean over time, with '
+    'the grand mean of each run at 10000',
 }
 Filters = dict[str, tuple[str, ...]]
 
@@ -91,10 +92,13 @@ def write(
                 raise BrainfmError(f'{record.path.name}: {error}') from None
             denoising.add(cleaning['Name'])
             lengths.append(len(data))
+        path, part = settings.participants_file, settings.part
+        selection = path and {'Name': path.name, 'SHA256': sha256_of(path), 'Part': part}
         people = {record.entities['sub'] for record in records}
         facts = {
             'NumberOfRuns': len(records), 'NumberOfParticipants': len(people),
-            'Denoising': sorted(denoising), 'SoftwareVersion': version, 'Node': names,
+            'ParticipantsFile': selection, 'Denoising': sorted(denoising),
+            'SoftwareVersion': version, 'Node': names,
         }  # fmt: skip
         if len(people) < FEW:
             LOGGER.warning(
@@ -110,8 +114,8 @@ def write(
             except BrainfmError as error:
                 LOGGER.warning('Not written, for %s: %s', method, error)
                 continue
-            written.append(path := _write_stats(dataset, method, stats, facts, table))
-            LOGGER.info('Statistics for models scaled by %s: %s', method, path)
+            written.append(_write_stats(dataset, method, stats, facts, table))
+            LOGGER.info('Statistics for models scaled by %s: %s', method, written[-1])
     if not written:
         raise BrainfmError(
             f'The parcel series of {dataset} give no statistics that a model could be scaled by '

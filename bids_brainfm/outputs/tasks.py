@@ -92,7 +92,7 @@ class ModelTask:
     contract: Contract
     home: Path  # where fetched atlases are kept
     device: str  # as resolved: cpu or cuda
-    precision: str  # as resolved: float32 or bfloat16
+    precision: str  # as resolved: float32, tf32 or bfloat16
     batch_size: int  # windows at once
     threads: int
     tokens: bool  # whether to write token embeddings

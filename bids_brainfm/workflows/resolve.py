@@ -61,7 +61,8 @@ def find_resources(settings: Settings, home: Path) -> list[ModelCard]:
 
 def resolve_models(settings: Settings, home: Path, version: str) -> list[ModelTask]:
     """Settle how each model is run; raises BrainfmError where one cannot do what is asked."""
-    from bids_brainfm.models.encoder import resolve_device, resolve_precision
+    from bids_brainfm.models.encoder import resolve_device
+    from bids_brainfm.models.precision import resolve_precision
 
     device = resolve_device(settings.device)
     tasks = []
@@ -72,7 +73,7 @@ def resolve_models(settings: Settings, home: Path, version: str) -> list[ModelTa
         task = ModelTask(
             place=Place(settings.output_dir, atlas.name, spec.label), spec=spec,
             contract=_contract(settings, spec.card, atlas.name), home=home, device=str(device),
-            precision=str(resolve_precision(settings.precision, device)),
+            precision=resolve_precision(settings.precision, device),
             batch_size=settings.batch_size, threads=settings.omp_nthreads or 1,
             tokens=settings.tokens, version=version,
             parameters=parameters(OF_MODELS, settings, spec, atlas),
