@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from bids_brainfm.bids.dataset import Record, describe_filters, find_whole
@@ -86,6 +87,8 @@ def write(
                     f'The sidecar (.json) of {record.path} lacks the BrainMean or the Denoising: '
                     f'remove both and run the participant level again.'
                 )
+            # flagged volumes hold interpolated values
+            data = np.delete(data, sidecar.get('FlaggedVolumes', []), axis=0)
             try:
                 fit.add(record.entities['sub'], data, level)
             except BrainfmError as error:
@@ -106,7 +109,7 @@ def write(
                 'more of these people than of a cohort.', atlas, len(people), FEW,
             )  # fmt: skip
         runs = [parcels_name(record.path.name) for record in records]
-        table = {'run': runs, 'volumes': lengths}
+        table = {'run': runs, 'unflagged_volumes': lengths}
         fitted = {'cohort': fit.series(), 'cohort-means': fit.temporal_means()}
         for method, stats in fitted.items():
             try:
