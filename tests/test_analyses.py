@@ -773,7 +773,7 @@ def test_bfloat16_reconstructs_nearly_the_same():
     [
         ({'image_size': 432, 'patch_size': 16}, 27, 13),
         ({'image_size': 434, 'patch_size': 14}, 31, 15),
-        ({'model_type': 'brainlm_mae', 'timepoint_patching_size': 20}, 424, 10),
+        (LEGACY | FULL | {'model_type': 'brainlm_mae', 'timepoint_patching_size': 20}, 424, 10),
         ({'model_type': 'brain_jepa'}, 424, 10),
     ],
 )
