@@ -478,7 +478,7 @@ def test_only_the_follower_of_a_perturbed_parcel_changes(mode, k_sd):
     np.testing.assert_allclose(found.change, expected, atol=1e-5)
     assert (found.p[[3, 15]] == 1).all()
     assert np.isnan(found.p[6])
-    assert len(found.null) == P - 1  # the target can move to no other place
+    assert len(found.null) == 19
     assert np.isfinite(found.null).all()
 
 
@@ -574,11 +574,11 @@ def test_as_many_parcels_as_by_chance_where_influence_depends_on_distance_alone(
     counts, near = [], []
     for parcel in range(0, 150, 6):
         found = significance(weights, xyz, parcel, seed=parcel)
-        assert found.expected == pytest.approx(149 / 25)
+        assert found.expected == pytest.approx(149 / 20)
         assert found.mismatch < 2
         counts.append(found.significant.sum())
         near += list(found.significant[(distance[parcel] < 20) & (distance[parcel] > 0)])
-    assert np.mean(counts) == pytest.approx(149 / 25, rel=0.3)
+    assert np.mean(counts) == pytest.approx(149 / 20, rel=0.3)
     assert len(near) > 50
     assert np.mean(near) < 0.12
 
@@ -593,7 +593,7 @@ def test_what_a_parcel_drives_is_found(near_and_far):
     assert found.significant[driven_by_it].mean() > 0.9
     assert before.significant[driven_by_it].mean() < 0.2
     others = np.setdiff1d(np.arange(150), driven_by_it)
-    assert found.significant[others].sum() <= before.significant[others].sum() + 3
+    assert found.significant[others].mean() < 0.1
 
 
 def test_null_pairs_parcels_at_the_same_distance():
@@ -717,14 +717,16 @@ def test_sham_targets_are_the_target_moved_along_the_rows(family):
 
 
 def test_a_wide_target_of_a_vision_transformer_has_shams():
-    """Shams that would hold every token are skipped; without 19 shams there is no p."""
+    """Shams that would hold every token are skipped; with fewer than 19 shams there is no p."""
     network = neighbour('vit', reach=8)
     window = run_of().T
     target = np.isin(np.arange(P), [0, 1, 2, 4, 5, 20, 21])  # three of four blocks of rows
     found = perturbed(network, window, target)
     assert np.isfinite(found.change).sum() == 8
-    assert 3 <= len(found.null) <= 24
-    assert np.isfinite(found.p).any() == (len(found.null) >= 19)
+    assert np.isfinite(found.p).sum() == 8
+    few = perturbed(network, window, target, shams=18)
+    assert len(few.null) == 18
+    assert np.isnan(few.p).all()
 
 
 def test_targets_that_cannot_be():

@@ -18,8 +18,7 @@ from bids_brainfm.models.protocol import Reconstructing
 MODES = ('pulse', 'clamp')
 PULSES = 4  # at most, spread evenly over the window
 LAGS = (0, -1, 1)  # tokens from the pulse to where its response is averaged
-ENOUGH = 19  # sham targets, so that a change beyond all of them has p = 1 / 20
-SHAMS = 24
+SHAMS = 19  # so that a change beyond those of all sham targets has p = 1 / 20
 ALPHA = 0.05
 
 
@@ -49,7 +48,7 @@ class Perturbation:
         """Proportion (P,) of targets, shams and this, with as large a change; NaN if few shams."""
         exceeding = (np.abs(self.null) >= np.abs(self.change)).sum(axis=0)
         p = (1 + exceeding) / (1 + len(self.null))
-        return np.where(np.isfinite(self.change) & (len(self.null) >= ENOUGH), p, np.nan)
+        return np.where(np.isfinite(self.change) & (len(self.null) >= SHAMS), p, np.nan)
 
     @property
     def null_rms(self) -> np.ndarray:

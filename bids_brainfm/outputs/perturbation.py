@@ -166,7 +166,7 @@ def write(context: Context, result: Result) -> None:
 
 def _describe(context: Context, result: Result) -> dict[str, Any]:
     """Sidecar of the map."""
-    from bids_brainfm.analyses.perturb import ENOUGH
+    from bids_brainfm.analyses.perturb import SHAMS
 
     spec, asked, tr = context.task.spec, context.task.parameters[NAME], context.windows.tr
     found, atlas, target = result.found, context.atlas, result.found.target
@@ -201,7 +201,7 @@ def _describe(context: Context, result: Result) -> dict[str, Any]:
         Node=f'Parcel of {atlas.name}', change='In SD of the parcel over the run',
         change_bold='In BOLD units',
         p='Proportion of targets, shams and this one, that change a parcel at this distance at '
-        f'least as much; not corrected for the number of parcels; n/a with fewer than {ENOUGH} '
+        f'least as much; not corrected for the number of parcels; n/a with fewer than {SHAMS} '
         'shams',
         sham_rms='Root mean square of the changes under sham targets at matched distance, in SD',
         target='1 for the parcels that were perturbed',
