@@ -576,6 +576,7 @@ def test_as_many_parcels_as_by_chance_where_influence_depends_on_distance_alone(
         found = significance(weights, xyz, parcel, seed=parcel)
         assert found.expected == pytest.approx(149 / 20)
         assert found.mismatch < 2
+        assert np.mean(found.sham_counts) == pytest.approx(149 / 20, rel=0.5)
         counts.append(found.significant.sum())
         near += list(found.significant[(distance[parcel] < 20) & (distance[parcel] > 0)])
     assert np.mean(counts) == pytest.approx(149 / 20, rel=0.3)
@@ -591,6 +592,7 @@ def test_what_a_parcel_drives_is_found(near_and_far):
     planted[driven_by_it, 40] += 0.3
     found, before = (significance(w, xyz, 40) for w in (planted, weights))
     assert found.significant[driven_by_it].mean() > 0.9
+    assert (found.sham_counts < found.significant.sum()).all()
     assert before.significant[driven_by_it].mean() < 0.2
     others = np.setdiff1d(np.arange(150), driven_by_it)
     assert found.significant[others].mean() < 0.1
@@ -616,7 +618,8 @@ def test_null_pairs_parcels_at_the_same_distance():
 def test_expected_count_follows_the_number_of_shams():
     change = np.append(np.nan, np.arange(1.0, 101))[None]
     for shams, proportion in ((19, 1 / 20), (24, 1 / 25), (39, 2 / 40), (18, 0)):
-        found = Perturbation(change[0] > 0, change, np.zeros((shams, 101)), 0.0, np.ones((1, 9)))
+        null = np.zeros((shams, 101))
+        found = Perturbation(change[0] > 0, change, null, 0.0, np.zeros(shams), np.ones((1, 9)))
         assert found.expected == pytest.approx(100 * proportion)
         assert found.significant.sum() == (100 if shams >= 19 else 0)
 

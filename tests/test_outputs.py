@@ -297,6 +297,7 @@ def test_attention_maps(done):
     assert 'spans 16 parcels' in sidecar['TokenSpan']
     by_token = coarse.drop_duplicates('token').filter(like='patch').to_numpy()
     assert sidecar['NumberOfTokens'] == 729
+    assert sidecar['TokensInPadding'] == 729 - 27 * 13
     assert sidecar['AttentionToPadding'] == pytest.approx(1 - by_token.sum() / 729, abs=1e-5)
     fine_sidecar = about(done, f'stat-attention_desc-{PARCELS}_boldmap')
     assert not {'TokenSpan', 'AttentionToPadding'} & set(fine_sidecar)
@@ -325,7 +326,8 @@ def test_perturbation_map(done, label):
     assert sidecar['NumberOfShams'] == 19
     assert sidecar['ParcelsBelow05'] == (table['p'] <= 0.05).sum()
     assert sidecar['ParcelsExpectedByChance'] == pytest.approx(tested.sum() / 20)
-    expected = f'({tested.sum() / 20:.1f} expected by chance)'
+    assert len(sidecar['ParcelsBelow05OfShams']) == 19
+    expected = f'({tested.sum() / 20:.1f} expected by chance; at least as many for '
     assert expected in (done / 'sub-01.html').read_text()
     assert sidecar['MedianDistanceMismatch'] < 2
     assert (sidecar['Mode'], sidecar['SD'], sidecar['NumberOfStimuli']) == ('pulse', 1, 4)
@@ -444,6 +446,7 @@ def test_outputs_can_be_added_and_do_not_outlive_their_input(dataset, tmp_path, 
         (('--outputs', 'forecast', '--forecast-points', '10'), 'points was 20 and is now 10'),
         (('--outputs', 'networks', '--network-clusters', '4'), 'clusters was 9 and is now 4'),
         (('--outputs', 'perturbation', '--perturb', 'visual'), "target_name was 'L_"),
+        (('--outputs', 'perturbation', '--perturb-mode', 'clamp'), "mode was 'pulse' and is now"),
     ],
 )
 def test_other_settings_are_not_mixed_in(simulated, done, tmp_path, app, capfd, options, said):

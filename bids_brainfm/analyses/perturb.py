@@ -36,6 +36,7 @@ class Perturbation:
     response: np.ndarray
     null: np.ndarray  # (N, P) float, changes under N sham targets at matched distance
     mismatch: float  # median difference between the distances that were matched, in mm
+    sham_counts: np.ndarray  # (N,) int, significant parcels of each sham as if it were the target
     times: np.ndarray  # (M, T) bool, when each of M stimuli took place
 
     @property
@@ -46,9 +47,7 @@ class Perturbation:
     @property
     def p(self) -> np.ndarray:
         """Proportion (P,) of targets, shams and this, with as large a change; NaN if few shams."""
-        exceeding = (np.abs(self.null) >= np.abs(self.change)).sum(axis=0)
-        p = (1 + exceeding) / (1 + len(self.null))
-        return np.where(np.isfinite(self.change) & (len(self.null) >= SHAMS), p, np.nan)
+        return _p(self.change, self.null)
 
     @property
     def null_rms(self) -> np.ndarray:
@@ -60,7 +59,7 @@ class Perturbation:
     @property
     def significant(self) -> np.ndarray:
         """Whether p is at most `ALPHA`, (P,) bool; not corrected for the number of parcels."""
-        return self.p <= ALPHA + 1e-9  # with 19 shams the smallest p is exactly 1 / 20
+        return _significant(self.p)
 
     @property
     def expected(self) -> float:
@@ -128,8 +127,14 @@ def perturb(
         with np.errstate(invalid='ignore', divide='ignore'):
             responses.append(np.where((sd > 0) & eligible, np.array(found) / sd, np.nan))
     distance = np.array([_distance(xyz, parcels) for parcels in targets])
-    null, mismatch = matched_null(np.array(responses)[:, 0], distance)
-    return Perturbation(target, responses[0], null, mismatch, times)
+    changes = np.array(responses)[:, 0]
+    null, mismatch = matched_null(changes, distance)
+    counts = np.zeros(len(null), dtype=int)
+    for k in range(1, len(targets)):
+        rest = [k, *range(k), *range(k + 1, len(targets))]
+        under_shams, _ = matched_null(changes[rest], distance[rest])
+        counts[k - 1] = _significant(_p(changes[k], under_shams)).sum()
+    return Perturbation(target, responses[0], null, mismatch, counts, times)
 
 
 def stimulus_times(encoder: Encoder, recorded: np.ndarray, mode: str) -> np.ndarray:
@@ -263,6 +268,17 @@ def others_left(
     rows = torch.from_numpy(target if order is None else target[order])
     tokens = network.covering(rows[None, :, None].expand(1, *network.capabilities.window))
     return bool(network.points(~tokens).any())
+
+
+def _p(change: np.ndarray, null: np.ndarray) -> np.ndarray:
+    """See :attr:`Perturbation.p`."""
+    p = (1 + (np.abs(null) >= np.abs(change)).sum(axis=0)) / (1 + len(null))
+    return np.where(np.isfinite(change) & (len(null) >= SHAMS), p, np.nan)
+
+
+def _significant(p: np.ndarray) -> np.ndarray:
+    """Whether p is at most `ALPHA`; with 19 shams the smallest p is exactly 1 / 20."""
+    return p <= ALPHA + 1e-9
 
 
 def _distance(xyz: np.ndarray, target: np.ndarray) -> np.ndarray:

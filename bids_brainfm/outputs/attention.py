@@ -22,7 +22,8 @@ class Result:
 
     relative: np.ndarray  # (P, K) float, of parcels and time patches; NaN for filled parcels
     token: np.ndarray  # (P,) int, tokens that share parcels are numbered from 0 in model order
-    padding: float | None  # proportion of attention to tokens that hold only padding, if any
+    padding: int  # number of tokens that hold only padding
+    to_padding: float  # proportion of the attention that they receive
 
 
 def token_note(task: ModelTask) -> str | None:
@@ -55,8 +56,8 @@ def compute(context: Context) -> Result:
     tokens = encoder.parcel_tokens
     _, first, row = np.unique(tokens[:, 0], return_index=True, return_inverse=True)
     shown, total = tokens[first].size, encoder.network.tokens
-    padding = 1 - relative[first].sum() / total if shown < total else None
-    return Result(context.own(relative), row, padding)
+    to_padding = 1 - relative[first].sum() / total
+    return Result(context.own(relative), row, total - shown, to_padding)
 
 
 def write(context: Context, result: Result) -> None:
@@ -76,7 +77,8 @@ def write(context: Context, result: Result) -> None:
         f'{source}, mean over heads and windows, as a multiple of uniform attention over all '
         'tokens but the class token (1 is uniform)',
         'NumberOfTokens': context.model.encoder.network.tokens,
-        'AttentionToPadding': result.padding,
+        'TokensInPadding': result.padding,
+        'AttentionToPadding': result.to_padding if result.padding else None,
         'TokenSpan': note,
     } | described({
         'Node': f'Parcel of {context.atlas.name}',
@@ -91,6 +93,10 @@ def write(context: Context, result: Result) -> None:
 def facts(sidecar: dict[str, Any]) -> dict[str, Any]:
     """Span of a token, and attention to padding, where that matters."""
     lines = {'Tokens': sidecar['TokenSpan']} if sidecar.get('TokenSpan') else {}
-    if (padding := sidecar.get('AttentionToPadding')) is not None:
-        lines['Attention to padding'] = f'{padding:.0%} of it falls on tokens that hold no data'
+    if number := sidecar['TokensInPadding']:
+        uniform = number / sidecar['NumberOfTokens']
+        lines['Attention to padding'] = (
+            f'{sidecar["AttentionToPadding"]:.0%} of it falls on tokens that hold no data '
+            f'({uniform:.0%} if it were uniform)'
+        )
     return lines

@@ -28,7 +28,8 @@ FIGURES = {'perturbation': Figure('Perturbation',
     'Change of the reconstruction of the other parcels when the marked ones are perturbed, '
     'compared with sham targets at matched distance. p values are not corrected for the number of '
     'parcels; the title gives the number expected below .05 by chance. Changes of parcels are '
-    'correlated, so the observed number can differ much from it by chance. The map shows which '
+    'correlated, so the observed number can differ much from it by chance: compare it with the '
+    'numbers of the sham targets. The map shows which '
     'dependence between parcels the model has learnt, not causal effects in the brain.')
 }  # fmt: skip
 
@@ -184,7 +185,9 @@ def _describe(context: Context, result: Result) -> dict[str, Any]:
     content = {
         'Description': f'Change of the reconstruction of each parcel by {spec.card.name} when '
         f'{asked.target_name} is {asked.action}, mean over the time of the perturbation. In the '
-        'image the target holds the size of the perturbation.',
+        'image the target holds the size of the perturbation. Onsets are in seconds from the '
+        'start of the window; ParcelsBelow05OfShams is the count of each sham target, tested as '
+        'if it were the target.',
         'Target': asked.target_name,
         'TargetParcels': [atlas.names[i] for i in np.flatnonzero(target)],
         'Mode': asked.mode, 'SD': asked.k_sd, 'NumberOfStimuli': len(found.times),
@@ -194,7 +197,7 @@ def _describe(context: Context, result: Result) -> dict[str, Any]:
         'MaskRatio': asked.mask_ratio, 'Seed': asked.seed, 'NumberOfShams': len(found.null),
         'MedianDistanceMismatch': found.mismatch, 'ParcelsSharingTokens': sharing,
         'ParcelsBelow05': int(found.significant.sum()),
-        'ParcelsExpectedByChance': found.expected,
+        'ParcelsExpectedByChance': found.expected, 'ParcelsBelow05OfShams': found.sham_counts,
         'ParcelsTested': int(np.isfinite(found.p).sum()), 'Warnings': warnings,
     }  # fmt: skip
     columns = described(
@@ -216,11 +219,13 @@ def _describe(context: Context, result: Result) -> dict[str, Any]:
 
 def facts(sidecar: dict[str, Any]) -> dict[str, Any]:
     """How many parcels change, and how far the stimulus lies outside the data."""
-    departure = sidecar['DepartureFromData']
+    departure, count = sidecar['DepartureFromData'], sidecar['ParcelsBelow05']
+    shams = sidecar['ParcelsBelow05OfShams']
     return {
         'Perturbation': f'{sidecar["Target"]}, {sidecar["Mode"]} of {sidecar["SD"]:+g} SD: '
-        f'{sidecar["ParcelsBelow05"]} of {sidecar["ParcelsTested"]} parcels with p ≤ .05 '
-        f'({sidecar["ParcelsExpectedByChance"]:.1f} expected by chance)',
+        f'{count} of {sidecar["ParcelsTested"]} parcels with p ≤ .05 '
+        f'({sidecar["ParcelsExpectedByChance"]:.1f} expected by chance; at least as many for '
+        f'{sum(n >= count for n in shams)} of {len(shams)} sham targets)',
         'Perturbed means': f'{as_number(departure)} SD from the means of equally long stretches '
         'of the run',
     }
