@@ -92,7 +92,16 @@ def ordinary(xyz):
         'networks': (xyz, labels, names, reference, rng.random(P), {'ARI': 0.4}),
         'knn': ({'features': score(0.6, p=0.01), 'xyz': score(0.5), **NULL}, rng.random(1000)),
         'attention': (xyz, np.exp(value[:, None] + noise), np.arange(P) // 16, 'A note. ' * 40),
-        'perturbation': (xyz, change, target, rng.random(P), np.full(P, 0.1), NAMES, 'raised', 18.0),
+        'perturbation': (
+            xyz,
+            change,
+            target,
+            rng.random(P),
+            np.full(P, 0.1),
+            NAMES,
+            'raised',
+            18.0,
+        ),
         'contrast': (xyz, value, rng.random(P), np.arange(P), 'task', 'rest', 20, 21),
     }
 

@@ -39,15 +39,18 @@ def contrast_tokens(a: np.ndarray, b: np.ndarray, paired: bool, token: np.ndarra
     Raises BrainfmError as :func:`contrast` does.
     """
     numbers, place = np.unique(token, return_inverse=True)
-    sides = [np.asarray(maps, float) for maps in (a, b)]
-    by_token = (
+    a, b = (np.asarray(maps, float) for maps in (a, b))
+    first, second = (
         np.stack([np.fmax.reduce(maps[:, token == k], axis=1) for k in numbers], axis=1)
-        for maps in sides
+        for maps in (a, b)
     )
-    found = contrast(*by_token, paired)
-    known = np.isfinite(sides[0]).any(axis=0) & np.isfinite(sides[1]).any(axis=0)
-    names = ('difference', 't', 'p', 'q')
-    return replace(found, **{n: np.where(known, getattr(found, n)[place], np.nan) for n in names})
+    found = contrast(first, second, paired)
+    known = np.isfinite(a).any(axis=0) & np.isfinite(b).any(axis=0)
+    shown = lambda values: np.where(known, values[place], np.nan)
+    return replace(
+        found, difference=shown(found.difference), t=shown(found.t), p=shown(found.p),
+        q=shown(found.q),
+    )  # fmt: skip
 
 
 def contrast(a: np.ndarray, b: np.ndarray, paired: bool) -> Contrast:

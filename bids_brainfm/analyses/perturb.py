@@ -168,14 +168,14 @@ def stimuli(
     """Perturb a window once for each row of `times` (M, T): (M, P, T); see :func:`perturb`."""
     given = np.repeat(window[None], len(times), axis=0)
     rise = (k_sd * sd)[:, None]
-    raised = window + rise if mode == 'pulse' else np.broadcast_to(mean[:, None] + rise, window.shape)
+    raised = (
+        window + rise if mode == 'pulse' else np.broadcast_to(mean[:, None] + rise, window.shape)
+    )
     where = target[:, None] & times[:, None]
     return np.where(where, raised, given).astype(window.dtype)
 
 
-def departure(
-    run: np.ndarray, given: np.ndarray, target: np.ndarray, times: np.ndarray
-) -> float:
+def departure(run: np.ndarray, given: np.ndarray, target: np.ndarray, times: np.ndarray) -> float:
     """Measure how far perturbed stretches lie outside what the run does.
 
     The mean of the target over each perturbed stretch is compared with the means over all
@@ -303,9 +303,7 @@ def _changes(
     return changes
 
 
-def _mean_at(
-    changes: np.ndarray, times: np.ndarray, lag: int, recorded: np.ndarray
-) -> np.ndarray:
+def _mean_at(changes: np.ndarray, times: np.ndarray, lag: int, recorded: np.ndarray) -> np.ndarray:
     """Mean (P,) of changes (M, P, T) `lag` points after each row of `times` (M, T) bool."""
     at = np.arange(times.shape[1]) - lag
     inside = (at >= 0) & (at < times.shape[1]) & recorded

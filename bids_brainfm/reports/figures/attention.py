@@ -13,9 +13,7 @@ from bids_brainfm.reports.style import BLUE, INK
 
 
 @style.look()
-def attention(
-    xyz: np.ndarray, profile: np.ndarray, token: np.ndarray, note: str | None
-) -> Figure:
+def attention(xyz: np.ndarray, profile: np.ndarray, token: np.ndarray, note: str | None) -> Figure:
     """Attention to each parcel as a multiple of uniform attention.
 
     Parameters
