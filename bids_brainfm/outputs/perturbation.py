@@ -103,12 +103,13 @@ def methods(task: ModelTask) -> str:
         where = f'at up to {PULSES} times spread over the first window of each run'
     return (
         f'{asked.target_name} was {asked.action} {where}, and the other parcels were '
-        f'reconstructed by {task.spec.card.name} with and without this perturbation under the same masks '
-        f'({asked.mask_ratio:.0%} of the tokens in each pass). The change of the reconstruction '
-        'during the perturbation, in SD of each parcel, was compared with the changes under up '
-        f'to {SHAMS} sham targets (the target moved along the order of the parcels) in parcels as '
-        'far from the sham as the parcel is from the target, relative to the root mean square change '
-        'of each parcel over all targets. p values were not corrected for the number of parcels.'
+        f'reconstructed by {task.spec.card.name} with and without this perturbation under the '
+        f'same masks ({asked.mask_ratio:.0%} of the tokens in each pass). The change of the '
+        'reconstruction during the perturbation, in SD of each parcel, was compared with the '
+        f'changes under up to {SHAMS} sham targets (the target moved along the order of the '
+        'parcels) in parcels as far from the sham as the parcel is from the target, relative to '
+        'the root mean square change of each parcel over all targets. p values were not corrected '
+        'for the number of parcels.'
     )
 
 
