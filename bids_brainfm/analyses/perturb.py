@@ -166,13 +166,9 @@ def stimuli(
     k_sd: float, mode: str,
 ) -> np.ndarray:  # fmt: skip
     """Perturb a window once for each row of `times` (M, T): (M, P, T); see :func:`perturb`."""
-    given = np.repeat(window[None], len(times), axis=0)
     rise = (k_sd * sd)[:, None]
-    raised = (
-        window + rise if mode == 'pulse' else np.broadcast_to(mean[:, None] + rise, window.shape)
-    )
-    where = target[:, None] & times[:, None]
-    return np.where(where, raised, given).astype(window.dtype)
+    raised = window + rise if mode == 'pulse' else mean[:, None] + rise
+    return np.where(target[:, None] & times[:, None], raised, window).astype(window.dtype)
 
 
 def departure(run: np.ndarray, given: np.ndarray, target: np.ndarray, times: np.ndarray) -> float:
