@@ -177,8 +177,8 @@ def write_arrays(path: Path, context: Context) -> None:
 
     Datasets: ``parcels`` (windows, parcels, dimensions), where the model has a token or more per
     parcel; ``tokens`` (windows, tokens, dimensions) in canonical order without the class token
-    and ``attention`` (windows, parcels), where tokens were asked for; ``onset`` (windows,) in
-    seconds and ``parcel_names``.
+    and ``attention`` (windows, parcels) as a multiple of uniform attention, where tokens were
+    asked for; ``onset`` (windows,) in seconds and ``parcel_names``.
     """
     import h5py
 
