@@ -741,7 +741,7 @@ def test_a_parcel_outside_the_brain_mask_is_na_in_every_table(dataset, tmp_path,
 
 
 def test_parcels_that_were_filled_have_no_features(tmp_path):
-    """An embedding of a parcel without signal is that of its neighbour, and finds no network."""
+    """Parcels without signal have no features; windows that are excluded do not add to them."""
     import h5py
 
     from bids_brainfm.bids.files import write_matrix
@@ -757,6 +757,7 @@ def test_parcels_that_were_filled_have_no_features(tmp_path):
     names = ['a', 'b', 'c']
     write_matrix(place.of_series.table(run, 'connectome'), relmat, ['Node', *names], names)
     with h5py.File(task.features_file(run), 'w') as file:
-        file['parcels'] = np.stack([np.zeros((3, 2)), np.ones((3, 2))])
+        file['parcels'] = np.stack([np.zeros((3, 2)), np.ones((3, 2)), np.full((3, 2), 9)])
+        file['excluded'] = [False, False, True]
     features = features_of(run, task)
     np.testing.assert_array_equal(features, [[0.5, 0.5], [0.5, 0.5], [np.nan, np.nan]])

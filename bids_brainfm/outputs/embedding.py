@@ -93,8 +93,8 @@ def _scaling_text(contract: Contract) -> str:
     """How series were scaled, from "Series" on."""
     text = {
         'none': 'were not scaled',
-        'run-robust': 'were scaled for each run (whole-brain mean to 10000, each parcel demeaned '
-        'and divided by its interquartile range, and clipped)',
+        'run-robust': 'were scaled for each run (each parcel demeaned, divided by its own '
+        'interquartile range, and clipped)',
         'global-z': 'were standardised with one mean and standard deviation for the whole run',
         'parcel-z': 'were standardised for each parcel',
         'cohort': 'were scaled by statistics fitted on a cohort',
