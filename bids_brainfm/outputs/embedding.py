@@ -97,7 +97,8 @@ def _scaling_text(contract: Contract) -> str:
         'interquartile range, and clipped)',
         'global-z': 'were standardised with one mean and standard deviation for the whole run',
         'parcel-z': 'were standardised for each parcel',
-        'cohort': 'were scaled by statistics fitted on a cohort',
+        'cohort': 'were scaled for each run (whole-brain mean to 10000, each parcel demeaned) and '
+        'by the interquartile range and bounds of a cohort',
         'cohort-means': 'were scaled for each run (whole-brain mean to 10000) and then for each '
         'parcel by the median and interquartile range of its temporal mean over a cohort',
     }[contract.scaling]
