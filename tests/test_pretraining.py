@@ -21,7 +21,7 @@ from bids_brainfm.models import weights
 from bids_brainfm.models.head import Head
 from bids_brainfm.models.masking import masked_tokens, standardised
 from bids_brainfm.training.cohort import Targets
-from bids_brainfm.training.evaluation import scores_of, describe_test
+from bids_brainfm.training.evaluation import describe_test, scores_of
 from bids_brainfm.training.finetuning import Supervised, dummy, loss_of, mean_by_participant
 from bids_brainfm.training.job import objective_for
 from bids_brainfm.training.linear import as_layer, fit_linear, folds_of, predict_linear
@@ -590,8 +590,9 @@ def test_tokens_of_flagged_volumes_are_left_out():
 def test_flagged_tokens_are_not_learned():
     """Loss, its number of terms and the spread are those of the other tokens."""
     objective, signal, flagged = latent(), signal_of(4), some_flagged(4)
-    flagged[:2, TIMES // 2 :] = True
     network, given = objective.network, blocks_of(objective, 4) | {'flagged': flagged}
+    patch = int(given['target'][0, 0]) % (TIMES // PATCH)  # of a token that is to be predicted
+    flagged[:2, patch * PATCH : (patch + 1) * PATCH] = True
     with torch.no_grad():
         total, count, facts = objective(signal, **given)
         hidden = F.layer_norm(network.encode(signal)[0], (24,))
