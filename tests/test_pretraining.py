@@ -24,7 +24,7 @@ from bids_brainfm.training.cohort import Targets
 from bids_brainfm.training.evaluation import describe_test, scores_of
 from bids_brainfm.training.finetuning import Supervised, dummy, loss_of, mean_by_participant
 from bids_brainfm.training.job import objective_for
-from bids_brainfm.training.linear import as_layer, fit_linear, folds_of, predict_linear
+from bids_brainfm.training.linear import fit_linear, folds_of
 from bids_brainfm.training.masking import REGIONS
 from bids_brainfm.training.pretraining import (
     LatentPrediction,
@@ -735,7 +735,7 @@ def test_ridge_is_that_of_scikit_learn(width):
     """As a pipeline without rotation, with the penalty of the same cross-validation."""
     x = features(120, 0, width)
     y = 50 + 10 * planted(x)
-    found = predict_linear(fit_linear(x[:80], y[:80], None, AGE, 3), x[80:], AGE)
+    found = fit_linear(x[:80], y[:80], None, AGE, 3).predict(x[80:])
     penalties = {'ridge__alpha': np.logspace(-5, 3, 17) * max(80, width)}
     plain = make_pipeline(StandardScaler(), Ridge())
     # standardised once, as it is done there
@@ -755,7 +755,7 @@ def test_ridge_makes_nothing_of_noise():
     for seed in range(8):
         x = features(140, seed, 400)
         y = 50 + 10 * np.random.default_rng(100 + seed).standard_normal(140)
-        found = predict_linear(fit_linear(x[:100], y[:100], None, AGE, 0), x[100:], AGE)[:, 0]
+        found = fit_linear(x[:100], y[:100], None, AGE, 0).predict(x[100:])[:, 0]
         spreads.append(found.std() / y.std())
         means.append(found.mean() - y[:100].mean())
     assert np.median(spreads) < 0.3
@@ -767,7 +767,7 @@ def test_logistic_regression_of_classes(targets):
     x = features(400, 1, 20)
     y = planted(x, noise=0.05)
     y = np.digitize(y, np.quantile(y, [1 / 2] if targets is SEX else [1 / 3, 2 / 3])).astype(float)
-    found = predict_linear(fit_linear(x[:300], y[:300], None, targets, 0), x[300:], targets)
+    found = fit_linear(x[:300], y[:300], None, targets, 0).predict(x[300:])
     assert found.shape == (100, len(targets.classes))
     np.testing.assert_allclose(found.sum(1), 1)
     scores = scores_of(found, y[300:], targets)
@@ -788,11 +788,11 @@ def test_a_linear_model_as_a_head(targets):
     settings |= {'task': targets.problem}
     statistics = {'mean': 3.0, 'sd': 2.0} if targets is AGE else {'classes': list(targets.classes)}
     head = Head(settings | statistics, 8, False).eval()
-    head.set_linear(*as_layer(fitted))
+    head.set_linear(fitted.weight, fitted.bias, fitted.centre)
     x = x.astype(np.float32)
     with torch.no_grad():
         found = head.predict(head(torch.from_numpy(x)[:, None])).numpy()
-    expected = predict_linear(fitted, x.astype(float), targets)
+    expected = fitted.predict(x.astype(float))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert expected[:, 0].std() > 0.1
 

@@ -29,7 +29,7 @@ from bids_brainfm.signals.series import read_series
 from bids_brainfm.signals.simulate import neural_series
 from bids_brainfm.training.cohort import CohortRun, Targets
 from bids_brainfm.training.job import _features
-from bids_brainfm.training.linear import fit_linear, predict_linear
+from bids_brainfm.training.linear import fit_linear
 
 PACKAGE = Path(__file__).parents[1] / 'bids_brainfm'
 EXAMPLE = Path(__file__).with_name('example_family')
@@ -402,7 +402,7 @@ def test_a_probe_is_scikit_learn_from_series_to_predictions(target, pretrained, 
     train = (parts[people.index] == 'train').to_numpy()
     y = values.to_numpy(float)
     fitted = fit_linear(x[train], y[train], None, targets, seed=0)
-    wanted = predict_linear(fitted, x, targets)
+    wanted = fitted.predict(x)
     assert wanted.std(axis=0).min() > 0.1
     table = pd.read_csv(out / 'predictions.tsv', sep='\t').set_index('participant_id')
     columns = [name for name in table if name.startswith('predicted_')]

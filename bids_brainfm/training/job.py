@@ -191,11 +191,10 @@ def probe(session: Session, cohort: Cohort, targets: Targets) -> tuple[Tested, P
             features['train'], *cohort.known(people), targets, settings.seed
         )
         predictions[name] = {
-            part: (list(of), linear.predict_linear(fitted, features[part], targets))
-            for part, of in found.items()
+            part: (list(of), fitted.predict(features[part])) for part, of in found.items()
         }
         if name == 'model':
-            head.cpu().set_linear(*linear.as_layer(fitted))
+            head.cpu().set_linear(fitted.weight, fitted.bias, fitted.centre)
     tested = predictions.pop('model', {})
     return tested, {name: found['test'][1] for name, found in predictions.items()}
 
@@ -265,7 +264,7 @@ def baselines(
         of = _connectomes([run for run in cohort.runs if run.name in names])
         x, new = (np.stack([of[person] for person in group]) for group in (fitted, people))
         model = linear.fit_linear(x, *known, targets, session.settings.seed)
-        found['connectome'] = linear.predict_linear(model, new, targets)
+        found['connectome'] = model.predict(new)
     return found
 
 

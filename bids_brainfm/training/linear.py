@@ -1,9 +1,9 @@
 """Linear prediction of participants: ridge and logistic regression by cross-validation."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from sklearn.pipeline import Pipeline
 
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.training.cohort import Targets
@@ -13,25 +13,44 @@ FOLDS = 5
 PENALTIES = np.logspace(-5, 3, 17)
 
 
+@dataclass(frozen=True)
+class LinearModel:
+    """Outputs weight (x - centre) + bias of features x (F,): the target, or logits of classes."""
+
+    weight: np.ndarray  # (C, F)
+    bias: np.ndarray  # (C,)
+    centre: np.ndarray  # (F,)
+    problem: str  # 'regression' or 'classification'
+
+    def predict(self, x: np.ndarray) -> np.ndarray:
+        """Predictions (N, 1) in the target's units, or probabilities of the classes (N, C)."""
+        outputs = (x - self.centre) @ self.weight.T + self.bias
+        if self.problem == 'regression':
+            return outputs
+        odds = np.exp(outputs - outputs.max(1, keepdims=True))
+        return odds / odds.sum(1, keepdims=True)
+
+
 def fit_linear(
     x: np.ndarray, y: np.ndarray, groups: Sequence[int] | None, targets: Targets, seed: int
-) -> Pipeline:
+) -> LinearModel:
     """Fit ridge or logistic regression to features (N, F) and targets (N,).
 
-    Features are standardised, and rotated to their principal components, which changes nothing
-    but the time that it takes. The penalty is chosen by cross-validation over the participants
+    Features are standardised. The penalty is chosen by cross-validation over the participants
     given here (5 folds; mean squared error, or log loss), with `groups` (N,) kept together.
 
     Raises BrainfmError where there are too few participants, of a class or in groups, for it.
     """
-    from sklearn.decomposition import PCA
+    from scipy.linalg import qr
     from sklearn.linear_model import LogisticRegression, Ridge
     from sklearn.model_selection import GridSearchCV
-    from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    rotate = make_pipeline(StandardScaler(), PCA())
-    z = rotate.fit_transform(x)
+    scaler = StandardScaler().fit(x)
+    z, basis = scaler.transform(x), None
+    if z.shape[1] > len(z):  # rotated into the span of the participants: the same fit, in no time
+        basis = qr(z.T, mode='economic')[0]
+        z = z @ basis
     penalties = PENALTIES * max(x.shape)
     if targets.problem == 'regression':
         estimator, grid, by = Ridge(), {'alpha': penalties}, 'neg_mean_squared_error'
@@ -39,8 +58,13 @@ def fit_linear(
         estimator, by = LogisticRegression(max_iter=2000), 'neg_log_loss'
         grid = {'C': 1 / penalties}
     search = GridSearchCV(estimator, grid, scoring=by, cv=folds_of(y, targets, seed, groups))
-    search.fit(z, y)
-    return Pipeline([*rotate.steps, ('linear', search.best_estimator_)])
+    fitted = search.fit(z, y).best_estimator_
+    weight, bias = np.atleast_2d(fitted.coef_), np.atleast_1d(fitted.intercept_)
+    weight = (weight if basis is None else weight @ basis.T) / scaler.scale_
+    if targets.problem == 'classification' and len(weight) == 1:  # log odds of the second class
+        half = np.array([-0.5, 0.5])
+        weight, bias = half[:, None] * weight, half * bias
+    return LinearModel(weight, bias, scaler.mean_, targets.problem)
 
 
 def folds_of(
@@ -79,25 +103,3 @@ def folds_of(
             f'column, or another --seed.'
         )
     return folds
-
-
-def predict_linear(fitted: Pipeline, x: np.ndarray, targets: Targets) -> np.ndarray:
-    """Predictions (N, 1) in the target's units, or probabilities of the classes (N, C)."""
-    if targets.problem == 'regression':
-        return fitted.predict(x)[:, None]
-    return fitted.predict_proba(x)
-
-
-def as_layer(fitted: Pipeline) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Bring a fitted pipeline to one linear layer: outputs = weight (x - centre) + bias.
-
-    Returns weight (C, F), bias (C,) and centre (F,); outputs are in the target's units, or logits.
-    """
-    scaler, rotation, linear = (step for _, step in fitted.steps)
-    weight = np.atleast_2d(linear.coef_)
-    bias = np.atleast_1d(linear.intercept_) - weight @ (rotation.components_ @ rotation.mean_)
-    weight = weight @ rotation.components_ / scaler.scale_
-    if hasattr(linear, 'classes_') and len(weight) == 1:  # of two classes one log odds
-        half = np.array([-0.5, 0.5])
-        weight, bias = half[:, None] * weight, half * bias
-    return weight, bias, scaler.mean_
