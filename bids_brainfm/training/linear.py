@@ -50,7 +50,7 @@ def fit_linear(
     z, basis = scaler.transform(x), None
     if z.shape[1] > len(z):  # rotated into the span of the participants: the same fit, in no time
         basis = qr(z.T, mode='economic')[0]
-        z = z @ basis
+        z = (z @ basis).astype(float)
     penalties = PENALTIES * max(x.shape)
     if targets.problem == 'regression':
         estimator, grid, by = Ridge(), {'alpha': penalties}, 'neg_mean_squared_error'
