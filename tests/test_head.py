@@ -90,7 +90,7 @@ def test_outputs_are_those_of_the_formula(kind, what, pooling):
 
 def test_columns_have_names_of_their_own():
     """What stands before the predictions in a table cannot be the name of one."""
-    assert tuple(WINDOW_COLUMNS) == TAKEN
+    assert (*WINDOW_COLUMNS, 'part') == TAKEN
     classes = Head(settings(what=SEX | {'target': 'onset'}), WIDTH, class_token=True)
     assert not set(classes.columns) & set(TAKEN)
 
@@ -135,7 +135,7 @@ def test_initial_weights(kind, sd):
      (settings(classes=['F', 'M']), True, 'regression does not know classes'),
      (settings(sd=0.0), True, 'sd 0.0; give a number above 0'),
      (settings(mean=None), True, 'mean None; give a number'),
-     (settings(dropout=1), True, 'dropout 1; give a share'),
+     (settings(dropout=1), True, 'dropout 1; give a proportion'),
      (settings(target='real'), True, 'other than window'),
      (settings(target='a\tb'), True, 'target'),
      ('mlp', True, 'give a mapping')],
@@ -294,15 +294,16 @@ def test_predictions_are_those_by_hand(done, cards, name):
     columns = ['age'] if name == 'brainlm-demo' else ['sex_F', 'sex_M', 'sex_X']
     table = pd.read_csv(prediction_of(done, name), sep='\t')
     first = ['window', 'onset', 'duration', 'real', 'flagged']
-    assert list(table.columns) == first + columns
+    assert list(table.columns) == [*first, 'part', *columns]
     np.testing.assert_allclose(table[columns], wanted, rtol=1e-3, atol=1e-4)
     embedding = pd.read_csv(
         str(prediction_of(done, name)).replace('_prediction', '_embedding'), sep='\t'
     )
     pd.testing.assert_frame_equal(table[first], embedding[first])
     sidecar = json.loads(prediction_of(done, name).with_suffix('.json').read_text())
-    for column in columns:
-        assert sidecar['RunPrediction'][column] == pytest.approx(table[column].mean(), rel=1e-5)
+    of_run = prediction.run_prediction(table[columns].to_numpy(), head['task'])
+    for column, expected in zip(columns, of_run, strict=True):
+        assert sidecar['RunPrediction'][column] == pytest.approx(expected, rel=1e-5)
         assert sidecar[column]['Description']
     assert sidecar['Target'] == head['target']
     assert sidecar['Task'] == head['task']
@@ -311,8 +312,20 @@ def test_predictions_are_those_by_hand(done, cards, name):
     assert sidecar['Sources'][0].endswith('_stat-mean_timeseries.tsv')
 
 
+def test_predictions_of_classes_are_joined_by_their_logits():
+    """As the mean embedding is predicted by a linear head."""
+    logits = np.array([[4.0, 0, 0], [1, 2, 3], [0, 1, 9]])
+    softmax = lambda x: np.exp(x) / np.exp(x).sum(-1, keepdims=True)
+    found = prediction.run_prediction(softmax(logits).astype(np.float32), 'classification')
+    np.testing.assert_allclose(found, softmax(logits.mean(0)), rtol=1e-5)
+    sure = prediction.run_prediction(np.array([[1.0, 0.0]], np.float32), 'classification')
+    np.testing.assert_allclose(sure, [1, 0], atol=1e-30)
+
+
 def test_what_is_told_of_training(done):
     sidecar = json.loads(prediction_of(done, 'brainlm-demo').with_suffix('.json').read_text())
+    assert sidecar['Part'] == 'n/a'  # the card lists no participants
+    assert 'may not be held out' in sidecar['Warnings'][0]
     assert sidecar['TestScores'] == TRAINING['test']
     embedding = str(prediction_of(done, 'brainlm-demo')).replace('_prediction.tsv', '_embedding')
     model = json.loads(Path(f'{embedding}.json').read_text())['Model']
@@ -346,8 +359,15 @@ def test_report_shows_predictions_and_how_good_they_are(done):
 def test_scores_in_any_form_are_told(tested, baselines, said):
     """A card that someone wrote by hand must not break the report."""
     found = {'Target': 'age', 'NumberOfWindows': 1, 'RunPrediction': {'age': 43.21}}
-    facts = prediction.facts(found | {'TestScores': tested, 'TestBaselines': baselines})
-    assert facts == {'Predicted age': '43.21 (mean of 1 window)', 'Held-out participants': said}
+    shown = {'TestScores': tested, 'TestBaselines': baselines}
+    lines = {'Predicted age': '43.21 (mean of 1 window)'}
+    for part in ('test', 'unseen'):
+        facts = prediction.facts(found | shown | {'Part': part})
+        assert facts == lines | {'In the training': part, 'Test participants': said}
+    for part in ('train', 'validation'):
+        facts = prediction.facts(found | shown | {'Part': part})
+        words = f'{part} part: not held out, test scores do not apply'
+        assert facts == lines | {'In the training': words}
 
 
 def test_the_dataset_validates_without_a_word(done):
@@ -400,3 +420,4 @@ def test_a_random_head_is_no_result(simulated, cards, tmp_path, monkeypatch):
     sidecar = json.loads(made.read_text())
     assert not sidecar['Model']['Trained']
     assert 'TestScores' not in sidecar
+    assert sidecar['Part'] == 'unseen'

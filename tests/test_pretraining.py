@@ -7,23 +7,24 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn import metrics
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import GridSearchCV, KFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from bids_brainfm.analyses.reconstruct import interpolate, seen_mean
 from bids_brainfm.analyses.scores import score
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models import weights
+from bids_brainfm.models.head import Head
 from bids_brainfm.models.masking import masked_tokens, standardised
 from bids_brainfm.training.cohort import Targets
-from bids_brainfm.training.finetuning import (
-    Supervised,
-    connectome_ridge,
-    dummy,
-    loss_of,
-    outputs_by_participant,
-    scores_of,
-)
+from bids_brainfm.training.evaluation import describe_test, scores_of
+from bids_brainfm.training.finetuning import Supervised, dummy, loss_of, mean_by_participant
 from bids_brainfm.training.job import objective_for
+from bids_brainfm.training.linear import fit_linear, folds_of
 from bids_brainfm.training.masking import REGIONS
 from bids_brainfm.training.pretraining import (
     LatentPrediction,
@@ -31,7 +32,7 @@ from bids_brainfm.training.pretraining import (
     effective_rank,
 )
 from bids_brainfm.training.recipe import load_recipe
-from bids_brainfm.training.session import TrainingSettings
+from bids_brainfm.training.settings import TrainingSettings
 
 PARCELS, TIMES, PATCH = 9, 24, 4
 LAYERS = {
@@ -103,6 +104,16 @@ def alone(tensor):
     return tensor
 
 
+def none_of(signal):
+    """Flags of windows without flagged volumes."""
+    return torch.zeros(len(signal), TIMES, dtype=torch.bool)
+
+
+def evaluate(objective, batches, reduce):
+    """Scores of windows without flagged volumes."""
+    return objective.evaluate(((x, none_of(x), seeds) for x, seeds in batches), reduce)
+
+
 # --- masked autoencoding ---------------------------------------------------------------------
 
 
@@ -114,8 +125,9 @@ def test_a_batch_may_be_taken_in_parts(family, loss, normalise):
     objective = autoencoding(family, loss=loss, normalise=normalise)
     signal, keep = signal_of(6), objective.draw(range(6))['keep']
     with torch.no_grad():
-        total, count, facts = objective(signal, keep)
-        parts = [objective(signal[i : i + 2], keep[i : i + 2]) for i in (0, 2, 4)]
+        total, count, facts = objective(signal, keep, none_of(signal))
+        flags = none_of(signal)
+        parts = [objective(*(x[i : i + 2] for x in (signal, keep, flags))) for i in (0, 2, 4)]
         made = objective.network.reconstruct(signal, keep)
     assert facts == {}
     assert sum(int(part[1]) for part in parts) == int(count)
@@ -197,7 +209,8 @@ def test_ratios_that_can(ratio):
 @pytest.mark.parametrize('family', ['vit', 'legacy'])
 def test_all_that_reconstructs_learns(family):
     objective = autoencoding(family)
-    total, *_ = objective(signal_of(2), objective.draw([0, 1])['keep'])
+    signal = signal_of(2)
+    total, *_ = objective(signal, objective.draw([0, 1])['keep'], none_of(signal))
     total.backward()
     tables = objective.network.position_tables()
     for name, parameter in objective.network.named_parameters():
@@ -250,7 +263,7 @@ def evaluated(answer, batches=None, reduce=alone):
     objective = MaskedAutoencoding(Double(answer), 0.5)
     signal = windows_with_levels()
     batches = batches or [range(6)]
-    return objective.evaluate(((signal[list(b)], list(b)) for b in batches), reduce)
+    return evaluate(objective, ((signal[list(b)], list(b)) for b in batches), reduce)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +284,7 @@ def test_scores_of_known_reconstructions(name, r2, r):
 def test_a_constant_is_correlated_with_nothing():
     signal = torch.tensor([1.0, -1]).repeat(TIMES // 2).expand(2, PARCELS, -1)  # level 0
     objective = MaskedAutoencoding(Double(ANSWERS['zero']), 0.5)
-    found = objective.evaluate([(signal, [0, 1])], alone)
+    found = evaluate(objective, [(signal, [0, 1])], alone)
     assert np.isnan(found['r'])
     assert found['r2'] == 0
     assert found['mse'] == 1
@@ -325,20 +338,70 @@ def test_baselines_are_computed_once(monkeypatch):
     """They are the same at every evaluation, and cost more than the network."""
     objective = autoencoding('legacy')
     batches = [(signal_of(3), [0, 1, 2])]
-    first = objective.evaluate(batches, alone)
+    first = evaluate(objective, batches, alone)
     monkeypatch.setattr('bids_brainfm.training.pretraining.interpolate', None)
-    assert objective.evaluate(batches, alone) == first
+    assert evaluate(objective, batches, alone) == first
 
 
 @pytest.mark.parametrize('family', ['vit', 'legacy'])
 def test_evaluated_loss_is_that_of_training(family):
     objective = autoencoding(family, loss='mae')
     signal, seeds = signal_of(4), [3, 1, 4, 2]
-    found = objective.evaluate([(signal, seeds)], alone)
+    found = evaluate(objective, [(signal, seeds)], alone)
     with torch.no_grad():
-        total, count, _ = objective(signal, objective.draw(seeds)['keep'])
+        total, count, _ = objective(signal, objective.draw(seeds)['keep'], none_of(signal))
     assert found['loss'] == pytest.approx(float(total / count), rel=1e-5)
     assert found['loss'] != pytest.approx(found['mse'], rel=1e-2)
+
+
+# --- flagged volumes -------------------------------------------------------------------------
+
+
+def some_flagged(n, seed=3):
+    """Bursts of flagged time points, other ones in each window."""
+    flagged = torch.zeros(n, TIMES, dtype=torch.bool)
+    starts = torch.randint(TIMES - 7, (n,), generator=torch.Generator().manual_seed(seed))
+    for row, start in zip(flagged, starts.tolist(), strict=True):
+        row[start : start + 7] = True
+    return flagged
+
+
+@pytest.mark.parametrize('normalise', [False, True])
+def test_flagged_points_carry_no_gradient(normalise):
+    made = torch.zeros(4, PARCELS, TIMES, requires_grad=True)
+    objective = MaskedAutoencoding(Double(lambda *_: made), 0.5, normalise=normalise)
+    signal, flagged = signal_of(4), some_flagged(4)
+    keep = objective.draw(range(4))['keep']
+    total, count, _ = objective(signal, keep, flagged)
+    total.backward()
+    hidden = objective.network.points(masked_tokens(keep, objective.network.tokens))
+    scored = hidden & ~flagged[:, None]
+    assert torch.equal(made.grad != 0, scored)
+    assert int(count) == int(scored.sum()) < int(hidden.sum())
+
+
+def test_a_window_of_flagged_volumes_only_counts_nothing():
+    objective, signal = autoencoding('vit'), signal_of(2)
+    total, count, _ = objective(signal, objective.draw([0, 1])['keep'], ~none_of(signal))
+    total.backward()
+    assert (float(total.detach()), int(count)) == (0, 0)
+    gradients = [p.grad for p in objective.network.parameters() if p.grad is not None]
+    assert gradients
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
+def test_flagged_points_are_not_scored():
+    """A model that is wrong there and nowhere else is perfect; baselines are scored alike."""
+    signal, flagged = windows_with_levels(), some_flagged(6)
+    wrong = lambda x, hidden: x + 50 * flagged[:, None] * torch.randn(x.shape)
+    objective = MaskedAutoencoding(Double(wrong), 0.5)
+    batch = [(signal, flagged, list(range(6)))]
+    found = objective.evaluate(batch, alone)
+    assert found['r2'] == pytest.approx(1, abs=1e-4)
+    assert found['loss'] == pytest.approx(0, abs=1e-6)
+    broken = torch.where(flagged[:, None], 1e4 * torch.randn(signal.shape), signal)
+    objective = MaskedAutoencoding(Double(lambda x, hidden: signal), 0.5)
+    assert objective.evaluate([(broken, flagged, range(6))], alone)['r2'] > 0.99
 
 
 # --- latent prediction -----------------------------------------------------------------------
@@ -352,7 +415,8 @@ def latent(seed=0):
 
 
 def blocks_of(objective, n, seed=0):
-    return objective.draw([seed] * n)
+    """Masks of n windows, none of them with flagged volumes."""
+    return objective.draw([seed] * n) | {'flagged': torch.zeros(n, TIMES, dtype=torch.bool)}
 
 
 def test_latents_may_be_taken_in_parts():
@@ -461,7 +525,7 @@ def test_latent_scores():
     objective = latent()
     network, signal = objective.network, 3 * signal_of(5)
     numbers = [7, 8, 1, 25, 3]
-    found = objective.evaluate([(signal[:2], numbers[:2]), (signal[2:], numbers[2:])], alone)
+    found = evaluate(objective, [(signal[:2], numbers[:2]), (signal[2:], numbers[2:])], alone)
     losses, guesses = [], []
     masks = objective.draw(range(8))
     with torch.no_grad():
@@ -470,7 +534,7 @@ def test_latent_scores():
         still = network.encode(signal.mean(2, keepdim=True).expand_as(signal))[0]
         for i, number in enumerate(numbers):
             given = {k: v[[number % 8]] for k, v in masks.items()}
-            total, count, _ = objective(signal[[i]], **given)
+            total, count, _ = objective(signal[[i]], **given, flagged=none_of(signal[[i]]))
             losses.append(float(total / count))
             context, target = given['context'][0], given['target'][0]
             guess = normal[i, context].mean(0).expand(len(target), -1)
@@ -489,30 +553,77 @@ def test_latent_scores():
 
 def test_latent_scores_do_not_depend_on_batches():
     objective, signal = latent(), signal_of(5)
-    expected = objective.evaluate([(signal, range(5))], alone)
+    expected = evaluate(objective, [(signal, range(5))], alone)
     parts = [(signal[[4, 0]], [4, 0]), (signal[[1]], [1]), (signal[2:4], [2, 3])]
-    assert objective.evaluate(parts, alone) == pytest.approx(expected, rel=1e-4)
+    assert evaluate(objective, parts, alone) == pytest.approx(expected, rel=1e-4)
 
 
 def test_latent_scores_of_two_processes():
     objective, signal, sums = latent(), signal_of(4), []
     both = [(signal[:2], [0, 1]), (signal[2:], [2, 3])]
-    objective.evaluate(both[:1], lambda tensor: sums.append(tensor.clone()) or tensor)
+    evaluate(objective, both[:1], lambda tensor: sums.append(tensor.clone()) or tensor)
     others = iter(sums)
-    found = objective.evaluate(both[1:], lambda tensor: tensor + next(others))
-    assert found == pytest.approx(objective.evaluate(both, alone), rel=1e-4)
+    found = evaluate(objective, both[1:], lambda tensor: tensor + next(others))
+    assert found == pytest.approx(evaluate(objective, both, alone), rel=1e-4)
 
 
 def test_latent_scores_tell_collapse_and_levels():
     objective = latent()
     level = signal_of(3).mean(2, keepdim=True).expand(-1, -1, TIMES).contiguous()
-    found = objective.evaluate([(level, [0, 1, 2])], alone)
+    found = evaluate(objective, [(level, [0, 1, 2])], alone)
     assert found['static'] == pytest.approx(0, abs=1e-6)
     assert found['target_sd'] > 0.01
     same = signal_of(1).expand(4, -1, -1)
-    found = objective.evaluate([(same, [0, 1, 2, 3])], alone)
+    found = evaluate(objective, [(same, [0, 1, 2, 3])], alone)
     assert found['target_sd'] < 1e-3
     assert found['static'] > 1e-3
+
+
+def test_tokens_of_flagged_volumes_are_left_out():
+    """Those with half of their four time points flagged, of all parcels."""
+    objective, flagged = latent(), torch.zeros(1, TIMES, dtype=torch.bool)
+    flagged[0, [0, 4, 5, 8, 9, 10, 11]] = True
+    measured = objective.measured(flagged).view(PARCELS, -1)
+    assert measured.tolist() == [[True, False, False, True, True, True]] * PARCELS
+
+
+def test_flagged_tokens_are_not_learned():
+    """Loss, its number of terms and the spread are those of the other tokens."""
+    objective, signal, flagged = latent(), signal_of(4), some_flagged(4)
+    network, given = objective.network, blocks_of(objective, 4) | {'flagged': flagged}
+    patch = int(given['target'][0, 0]) % (TIMES // PATCH)  # of a token that is to be predicted
+    flagged[:2, patch * PATCH : (patch + 1) * PATCH] = True
+    with torch.no_grad():
+        total, count, facts = objective(signal, **given)
+        hidden = F.layer_norm(network.encode(signal)[0], (24,))
+        wanted = torch.stack([h[t] for h, t in zip(hidden, given['target'], strict=True)])
+        context = network.context(signal, given['context'])
+        found = network.predict(context, given['context'], given['target'])
+    kept = objective.measured(flagged).gather(1, given['target'])
+    error = F.smooth_l1_loss(found, wanted, reduction='none').mean(2)
+    assert int(count) == int(kept.sum()) < kept.numel()
+    torch.testing.assert_close(total, error[kept].sum())
+    assert sum(int(facts[f'loss_{name}'][1]) for name in REGIONS) == int(count)
+    by_token = [
+        hidden[rows, token].std(0).mean()
+        for token, rows in enumerate(objective.measured(flagged).T)
+        if rows.sum() > 1
+    ]
+    torch.testing.assert_close(facts['target_sd'][0], torch.stack(by_token).mean())
+
+
+def test_flagged_tokens_are_not_scored():
+    objective, signal, flagged = latent(), signal_of(3), some_flagged(3)
+    flagged[2] = True  # a window without one token to score
+    found = objective.evaluate([(signal, flagged, [0, 1, 2])], alone)
+    masks, losses = objective.draw(range(8)), []
+    with torch.no_grad():
+        for i in range(2):
+            given = {k: v[[i]] for k, v in masks.items()}
+            total, count, _ = objective(signal[[i]], **given, flagged=flagged[[i]])
+            losses.append(float(total / count))
+    assert found['loss'] == pytest.approx(np.mean(losses), rel=1e-4)
+    assert all(np.isfinite(value) for value in found.values())
 
 
 def test_effective_rank():
@@ -588,7 +699,7 @@ def test_scores_of_a_classification():
     )
     logits = np.stack([-sure, sure], 1)
     assert scores_of(-logits, target, SEX)['auroc'] == pytest.approx(1 / 6)
-    assert 'auroc' not in scores_of(logits[:2], target[:2], SEX)
+    assert np.isnan(scores_of(logits[:2], target[:2], SEX)['auroc'])
 
 
 def test_scores_of_three_classes():
@@ -610,8 +721,8 @@ def test_dummies():
     assert found['accuracy'] == 0.75
 
 
-def connectomes(n, seed, features=60):
-    return 0.2 * np.random.default_rng(seed).standard_normal((n, features))
+def features(n, seed, width=60):
+    return 0.2 * np.random.default_rng(seed).standard_normal((n, width))
 
 
 def planted(x, noise=0.3):
@@ -619,38 +730,149 @@ def planted(x, noise=0.3):
     return x @ way + noise * np.random.default_rng(8).standard_normal(len(x))
 
 
-def test_connectome_ridge_finds_a_planted_trait():
-    x = connectomes(260, 0)
+@pytest.mark.parametrize('width', [20, 400])
+def test_ridge_is_that_of_scikit_learn(width):
+    """As a pipeline without rotation, with the penalty of the same cross-validation."""
+    x = features(120, 0, width)
     y = 50 + 10 * planted(x)
-    found = connectome_ridge(x[:160], y[:160], x[160:], AGE)
-    assert found.shape == (100, 1)
-    assert scores_of(found, y[160:], AGE)['r2'] > 0.75
+    found = fit_linear(x[:80], y[:80], None, AGE, 3).predict(x[80:])
+    penalties = {'ridge__alpha': np.logspace(-5, 3, 17) * max(80, width)}
+    plain = make_pipeline(StandardScaler(), Ridge())
+    # standardised once, as it is done there
+    z = StandardScaler().fit(x[:80])
+    search = GridSearchCV(
+        Ridge(), {'alpha': penalties['ridge__alpha']}, scoring='neg_mean_squared_error',
+        cv=KFold(5, shuffle=True, random_state=3),
+    ).fit(z.transform(x[:80]), y[:80])  # fmt: skip
+    plain.set_params(ridge__alpha=search.best_params_['alpha']).fit(x[:80], y[:80])
+    np.testing.assert_allclose(found[:, 0], plain.predict(x[80:]), rtol=1e-6)
+    assert scores_of(found, y[80:], AGE)['r2'] > (0.75 if width == 20 else 0)
 
 
-def test_connectome_ridge_makes_nothing_of_noise():
+def test_ridge_makes_nothing_of_noise():
     """The penalty is chosen so that hardly more than the mean is left."""
     spreads, means = [], []
     for seed in range(8):
-        x = connectomes(140, seed, features=400)
+        x = features(140, seed, 400)
         y = 50 + 10 * np.random.default_rng(100 + seed).standard_normal(140)
-        found = connectome_ridge(x[:100], y[:100], x[100:], AGE)[:, 0]
+        found = fit_linear(x[:100], y[:100], None, AGE, 0).predict(x[100:])[:, 0]
         spreads.append(found.std() / y.std())
         means.append(found.mean() - y[:100].mean())
-    assert np.median(spreads) < 0.2
+    assert np.median(spreads) < 0.3
     assert np.abs(means).max() < 3
 
 
 @pytest.mark.parametrize('targets', [SEX, SITE])
-def test_connectome_ridge_of_classes(targets):
-    x = connectomes(400, 1, features=20)
+def test_logistic_regression_of_classes(targets):
+    x = features(400, 1, 20)
     y = planted(x, noise=0.05)
     y = np.digitize(y, np.quantile(y, [1 / 2] if targets is SEX else [1 / 3, 2 / 3])).astype(float)
-    found = connectome_ridge(x[:300], y[:300], x[300:], targets)
+    found = fit_linear(x[:300], y[:300], None, targets, 0).predict(x[300:])
     assert found.shape == (100, len(targets.classes))
+    np.testing.assert_allclose(found.sum(1), 1)
     scores = scores_of(found, y[300:], targets)
-    assert scores['balanced_accuracy'] > (0.85 if targets is SEX else 0.55)
+    assert scores['balanced_accuracy'] > 0.85
     if targets is SEX:
         assert scores['auroc'] > 0.95
+
+
+@pytest.mark.parametrize('targets', [AGE, SEX, SITE])
+def test_a_linear_model_as_a_head(targets):
+    """The head gives what scikit-learn predicts, where features hardly differ between people."""
+    x = features(90, 2, 8)
+    trait, x = planted(x), 3 + 0.01 * x
+    y = np.digitize(trait, np.quantile(trait, [1 / 3, 2 / 3])).astype(float)
+    y = 40 + 10 * trait if targets is AGE else np.minimum(y, len(targets.classes) - 1)
+    fitted = fit_linear(x, y, None, targets, 0)
+    settings = {'kind': 'probe', 'pooling': 'mean', 'target': targets.column}
+    settings |= {'task': targets.problem}
+    statistics = {'mean': 3.0, 'sd': 2.0} if targets is AGE else {'classes': list(targets.classes)}
+    head = Head(settings | statistics, 8, False).eval()
+    head.set_linear(fitted.weight, fitted.bias, fitted.centre)
+    x = x.astype(np.float32)
+    with torch.no_grad():
+        found = head.predict(head(torch.from_numpy(x)[:, None])).numpy()
+    expected = fitted.predict(x.astype(float))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert expected[:, 0].std() > 0.1
+
+
+def test_inner_folds_keep_groups_together():
+    y, groups = np.arange(30.0), np.repeat(np.arange(10), 3)
+    for rows, others in folds_of(y, AGE, 0, groups):
+        assert not set(groups[rows]) & set(groups[others])
+    y = np.tile([0.0, 1], 15)
+    for rows, others in folds_of(y, SEX, 0, groups):
+        assert not set(groups[rows]) & set(groups[others])
+        assert set(y[rows]) == {0, 1}
+    assert len(folds_of(np.array([0.0] * 9 + [1] * 3), SEX, 0)) == 3
+
+
+@pytest.mark.parametrize(
+    ('y', 'targets', 'groups', 'said'),
+    [
+        ([0.0] * 9 + [1], SEX, None, 'has 1 participants of one of the classes'),
+        ([0.0, 1] * 5, SEX, [0] * 10, 'has 1 groups of one of the classes'),
+        ([1.0, 2, 3], AGE, [4] * 3, 'has 1 groups, and'),
+    ],
+)
+def test_too_few_for_inner_folds(y, targets, groups, said):
+    with pytest.raises(BrainfmError, match=said):
+        folds_of(np.array(y), targets, 0, groups)
+
+
+@pytest.mark.parametrize('targets', [AGE, SEX, SITE])
+def test_scores_of_resampled_participants(targets):
+    """Weights count participants: as scikit-learn and NumPy score the sample itself."""
+    rng = np.random.default_rng(0)
+    n, classes = 30, len(targets.classes)
+    target = rng.integers(classes, size=n).astype(float) if classes else rng.standard_normal(n)
+    prediction = rng.dirichlet(np.ones(classes), n) if classes else rng.standard_normal((n, 1))
+    sample = rng.integers(n, size=(4, n))
+    weights = np.stack([np.bincount(rows, minlength=n) for rows in sample])
+    found = scores_of(prediction, target, targets, weights)
+    for i, rows in enumerate(sample):
+        real, guess = target[rows], prediction[rows]
+        if not classes:
+            wanted = {'r': np.corrcoef(guess[:, 0], real)[0, 1]}
+            wanted |= {'r2': metrics.r2_score(real, guess)}
+            wanted |= {'mae': metrics.mean_absolute_error(real, guess)}
+        else:
+            chosen = guess.argmax(1)
+            wanted = {'f1': metrics.f1_score(real, chosen, average='macro')}
+            wanted |= {'balanced_accuracy': metrics.balanced_accuracy_score(real, chosen)}
+        if classes == 2:
+            wanted['auroc'] = metrics.roc_auc_score(real, guess[:, 1])
+        for name, value in wanted.items():
+            assert found[name][i] == pytest.approx(value), name
+
+
+def test_intervals_say_what_one_split_can_show():
+    """The interval of r is that of Fisher's z; a constant has none."""
+    rng = np.random.default_rng(0)
+    target = rng.standard_normal(80)
+    seen = lambda noise: (target + noise * rng.standard_normal(80))[:, None]
+    predictions = {'model': seen(1.0), 'connectome': seen(1.5), 'constant': np.ones((80, 1))}
+    facts = describe_test(predictions, target, AGE, seed=1)
+    r = facts['test']['r']
+    low, high = facts['test_intervals']['model']['r']
+    wanted = np.tanh(np.arctanh(r) + 1.96 / np.sqrt(77) * np.array([-1, 1]))
+    assert [low, high] == pytest.approx(wanted, abs=0.05)
+    assert 'r' not in facts['test_intervals']['constant']
+    assert 'mse' in facts['test_intervals']['constant']
+    difference = facts['test_difference']
+    assert difference['measure'] == 'r'
+    assert difference['model_minus_connectome'] == pytest.approx(
+        r - facts['test_baselines']['connectome']['r']
+    )
+    low, high = difference['interval']
+    assert high - low == pytest.approx(2 * 1.96 * difference['sd'], rel=0.15)
+    smallest = f'participants cannot show differences smaller than about {(high - low) / 2:.2f}.'
+    assert difference['statement'].endswith(f'One test part of 80 {smallest}')
+    again = describe_test(predictions, target, AGE, seed=1)
+    assert again['test_intervals'] == facts['test_intervals']
+    same = {'model': predictions['model'], 'connectome': predictions['model']}
+    assert describe_test(same, target, AGE, 1)['test_difference']['interval'] == [0, 0]
 
 
 def supervised(frozen, task='regression', family='vit'):
@@ -709,30 +931,19 @@ def test_outputs_are_averaged_over_windows_of_a_participant():
     objective, signal = supervised(True), signal_of(5)
     objective.eval()
     batches = [(signal[:3], ['b', 'a', 'b']), (signal[3:], ['a', 'c'])]
-    found = outputs_by_participant(objective, batches, lambda rows: rows[::-1])
+    found = mean_by_participant(objective.outputs, batches, lambda rows: rows[::-1])
     with torch.no_grad():
-        outputs = objective.outputs(signal)
+        outputs = objective.outputs(signal).double().numpy()
     assert list(found) == ['a', 'b', 'c']
     for person, rows in {'a': [1, 3], 'b': [0, 2], 'c': [4]}.items():
-        torch.testing.assert_close(found[person], outputs[rows].mean(0))
-
-
-def test_probabilities_are_averaged_over_windows_of_a_participant():
-    objective = supervised(True, 'classification')
-    logits = torch.tensor([[4.0, 0, 0], [1, 2, 3], [0, 1, 9]])
-    objective.outputs = lambda signal: logits
-    found = outputs_by_participant(objective, [(signal_of(3), ['a', 'b', 'a'])], list)
-    predicted = {person: objective.network.head.predict(row) for person, row in found.items()}
-    probability = logits.softmax(1)
-    torch.testing.assert_close(predicted['a'], probability[[0, 2]].mean(0))
-    torch.testing.assert_close(predicted['b'], probability[1])
+        np.testing.assert_allclose(found[person], outputs[rows].mean(0))
 
 
 def test_standardised_targets_are_scored_as_such():
     """With norm_pix_loss the network answers in standardised values, and is scored in them."""
     signal = 3 * windows_with_levels()
     objective = MaskedAutoencoding(Double(lambda x, hidden: standardised(x)), 0.5, normalise=True)
-    found = objective.evaluate([(signal, list(range(6)))], alone)
+    found = evaluate(objective, [(signal, list(range(6)))], alone)
     assert found['r2'] == pytest.approx(1, abs=1e-4)
     assert found['loss'] == pytest.approx(0, abs=1e-6)
     assert found['r2_mean'] < 0.2

@@ -17,12 +17,19 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from bids_brainfm.api import load_model
 from bids_brainfm.atlases.atlas import load_atlas
 from bids_brainfm.bids.files import write_json, write_matrix, write_table
 from bids_brainfm.bids.freshness import read_sidecar, sidecar_path, write_sidecar
 from bids_brainfm.cli.models import main
+from bids_brainfm.models.cards import read_parts
+from bids_brainfm.outputs.prediction import run_prediction
 from bids_brainfm.resources import home
+from bids_brainfm.signals.series import read_series
 from bids_brainfm.signals.simulate import neural_series
+from bids_brainfm.training.cohort import CohortRun, Targets
+from bids_brainfm.training.job import _features
+from bids_brainfm.training.linear import fit_linear
 
 PACKAGE = Path(__file__).parents[1] / 'bids_brainfm'
 EXAMPLE = Path(__file__).with_name('example_family')
@@ -52,6 +59,9 @@ def write_cohort(folder: Path, people: int, seed: int = 0, tr: float = TR) -> Pa
         'trait': traits.round(4),
         'sex': ['F', 'M'] * (people // 2) + ['F'] * (people % 2),
         'same': [1] * people,
+        'site': [*'abc' * people][:people],
+        'family': np.arange(people) // 2,
+        'rare': ['x'] + ['y'] * (people - 1),
         'duration': traits,
         'holed': ['n/a', *map(str, range(1, people))],
     }
@@ -267,7 +277,13 @@ def test_what_pretraining_writes(mae, cohort, tmp_path, capsys):
     assert spec.card.config['mask_ratio'] == 0.5
     assert spec.card.training['precision'] == 'float32'
     people = pd.read_csv(out / 'participants.tsv', sep='\t')
+    assert list(people) == ['participant_id', 'part']
     assert dict(people['part'].value_counts()) == {'train': 10, 'validation': 2}
+    assert read_parts(spec.card) == dict(
+        zip(people['participant_id'].str[4:], people['part'], strict=True)
+    )
+    training = spec.card.training
+    assert (training['runs'], training['runs_left_out'], training['flagged']) == (10, 0, 0)
     assert list((out / 'tensorboard' / 'train').glob('events*'))
     log = pd.read_csv(out / 'train.csv')
     assert {'loss', 'lr', 'gradient_norm', 'epoch'} < set(log)
@@ -301,51 +317,226 @@ def test_a_model_of_ones_own_goes_through_the_app(mae, cohort, simulated, app, t
     assert sidecar['Model']['Training']['held_out']['loss'] > 0
 
 
-@pytest.mark.parametrize(('mode', 'target'), [('full', 'trait'), ('probe', 'sex')])
-def test_finetuning_from_cohort_to_predictions(
-    mode, target, mae, cohort, simulated, app, tmp_path
-):
-    """A head is fitted, tested on people it never saw, and predicts in the participant level."""
+def tune(model, out, cohort, *options):
+    run('finetune', model, out, '--data', cohort, '--batch-size', 4, '--device', 'cpu', *options)
+    return json.loads((out / 'scores.json').read_text())
+
+
+@pytest.mark.parametrize(
+    ('mode', 'target', 'pooling'),
+    [('full', 'trait', None), ('head', 'sex', None), ('probe', 'trait', None),
+     ('probe', 'sex', 'mean')],
+)  # fmt: skip
+def test_finetuning_from_cohort_to_predictions(mode, target, pooling, mae, cohort, tmp_path):
+    """A head is fitted and tested on people it never saw, by what else can predict them."""
     out = tmp_path / 'tuned'
-    run('finetune', mae, out, '--data', cohort, '--target', target, '--mode', mode,
-        '--epochs', 3, '--batch-size', 4, '--device', 'cpu')  # fmt: skip
+    options = ('--target', target, '--mode', mode, *(('--pooling', pooling) if pooling else ()))
+    scores = tune(mae, out, cohort, *options, *(() if mode == 'probe' else ('--epochs', 3)))
     table = pd.read_csv(out / 'predictions.tsv', sep='\t')
     parts = pd.read_csv(out / 'participants.tsv', sep='\t').set_index('participant_id')['part']
+    assert set(parts) == {'train', 'test'} | ({'validation'} if mode != 'probe' else set())
     assert len(table) == 12
     assert (table.set_index('participant_id')['part'] == parts.loc[table['participant_id']]).all()
     real = pd.read_csv(cohort / 'participants.tsv', sep='\t').set_index('participant_id')[target]
     assert (table['real'] == real.loc[table['participant_id']].to_numpy()).all()
-    scores = json.loads((out / 'scores.json').read_text())
-    assert set(scores['test_baselines']) == {'constant', 'connectome ridge'}
+    assert set(scores['test_baselines']) == {'constant', 'connectome'}
+    assert ('validation' in scores) == (mode != 'probe')
     test = table[table['part'] == 'test']
     if target == 'trait':
         error = ((test['predicted_trait'] - test['real']) ** 2).mean()
         assert scores['test']['mse'] == pytest.approx(error, rel=1e-4)
+        low, high = scores['test_intervals']['model']['mse']
+        assert low <= scores['test']['mse'] <= high
     else:
         chosen = np.where(test['predicted_sex_F'] > test['predicted_sex_M'], 'F', 'M')
         assert scores['test']['accuracy'] == pytest.approx((chosen == test['real']).mean())
-    assert app(simulated, 'derivatives', '--model', out / 'card.yml') == 0
-    (first, *_) = sorted(Path('derivatives').rglob('*desc-tuned_prediction.tsv'))
-    predicted = pd.read_csv(first, sep='\t')
-    assert {'trait', 'sex_F'} & set(predicted)
 
 
-def test_a_probe_leaves_the_network_as_it_is(mae, cohort, tmp_path):
-    """Only the head changes; in a full fine-tuning the network does, but not its decoder."""
+@pytest.fixture(scope='module')
+def pretrained(tmp_path_factory, cohort):
+    """A small network that was trained for a moment."""
+    folder = tmp_path_factory.mktemp('pretrained')
+    changes = [(rf'{name}: \d+', f'{name}: {value}') for name, value in (
+        ('hidden_size', 16), ('num_hidden_layers', 1), ('num_attention_heads', 2),
+        ('intermediate_size', 16),
+    )]  # fmt: skip
+    card = shrink(folder, 'brainlm-demo', *changes)
+    run('pretrain', card, folder / 'net', '--data', cohort, *SHORT, '--device', 'cpu')
+    return folder / 'net' / 'card.yml'
+
+
+@pytest.fixture(scope='module')
+def planted(tmp_path_factory, cohort, pretrained):
+    """The cohort with targets that the network knows, and what it makes of each participant."""
+    folder = tmp_path_factory.mktemp('planted')
+    for path in cohort.glob('sub-*'):
+        (folder / path.name).symlink_to(path)
+    model = load_model(pretrained, device='cpu')
+    of = {
+        path.name: model.embed(read_series(next(path.rglob('*timeseries.tsv')))).summary
+        for path in sorted(cohort.glob('sub-*'))
+    }
+    x = np.stack([windows.mean(0, dtype=float) for windows in of.values()])
+    main = np.linalg.svd(x - x.mean(0), full_matrices=False)[0][:, 0]
+    people = pd.DataFrame({'participant_id': list(of), 'value': 40 + 10 * main})
+    people['kind'] = pd.qcut(people['value'], 3, labels=['a', 'b', 'c'])
+    people.to_csv(folder / 'participants.tsv', sep='\t', index=False)
+    shutil.copyfile(cohort / 'dataset_description.json', folder / 'dataset_description.json')
+    return folder, x, people.set_index('participant_id')
+
+
+@pytest.mark.parametrize('target', ['value', 'kind'])
+def test_a_probe_is_scikit_learn_from_series_to_predictions(target, pretrained, planted, tmp_path):
+    """Ridge and logistic regression on the embeddings of the app, through both commands."""
+    (data, x, people), out = planted, tmp_path / 'probe'
+    scores = tune(pretrained, out, data, '--target', target, '--mode', 'probe')
+    assert set(scores['test_baselines']) == {'constant', 'connectome', 'random weights'}
+    parts, before = (
+        pd.read_csv(folder / 'participants.tsv', sep='\t').set_index('participant_id')['part']
+        for folder in (out, pretrained.parent)
+    )
+    both = [p for p in parts.index if parts[p] == 'test' and before[p] == 'train']
+    assert scores['test_participants_in_pretraining'] == len(both)
+    classes = ('a', 'b', 'c') if target == 'kind' else ()
+    targets = Targets(target, 'classification' if classes else 'regression', {}, classes)
+    values = people[target].map(classes.index) if classes else people[target]
+    train = (parts[people.index] == 'train').to_numpy()
+    y = values.to_numpy(float)
+    fitted = fit_linear(x[train], y[train], None, targets, seed=0)
+    wanted = fitted.predict(x)
+    assert wanted.std(axis=0).min() > 0.1
+    table = pd.read_csv(out / 'predictions.tsv', sep='\t').set_index('participant_id')
+    columns = [name for name in table if name.startswith('predicted_')]
+    found = table.loc[people.index, columns]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    model = load_model(out / 'card.yml', device='cpu')
+    for person, expected in zip(people.index[:3], wanted, strict=False):
+        series = read_series(next((data / person).rglob('*timeseries.tsv')))
+        of_run = run_prediction(model.embed(series).prediction, targets.problem)
+        np.testing.assert_allclose(of_run, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_random_weights_are_a_control(pretrained, planted, tmp_path):
+    """They score as if --random-weights had been given, which is not compared with itself."""
+    options = (planted[0], '--target', 'value', '--mode', 'probe', '--test-share', 0.4)
+    probed = tune(pretrained, tmp_path / 'probe', *options)
+    control = tune(pretrained, tmp_path / 'control', *options, '--random-weights')
+    assert 'random weights' not in control['test_baselines']
+    assert control['test'] == pytest.approx(probed['test_baselines']['random weights'], rel=1e-4)
+    assert control['test'] != pytest.approx(probed['test'], rel=1e-4)
+
+
+def test_features_of_the_connectome(tmp_path):
+    """Fisher z of the mean connectome of the runs of a participant, over unflagged volumes."""
+    folder = write_cohort(tmp_path / 'out', 2)
+    paths = sorted(folder.rglob('*timeseries.tsv'))
+    clean = [np.corrcoef(read_series(path).data.T) for path in paths]
+    for path in paths:
+        frame = pd.read_csv(path, sep='\t')
+        noise = np.random.default_rng(0).standard_normal((40, frame.shape[1]))
+        frame = pd.concat([frame, pd.DataFrame(9000 + 500 * noise, columns=frame.columns)])
+        frame.to_csv(path, sep='\t', index=False)
+        flagged = {'FlaggedVolumes': list(range(VOLUMES, VOLUMES + 40))}
+        write_sidecar(path, read_sidecar(sidecar_path(path)) | flagged)
+    found = _features([CohortRun(path, folder, '01', TR) for path in paths])
+    above = np.triu_indices(424, 1)
+    wanted = np.mean([np.arctanh(r[above]) for r in clean], axis=0)
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize(('label', 'part'), [('01', 'train'), ('02', 'test')])
+def test_predictions_say_in_which_part_a_participant_was(
+    label, part, pretrained, cohort, simulated, app, tmp_path
+):
+    """In table, sidecar and report; test scores are not shown for participants in training."""
+    out = tmp_path / 'tuned'
+    for seed in range(20):  # until the participant is in the part
+        shutil.rmtree(out, ignore_errors=True)
+        tune(
+            pretrained, out, cohort, '--target', 'trait', '--mode', 'probe', '--seed', seed,
+            '--test-share', 0.4,
+        )  # fmt: skip
+        parts = pd.read_csv(out / 'participants.tsv', sep='\t').set_index('participant_id')['part']
+        if parts[f'sub-{label}'] == part:
+            break
+    options = ('--model', out / 'card.yml', '--participant-label', label)
+    assert app(simulated, 'derivatives', *options) == 0
+    (path,) = Path('derivatives').rglob('*desc-tuned_prediction.tsv')
+    table = pd.read_csv(path, sep='\t')
+    assert set(table['part']) == {part}
+    assert 'trait' in table
+    sidecar = json.loads(path.with_suffix('.json').read_text())
+    assert sidecar['Part'] == sidecar['RunPrediction']['part'] == part
+    assert set(sidecar['part']['Levels']) == {'train', 'validation', 'test', 'unseen'}
+    page = (Path('derivatives') / f'sub-{label}.html').read_text()
+    warned = 'the prediction is not held out'
+    assert any(warned in text for text in sidecar['Warnings']) == (part == 'train')
+    assert (warned in page) == (part == 'train')
+    assert ('train part: not held out' in page) == (part == 'train')
+    assert ('Test participants' in page) == (part == 'test')
+    assert ('One test part of' in page) == (part == 'test')
+
+
+def test_only_the_head_learns(mae, cohort, tmp_path):
+    """In a full fine-tuning the network does, too, but not its decoder."""
     of = {}
-    for mode in ('probe', 'full'):
-        run('finetune', mae, tmp_path / mode, '--data', cohort, '--target', 'trait',
-            '--mode', mode, '--epochs', 1, '--batch-size', 4, '--device', 'cpu')  # fmt: skip
+    for mode in ('head', 'full'):
+        tune(mae, tmp_path / mode, cohort, '--target', 'trait', '--mode', mode, '--epochs', 1)
         of[mode] = load_file(tmp_path / mode / 'model.safetensors')
     changed = {
-        n
-        for n in of['probe']
-        if n in of['full'] and not torch.equal(of['probe'][n], of['full'][n])
+        n for n in of['head'] if n in of['full'] and not torch.equal(of['head'][n], of['full'][n])
     }
     shared = {name for name in changed if not name.startswith('head.')}
     assert shared
     assert all(name.startswith('vit.') for name in shared)
     assert 'vit.embeddings.position_embeddings' not in shared
+
+
+def test_families_stay_together(mae, cohort, tmp_path):
+    """In all parts, and it is on record."""
+    out = tmp_path / 'tuned'
+    tune(mae, out, cohort, '--target', 'trait', '--mode', 'probe', '--group-column', 'family')
+    parts = pd.read_csv(out / 'participants.tsv', sep='\t')
+    assert list(parts) == ['participant_id', 'part', 'group']
+    people = pd.read_csv(cohort / 'participants.tsv', sep='\t')
+    merged = parts.merge(people, on='participant_id')
+    assert (merged.groupby('family')[['part', 'group']].nunique() == 1).all(axis=None)
+    assert merged['group'].nunique() == merged['family'].nunique() == 6
+    settings = json.loads((out / 'settings.json').read_text())['settings']
+    card = yaml.safe_load((out / 'card.yml').read_text())
+    assert settings['group_column'] == card['training']['group_column'] == ['family']
+
+
+def test_runs_with_many_flagged_volumes_are_left_out(mae, tmp_path, capsys):
+    """--max-flagged: counted, named, and on record; at the limit a run is kept."""
+    cohort, out = write_cohort(tmp_path / 'flagged', 6), tmp_path / 'out'
+    for label, n in (('02', 49), ('03', 50)):
+        (path,) = (cohort / f'sub-{label}').rglob('*timeseries.tsv')
+        content = read_sidecar(sidecar_path(path)) | {'FlaggedVolumes': list(range(n))}
+        write_sidecar(path, content)
+    run('pretrain', mae, out, '--data', cohort, '--epochs', 1, '--batch-size', 2, '--device',
+        'cpu', '--validation-share', 0.4, '--max-flagged', 0.1)  # fmt: skip
+    assert '1 of 6 runs are left out' in capsys.readouterr().out
+    left = pd.read_csv(out / 'left_out.tsv', sep='\t')
+    assert list(left['run']) == [STEM.format('03')]
+    assert '10.2% of its samples are flagged, more than --max-flagged 0.1' in left['reason'][0]
+    training = yaml.safe_load((out / 'card.yml').read_text())['training']
+    parts = pd.read_csv(out / 'participants.tsv', sep='\t').set_index('participant_id')['part']
+    trained = [p for p in parts.index if parts[p] == 'train' and p != 'sub-03']
+    assert training['runs_left_out'] == 1
+    flagged = 49 * ('sub-02' in trained) / (len(trained) * VOLUMES)
+    assert training['flagged'] == pytest.approx(flagged, rel=1e-4)
+
+
+def test_a_training_by_an_earlier_version_is_not_continued(mae, cohort, tmp_path, capsys):
+    """Its loss counted flagged volumes, and its series do not say which these are."""
+    out = tmp_path / 'out'
+    arguments = ('pretrain', mae, out, '--data', cohort, *SHORT, '--device', 'cpu')
+    run(*arguments)
+    settings = json.loads((out / 'settings.json').read_text())
+    del settings['format']
+    (out / 'settings.json').write_text(json.dumps(settings))
+    assert 'which scored flagged volumes: name another folder' in refused(capsys, *arguments)
 
 
 @pytest.mark.slow
@@ -361,9 +552,9 @@ def test_finetuning_continues_with_its_best(mae, cohort, tmp_path):
     for name in ('model.safetensors', 'predictions.tsv', 'validation.csv', 'card.yml'):
         assert (whole / name).read_bytes() == (broken / name).read_bytes()
     evaluated = pd.read_csv(whole / 'validation.csv')
-    best = evaluated['loss'][1:].min()
+    best = evaluated.loc[evaluated['loss'][1:].idxmin()]
     scores = json.loads((whole / 'scores.json').read_text())
-    assert scores['validation']['loss'] == pytest.approx(best, rel=1e-4)
+    assert scores['validation']['mse'] == pytest.approx(best['mse'], rel=1e-4)
 
 
 def refused(capsys, *arguments) -> str:
@@ -385,6 +576,10 @@ def refused(capsys, *arguments) -> str:
         (('--target', 'trait', '--test-share', '0.05'), 'too few to split'),
         (('--target', 'trait', '--recipe', 'none'), 'There is no recipe none'),
         (('--target', 'trait', '--device', 'cpu', '--precision', 'tf32'), 'needs an NVIDIA GPU'),
+        (('--target', 'trait', '--group-column', 'same'), '12 participants in 1 groups are too'),
+        (('--target', 'trait', '--group-column', 'holed'), '--group-column holed: 1 of 12'),
+        (('--target', 'trait', '--mode', 'probe', '--epochs', '2'), 'without --epochs: leave it'),
+        (('--target', 'rare', '--test-share', '0.5'), 'at least 1 of each class'),
         (('--target', 'trait', '--batch-size', '6', '--micro-batch-size', '4'), 'does not divide'),
     ],
 )
@@ -455,7 +650,7 @@ def test_short_runs_are_left_out_and_named(mae, cohort, tmp_path, capsys):
 
 def test_killed_while_data_are_prepared(mae, cohort, tmp_path, monkeypatch):
     """What was prepared by halves is prepared again by the same command."""
-    from bids_brainfm.training import session
+    from bids_brainfm.training import preparation
 
     def write_half(folder, parcels, series):
         folder.mkdir(parents=True)
@@ -465,7 +660,7 @@ def test_killed_while_data_are_prepared(mae, cohort, tmp_path, monkeypatch):
     out = tmp_path / 'out'
     arguments = ('pretrain', mae, out, '--data', cohort, *SHORT, '--device', 'cpu')
     with monkeypatch.context() as patch:
-        patch.setattr(session, 'write_store', write_half)
+        patch.setattr(preparation, 'write_store', write_half)
         with pytest.raises(KeyboardInterrupt):
             run(*arguments)
     run(*arguments)

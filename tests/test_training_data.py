@@ -1,5 +1,6 @@
 """What a network is trained with: cohorts and their splits, series on disk, and recipes."""
 
+import json
 import math
 from collections import Counter
 
@@ -13,12 +14,11 @@ from bids_brainfm.models.weights import build
 from bids_brainfm.training.cohort import (
     CohortRun,
     Targets,
-    count_parts,
     find_cohort,
     read_targets,
-    split,
 )
 from bids_brainfm.training.recipe import load_recipe, recipe_names
+from bids_brainfm.training.split import count_parts, read_groups, split
 from bids_brainfm.training.store import (
     INDEX,
     Store,
@@ -268,11 +268,11 @@ def test_split_follows_from_the_seed():
 
 def test_split_keeps_classes_in_proportion():
     people = people_of(100)
-    groups = {p: float(i % 10 == 0) for i, p in enumerate(people)}  # one in ten
+    classes = {p: float(i % 10 == 0) for i, p in enumerate(people)}  # one in ten
     for seed in range(10):
-        parts = split(people, SHARES, seed, groups)
+        parts = split(people, SHARES, seed, classes)
         assert Counter(parts.values()) == {'train': 70, 'validation': 10, 'test': 20}
-        rare = Counter(parts[p] for p in people if groups[p])
+        rare = Counter(parts[p] for p in people if classes[p])
         assert rare == {'train': 7, 'validation': 1, 'test': 2}
 
 
@@ -283,9 +283,53 @@ def test_split_of_too_few():
         split(people_of(14), SHARES, seed=0)
     assert Counter(split(people_of(15), SHARES, seed=0).values())['validation'] == 2
     people = people_of(30)
-    groups = {p: float(i < 4) for i, p in enumerate(people)}
+    classes = {p: float(i < 4) for i, p in enumerate(people)}
     with pytest.raises(BrainfmError, match=r'validation needs at least 1 of each class and .* 0'):
-        split(people, SHARES, 0, groups)
+        split(people, SHARES, 0, classes)
+
+
+def test_groups_are_in_one_part():
+    """Families of one to five, sexes mixed: proportions and classes are nearly met."""
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(1, 6, size=80)
+    people = people_of(sizes.sum())
+    families = dict(zip(people, np.repeat(np.arange(80), sizes).tolist(), strict=True))
+    sexes = dict(zip(people, rng.integers(2, size=len(people)).astype(float), strict=True))
+    for seed in range(5):
+        parts = split(people, SHARES, seed, sexes, families)
+        of = {f: {parts[p] for p in people if families[p] == f} for f in range(80)}
+        assert all(len(found) == 1 for found in of.values())
+        counts = Counter(parts.values())
+        for name, proportion in SHARES.items():
+            assert counts[name] == pytest.approx(proportion * len(people), abs=4)
+            women = np.mean([sexes[p] for p in people if parts[p] == name])
+            assert women == pytest.approx(np.mean(list(sexes.values())), abs=0.12)
+    assert split(people, SHARES, 1, sexes, families) == split(people, SHARES, 1, sexes, families)
+    assert split(people, SHARES, 1, sexes, families) != split(people, SHARES, 2, sexes, families)
+
+
+def test_split_of_too_few_groups():
+    people = people_of(60)
+    sites = {person: i % 2 for i, person in enumerate(people)}
+    with pytest.raises(
+        BrainfmError, match=r'60 participants in 2 groups are too few .*would have 0'
+    ):
+        split(people, SHARES, 0, groups=sites)
+
+
+def test_groups_are_read_from_columns(tmp_path):
+    """The same value in any column joins people, over columns and datasets."""
+    rows = [('01', 'a\tx'), ('02', 'a\ty'), ('03', 'b\ty'), ('04', 'c\tz'), ('05', 'd\tn/a')]
+    runs = write_people(tmp_path, rows, column='family\tsite')
+    found = read_groups(runs[:4], ['family'])
+    assert found['01'] == found['02']
+    assert len(set(found.values())) == 3
+    found = read_groups(runs[:4], ['family', 'site'])
+    assert found['01'] == found['02'] == found['03'] != found['04']
+    with pytest.raises(BrainfmError, match=r'--group-column site: 1 of 5 .*\(sub-05\)'):
+        read_groups(runs, ['site'])
+    with pytest.raises(BrainfmError, match=r'no participants.tsv has a column mother'):
+        read_groups(runs, ['mother'])
 
 
 # --- store -----------------------------------------------------------------------------------
@@ -298,7 +342,12 @@ def series_of(lengths=LENGTHS):
     """Series whose values say which run, sample and parcel they are."""
     for i, n in enumerate(lengths):
         values = 1000 * i + np.arange(n)[:, None] + np.arange(PARCELS) / 10
-        yield f'run{i}', f'p{i // 2}', 'train', values.astype(np.float32)
+        yield f'run{i}', f'p{i // 2}', 'train', (values.astype(np.float32), flags_of(i, n))
+
+
+def flags_of(number, n):
+    """Every third sample of a run is flagged, from another one on in each run."""
+    return np.arange(n) % 3 == number % 3
 
 
 def store_of(folder, lengths=LENGTHS, **options):
@@ -311,28 +360,44 @@ def test_store_round_trip(shard_bytes, shards, tmp_path):
     store = store_of(tmp_path / 'a' / 'store', shard_bytes=shard_bytes)
     assert len(list(store.folder.glob('shard-*.f32'))) == shards
     assert {run.shard for run in store.runs} == set(range(shards))
-    assert sum(path.stat().st_size for path in store.folder.glob('shard-*')) == 4 * PARCELS * sum(
-        LENGTHS
-    )
+    assert sum(
+        path.stat().st_size for path in store.folder.glob('shard-*.f32')
+    ) == 4 * PARCELS * sum(LENGTHS)
     assert store.parcels == PARCELS
     assert store.left_out == {}
-    for run, (name, person, part, data) in zip(store.runs, series_of(), strict=True):
+    for run, (name, person, part, (data, flags)) in zip(store.runs, series_of(), strict=True):
         assert (run.name, run.participant, run.part) == (name, person, part)
-        assert run.samples == len(data)
-        window = store.window(run, 0, len(data))
-        assert window.dtype == np.float32
+        assert (run.samples, run.flagged) == (len(data), flags.sum())
+        window, flagged = store.window(run, 0, len(data))
+        assert (window.dtype, flagged.dtype) == (np.float32, bool)
         np.testing.assert_array_equal(window, data.T)
-        np.testing.assert_array_equal(store.window(run, 2, 3), data[2:5].T)
-        np.testing.assert_array_equal(store.window(run, 1, 2, 3), data[[1, 4]].T)
+        np.testing.assert_array_equal(flagged, flags)
+        for (window, flagged), rows in (
+            (store.window(run, 2, 3), slice(2, 5)),
+            (store.window(run, 1, 2, 3), [1, 4]),
+        ):
+            np.testing.assert_array_equal(window, data[rows].T)
+            np.testing.assert_array_equal(flagged, flags[rows])
 
 
 def test_store_is_mapped(tmp_path):
     store = store_of(tmp_path)
     store.window(store.runs[0], 0, 5)
-    (mapped,) = store._mapped.values()
+    ((mapped, flags),) = store._mapped.values()
     assert isinstance(mapped.base, np.memmap) or isinstance(mapped, np.memmap)
+    assert isinstance(flags, np.memmap)
     with pytest.raises(ValueError, match='read-only'):
         mapped[0, 0] = 1
+
+
+def test_a_store_of_another_format_is_refused(tmp_path):
+    """A store without flags is not read as one in which nothing is flagged."""
+    store_of(tmp_path)
+    index = json.loads((tmp_path / INDEX).read_text())
+    del index['format']
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(BrainfmError, match=r'another version of bids_brainfm .* train in another'):
+        Store(tmp_path)
 
 
 def test_store_of_parts(tmp_path):
@@ -342,7 +407,7 @@ def test_store_of_parts(tmp_path):
     names = {part: [run.name for run in store.part(part)] for part in 'abc'}
     assert names == {'a': ['run0', 'run2', 'run3'], 'b': ['run1', 'run5'], 'c': ['run4']}
     np.testing.assert_array_equal(
-        store.window(store.part('c')[0], 0, 23), list(series_of())[4][3].T
+        store.window(store.part('c')[0], 0, 23)[0], list(series_of())[4][3][0].T
     )
 
 
@@ -353,7 +418,7 @@ def test_store_says_what_is_left_out(tmp_path):
     store = Store(tmp_path)
     assert store.left_out == {'run2': 'it is too short'}
     assert [run.name for run in store.runs] == ['run0', 'run1', 'run3', 'run4', 'run5']
-    np.testing.assert_array_equal(store.window(store.runs[2], 0, 7), rows[3][3].T)
+    np.testing.assert_array_equal(store.window(store.runs[2], 0, 7)[0], rows[3][3][0].T)
 
 
 def test_a_part_without_runs_is_refused(tmp_path):
@@ -375,19 +440,19 @@ def test_an_interrupted_store_is_no_store(tmp_path):
         write_store(tmp_path, PARCELS, broken())
     assert not (tmp_path / INDEX).exists()
     store = store_of(tmp_path, LENGTHS[:2])
-    assert [len(store.window(run, 0, run.samples).T) for run in store.runs] == list(LENGTHS[:2])
+    assert [len(store.window(run, 0, run.samples)[1]) for run in store.runs] == list(LENGTHS[:2])
 
 
 def test_collect_keeps_reasons(tmp_path):
     def prepare(run):
         if run.participant == '02':
             raise BrainfmError('it is too short')
-        return np.zeros((4, 1), np.float32)
+        return np.zeros((4, 1), np.float32), np.zeros(4, bool)
 
     runs = write_people(tmp_path, [('01', ''), ('02', '')])
     rows = list(collect(runs, prepare, {'01': 'train', '02': 'test'}))
     assert [row[:3] for row in rows] == [('sub-01', '01', 'train'), ('sub-02', '02', 'test')]
-    assert rows[0][3].shape == (4, 1)
+    assert rows[0][3][0].shape == (4, 1)
     assert rows[1][3] == 'it is too short'
 
 
@@ -412,9 +477,10 @@ def test_stream_depends_on_seed_and_position_alone(tmp_path):
     one, again = (WindowStream(store, store.runs, 5, seed=3) for _ in range(2))
     ahead = {position: one[position] for position in range(60)}
     for position in (59, 0, 30, 31, 7, 58):  # from anywhere, in any order
-        window, number = again[position]
+        window, flagged, number = again[position]
         np.testing.assert_array_equal(window, ahead[position][0])
-        assert number == ahead[position][1]
+        np.testing.assert_array_equal(flagged, ahead[position][1])
+        assert number == ahead[position][2]
     other = WindowStream(store, store.runs[2:3], 5, seed=4)  # of one run there is one order
     same = WindowStream(store, store.runs[2:3], 5, seed=3)
     assert sum(np.array_equal(other[p][0], same[p][0]) for p in range(60)) < 15
@@ -425,7 +491,7 @@ def test_stream_depends_on_seed_and_position_alone(tmp_path):
 def test_every_run_has_one_window_in_an_epoch(tmp_path):
     store = store_of(tmp_path)
     stream = WindowStream(store, store.runs, 5, seed=0)
-    orders = [tuple(stream[6 * epoch + i][1] for i in range(6)) for epoch in range(30)]
+    orders = [tuple(stream[6 * epoch + i][2] for i in range(6)) for epoch in range(30)]
     assert all(sorted(order) == list(range(6)) for order in orders)
     assert len(set(orders)) > 20
 
@@ -436,9 +502,11 @@ def test_windows_lie_in_their_run(strides, tmp_path):
     stream = WindowStream(store, store.runs, 5, seed=0, strides=strides)
     taken = {number: set() for number in range(6)}
     for position in range(1500):
-        window, number = stream[position]
+        window, flagged, number = stream[position]
         assert window.shape == (PARCELS, 5)
         run, first, steps = origin(window)
+        rows = first + int(steps[0]) * np.arange(5)
+        np.testing.assert_array_equal(flagged, flags_of(run, LENGTHS[run])[rows])
         assert run == number
         assert (steps == steps[0]).all()
         taken[number].add((int(steps[0]), first))
@@ -456,7 +524,7 @@ def test_windows_of_some_runs(tmp_path):
     store = store_of(tmp_path)
     stream = WindowStream(store, store.runs[3:], 5, seed=0)
     for position in range(12):
-        window, number = stream[position]
+        window, _, number = stream[position]
         assert origin(window)[0] == number + 3
 
 
@@ -483,7 +551,7 @@ PEOPLE = 32128  # 502 micro batches of 64 in an epoch
 
 def test_recipes_load():
     assert recipe_names() == [
-        'brainlm-legacy', 'brainlm-vit', 'finetune', 'fixed', 'official', 'probe',
+        'brainlm-legacy', 'brainlm-vit', 'finetune', 'fixed', 'head', 'official',
     ]  # fmt: skip
     for name in recipe_names():
         recipe = load_recipe(name)

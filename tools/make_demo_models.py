@@ -5,12 +5,13 @@
 
 Simulates participants (seeds that the demo does not use) as the demo does, writes their denoised
 parcel series as `bids_brainfm DATA OUT participant` does, and pretrains both models on them. The
-weights are put beside the cards in bids_brainfm/data/models. Then, on other participants, it
-probes Brain-JEPA's embeddings for how fast their simulated fluctuations are, beside those of an
-untrained network. The trait of the demo's own participants, which shows between parcels, is not
-probed: the mean over tokens of so small a network does not hold it, trained or not.
+weights are written next to the cards in bids_brainfm/data/models. Then, on other participants, it
+probes Brain-JEPA's embeddings for how fast their simulated fluctuations are, and compares them
+with those of an untrained network and with the connectome. The trait of the demo's own
+participants, which shows between parcels, is not probed: the mean over tokens of so small a
+network does not hold it, trained or not.
 
-What does not depend on each other is made side by side, by two processes of one thread each.
+Both models are pretrained at the same time, by two processes of one thread each.
 """
 
 import json
@@ -59,7 +60,6 @@ PRETRAINING = {
     ],
 }
 COMMON = ['--seed', SEED, '--device', 'cpu', '--nthreads', '1']
-PROBE = ['--epochs', '20', '--batch-size', '16', '--lr', '0.1', '--evaluate-epochs', '2']
 
 
 def express_pace(trait: float) -> dict[str, float]:
@@ -119,12 +119,6 @@ def write_derivatives(folder: Path, participants: int, seed: int, how: Callable)
     pd.DataFrame(people).to_csv(folder / 'participants.tsv', sep='\t', index=False)
 
 
-def side_by_side(function: Callable, *calls: tuple) -> list:
-    """Call a function several times at once, each in a process of its own."""
-    with ProcessPoolExecutor(2, get_context('spawn')) as pool:
-        return [made.result() for made in [pool.submit(function, *call) for call in calls]]
-
-
 def pretrain(name: str, data: Path, folder: Path, options: list[str]) -> None:
     """Pretrain a model from random weights, and put what came of it beside its card."""
     started = time.monotonic()
@@ -148,32 +142,24 @@ def write_card(name: str, training: dict, sha256: str) -> None:
     path.write_text(f'{head}\n{yaml.safe_dump(facts, sort_keys=False)}')
 
 
-def probe(name: str, data: Path, out: Path, options: list[str]) -> dict:
-    """Probe the embeddings of a model for the trait: what its scores.json says."""
-    run(
-        'finetune', name, out, '--data', data, '--target', 'trait', '--mode', 'probe',
-        '--pooling', 'mean', *COMMON, *PROBE, *options,
-    )  # fmt: skip
-    return json.loads((out / 'scores.json').read_text())
-
-
-def compare(name: str, data: Path, folder: Path) -> None:
-    """Probe a model beside an untrained network of its kind, and say in its card what came out."""
-    controls = {'trained': [], 'untrained': ['--random-weights']}
-    calls = [(name, data, folder / f'{name}-probe-{kind}', o) for kind, o in controls.items()]
-    found = dict(zip(controls, side_by_side(probe, *calls), strict=True))
-    scores = {kind: values['test'] for kind, values in found.items()}
-    scores |= found['trained']['test_baselines']
-    card = yaml.safe_load((MODELS / f'{name}.yml').read_text())
-    training = card['training'] | {
-        'probe': {
-            'target': 'simulated pace of fluctuations',
-            'participants': found['trained']['participants'],
-            'test_r': {kind: round(values['r'], 3) for kind, values in scores.items()},
-        }
+def probe(name: str, data: Path, folder: Path) -> None:
+    """Probe the embeddings of a model for the trait, and write in its card what came out."""
+    out = folder / f'{name}-probe'
+    run('finetune', name, out, '--data', data, '--target', 'trait', '--mode', 'probe', *COMMON)
+    found = json.loads((out / 'scores.json').read_text())
+    scores = {'trained': found['test'], 'untrained': found['test_baselines']['random weights']}
+    scores['connectome'] = found['test_baselines']['connectome']
+    intervals, difference = found['test_intervals'], found['test_difference']
+    probed = {
+        'target': 'simulated pace of fluctuations',
+        'participants': found['participants'],
+        'test_r': {kind: round(values['r'], 3) for kind, values in scores.items()},
+        'interval': [round(limit, 3) for limit in intervals['model']['r']],
+        'statement': difference['statement'],
     }
-    write_card(name, training, card['weights'][0]['sha256'])
-    print(name, training['probe'])
+    card = yaml.safe_load((MODELS / f'{name}.yml').read_text())
+    write_card(name, card['training'] | {'probe': probed}, card['weights'][0]['sha256'])
+    print(name, probed)
 
 
 def run(*arguments: object) -> None:
@@ -189,9 +175,14 @@ def main(folder: Path) -> None:
     started = time.monotonic()
     write_derivatives(folder / 'train', TRAINED_ON, SEED, express)
     write_derivatives(folder / 'probe', PROBED, SEED + 1, express_pace)
-    calls = [(name, folder / 'train', folder, options) for name, options in PRETRAINING.items()]
-    side_by_side(pretrain, *calls)
-    compare('brain-jepa-demo', folder / 'probe', folder)
+    with ProcessPoolExecutor(2, get_context('spawn')) as pool:
+        made = [
+            pool.submit(pretrain, name, folder / 'train', folder, options)
+            for name, options in PRETRAINING.items()
+        ]
+        for each in made:
+            each.result()
+    probe('brain-jepa-demo', folder / 'probe', folder)
     print(f'{(time.monotonic() - started) / 60:.1f} min in all')
 
 

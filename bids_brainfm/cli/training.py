@@ -29,8 +29,9 @@ def add_commands(commands: 'argparse._SubParsersAction[argparse.ArgumentParser]'
     )
     _add_common(pretraining, 'CARD', 'a model (see list), or the path of a card of your own')
     add = pretraining.add_argument_group('objective').add_argument
-    add('--mask-ratio', type=number(float, lambda x: 0 < x <= 0.9, 'a share above 0, up to 0.9'),
-        help="BrainLM: share that is masked (default: the model's own)")
+    share = number(float, lambda x: 0 < x <= 0.9, 'a proportion above 0, up to 0.9')
+    add('--mask-ratio', type=share,
+        help="BrainLM: proportion that is masked (default: the model's own)")
     add('--masking', choices=('random', 'future'), default='random',
         help='BrainLM: mask tokens at random, or the last time points (default: random)')
     add('--loss', choices=('mse', 'mae'), help="BrainLM: error (default: the model's own)")
@@ -41,28 +42,30 @@ def add_commands(commands: 'argparse._SubParsersAction[argparse.ArgumentParser]'
         'finetune',
         help='fit a model to predict a column of participants.tsv',
         description='Fit a head on MODEL that predicts a column of participants.tsv from parcel '
-        'series that "bids_brainfm DATA OUT participant" wrote; with --mode full the network '
-        'learns too. Participants are split into training, validation (which picks the best '
-        'epoch) and test (scored once, beside a constant and the connectome). "bids_brainfm DATA '
-        'OUT participant --model OUT/card.yml" then writes predictions.',
+        'series that "bids_brainfm DATA OUT participant" wrote. Participants are split into '
+        'training, validation (which picks the best epoch; not with --mode probe) and test. Test '
+        'scores are compared with a constant and with linear regression on the connectome. '
+        '"bids_brainfm DATA OUT participant --model OUT/card.yml" then writes predictions.',
     )
     _add_common(tuning, 'MODEL', 'a model (see list), NAME=CHECKPOINT, or the path of a card')
     add = tuning.add_argument_group('prediction').add_argument
     add('--target', required=True, metavar='COLUMN', help='column of participants.tsv')
     add('--problem', choices=('regression', 'classification'),
         help='default: classification for text and for two values, else regression')
-    add('--mode', choices=('full', 'probe'), default='full',
-        help='the whole network learns, or a linear head only (default: full)')
+    add('--mode', choices=('full', 'head', 'probe'), default='full',
+        help='full: the whole network learns; head: only a linear head learns, by gradient '
+        'descent; probe: ridge or logistic regression on the frozen embeddings, the penalty '
+        'chosen by cross-validation, also with random weights (default: full)')
     add('--pooling', choices=('class-token', 'mean'),
         help='what the head is given (default: the class token where there is one)')
-    add('--dropout', type=number(float, lambda x: 0 <= x < 1, 'a share from 0 to below 1'),
+    add('--dropout', type=number(float, lambda x: 0 <= x < 1, 'a proportion from 0 to below 1'),
         default=0.0, help='of the head (default: 0)')
     add('--drop-missing', action='store_true', help='leave out participants without a value')
     add('--random-weights', action='store_true', help='control: start from an untrained network')
     add('--patience', type=positive(int), metavar='EPOCHS',
         help='end after so many epochs without a better validation score')
-    add('--test-share', type=ratio, default=0.2, help='of participants (default: 0.2)')
-    tuning.set_defaults(validation_share=0.2)
+    add('--test-share', type=ratio, default=0.2,
+        help='proportion of participants (default: 0.2)')
 
 
 def _add_common(parser: argparse.ArgumentParser, what: str, explained: str) -> None:
@@ -81,12 +84,18 @@ def _add_common(parser: argparse.ArgumentParser, what: str, explained: str) -> N
     add('--strides', nargs='+', type=positive(int), default=[1], metavar='N',
         help='augment the repetition time: a window takes every N-th sample, N at random of '
         'these (default: 1)')
-    add('--validation-share', type=ratio, default=0.1,
-        help='of participants (default: 0.1, finetune 0.2)')
+    add('--max-flagged', type=proportion, metavar='PROPORTION',
+        help='leave out runs with a greater proportion of flagged volumes (default: none). '
+        'Flagged volumes are never learned in pretraining, nor scored')
+    add('--group-column', nargs='+', default=[], metavar='COLUMN',
+        help='columns of participants.tsv, such as family or site: participants with the same '
+        'value are in the same part of the split')
+    add('--validation-share', type=ratio,
+        help='proportion of participants (default: 0.1, finetune 0.2)')
     add = parser.add_argument_group('training').add_argument
     add('--recipe', metavar='NAME',
         help='schedule (default: that of the family): brainlm-vit, brainlm-legacy, fixed or '
-        'official for Brain-JEPA, finetune, probe, or a file of your own')
+        'official for Brain-JEPA, finetune, head, or a file of your own')
     add('--epochs', type=positive(float), help="default: the recipe's")
     add('--batch-size', type=positive(int),
         help="windows in a step, over all processes (default: the recipe's)")
@@ -153,13 +162,15 @@ def run(options: argparse.Namespace) -> int:
     from bids_brainfm.resources import home
     from bids_brainfm.training import job
     from bids_brainfm.training.engine import Interrupted
-    from bids_brainfm.training.session import TrainingSettings, is_first_process
+    from bids_brainfm.training.session import is_first_process
+    from bids_brainfm.training.settings import TrainingSettings
 
     here = int(os.environ.get('LOCAL_WORLD_SIZE', '1'))
     nthreads = options.nthreads or max(1, available_cpus() // here)
     torch.set_num_threads(nthreads)
     asked = {k: v for k, v in vars(options).items() if k != 'command'} | {'nthreads': nthreads}
-    asked |= {'data': tuple(options.data), 'strides': tuple(options.strides), 'home': home()}
+    lists = {name: tuple(asked[name]) for name in ('data', 'strides', 'group_column')}
+    asked |= lists | {'home': home()}
     settings = TrainingSettings(**asked)
     try:
         card = {'pretrain': job.pretrain, 'finetune': job.finetune}[options.command](settings)

@@ -68,6 +68,8 @@ class ModelCard:
     cohort_scaling: Scaling = 'cohort'  # what --scale cohort means for this model
     # How the weights were made and how they scored on held-out participants
     training: dict[str, Any] | None = field(hash=False, default=None)
+    # Table next to the card of the part (train, validation, test) of each participant
+    participants: NamedFile | None = field(hash=False, default=None)
 
     def __post_init__(self) -> None:
         if self.official_volumes is not None and self.official_volumes < self.window:
@@ -101,8 +103,20 @@ def load_card(name: str | Path) -> ModelCard:
         denoising=near(card.denoising),
         weights=_absolute(folder, card.weights),
         gradients=card.gradients and _absolute(folder, [card.gradients])[0],
+        participants=card.participants and _absolute(folder, [card.participants])[0],
         training=json.loads(training, parse_constant=lambda name: None),
     )
+
+
+def read_parts(card: ModelCard) -> dict[str, str] | None:
+    """Part of each participant in the training of a model, by label (01); None if not known."""
+    import pandas as pd
+
+    if card.participants is None or not Path(card.participants['name']).is_file():
+        return None
+    table = pd.read_csv(card.participants['name'], sep='\t', dtype=str)
+    labels = table['participant_id'].str.removeprefix('sub-')
+    return dict(zip(labels, table['part'], strict=True))
 
 
 def _absolute(folder: Path, listed: list[NamedFile]) -> list[NamedFile]:

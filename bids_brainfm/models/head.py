@@ -6,6 +6,7 @@ Forms as published: BrainLM's perceptron, Brain-JEPA's normalised linear layer a
 import math
 from numbers import Real
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,8 +17,8 @@ from bids_brainfm.models.layers import draw_normal
 TASKS = {'regression': ('mean', 'sd'), 'classification': ('classes',)}
 POOLINGS = ('class-token', 'mean')
 CHOICES = {'kind': ('mlp', 'linear', 'probe'), 'pooling': POOLINGS, 'task': tuple(TASKS)}
-# Columns of the tables in which predictions stand; a value that is predicted has its own name
-TAKEN = ('window', 'onset', 'duration', 'real', 'flagged')
+# Other columns of the tables of predictions; a predicted value has another name
+TAKEN = ('window', 'onset', 'duration', 'real', 'flagged', 'excluded', 'part')
 EPS = 1e-6
 LINEAR_SD, PROBE_SD = 2e-5, 0.01  # of initial weights
 
@@ -62,14 +63,39 @@ class Head(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Turn tokens (B, N, H) into outputs (B, C): standardised values, or logits."""
+        return self.layers(self.pooled(hidden))
+
+    def pooled(self, hidden: Tensor) -> Tensor:
+        """Features (B, H) of windows: their class token, or the mean over all tokens."""
         first = self.settings['pooling'] == 'class-token'
-        return self.layers(hidden[:, 0] if first else hidden.mean(1))
+        return hidden[:, 0] if first else hidden.mean(1)
 
     def predict(self, outputs: Tensor) -> Tensor:
         """Turn outputs (B, C) into the target's units, or into probabilities of the classes."""
         if self.task == 'classification':
             return outputs.softmax(-1)
         return outputs * self.settings['sd'] + self.settings['mean']
+
+    @torch.no_grad()
+    def set_linear(self, weight: np.ndarray, bias: np.ndarray, centre: np.ndarray) -> None:
+        """Make a probe give weight (x - centre) + bias of features x (H,).
+
+        Weight (C, H) and bias (C,) are in the target's units, or of logits.
+        """
+        if self.task == 'regression':
+            sd = self.settings['sd']
+            weight, bias = weight / sd, (bias - self.settings['mean']) / sd
+        norm, _, layer = self.layers
+        assert isinstance(norm, nn.BatchNorm1d)
+        assert isinstance(layer, nn.Linear)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        norm.running_mean.copy_(torch.from_numpy(centre))
+        norm.running_var.fill_(1 - EPS)
+        # the rounding of the centre goes into the bias
+        bias = bias + weight @ (norm.running_mean.double().numpy() - centre)
+        layer.weight.copy_(torch.from_numpy(weight))
+        layer.bias.copy_(torch.from_numpy(bias))
 
     def initial_state(self, generator: torch.Generator) -> dict[str, Tensor]:
         """Draw initial weights."""
@@ -120,7 +146,7 @@ def _check(settings: dict, class_token: bool) -> None:
             lambda value: _is_text(value) and value not in taken,
             f'the name of a column{" other than " * bool(taken)}{", ".join(taken)}',
         ),
-        'dropout': (lambda value: _is_number(value) and 0 <= value < 1, 'a share below 1'),
+        'dropout': (lambda value: _is_number(value) and 0 <= value < 1, 'a proportion below 1'),
         'mean': (_is_number, 'a number'),
         'sd': (lambda value: _is_number(value) and value > 0, 'a number above 0'),
         'classes': (_are_classes, 'two classes or more, as a list of different texts'),

@@ -128,16 +128,18 @@ def spatiotemporal_block(name: str, parcels: int, patches: int) -> tuple[Tensor,
 
 
 def masked_loss(
-    prediction: Tensor, target: Tensor, points: Tensor, kind: str = 'mse', normalise: bool = False
-) -> Tensor:
-    """Return the mean error of windows (B, P, T) over masked points (B, P, T) bool.
+    prediction: Tensor, target: Tensor, points: Tensor, kind: str = 'mse',
+    normalise: bool = False, reduction: str = 'mean',
+) -> Tensor:  # fmt: skip
+    """Return the error of windows (B, P, T) over masked points (B, P, T) bool, mean or sum.
 
-    The error is squared (``mse``) or absolute (``mae``); no points give NaN, as officially. To
-    `normalise` is to standardise each parcel's target over time first (``norm_pix_loss``).
+    The error is squared (``mse``) or absolute (``mae``); the mean over no points is NaN, as
+    officially. With `normalise`, each parcel's target is first standardised over time
+    (``norm_pix_loss``).
     """
     target = standardised(target) if normalise else target
     error = {'mse': F.mse_loss, 'mae': F.l1_loss}[kind]
-    return error(prediction[points], target[points])
+    return error(prediction[points], target[points], reduction=reduction)
 
 
 def token_error(prediction: Tensor, target: Tensor) -> Tensor:

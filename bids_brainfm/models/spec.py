@@ -131,8 +131,8 @@ def find_gradients(name: str, checkpoint: Path | None, home: Path) -> GradientTa
 
 
 def _check_content(card: ModelCard) -> None:
-    """Refuse local weights that are not those their card describes (fetching checks others)."""
-    for file in card.weights:
+    """Refuse local files that are not those their card describes (fetching checks others)."""
+    for file in (*card.weights, *filter(None, [card.participants])):
         path, expected = Path(file['name']), file.get('sha256')
         if path.is_absolute() and expected and (digest := sha256_of(path)) != expected:
             raise BrainfmError(
@@ -189,7 +189,7 @@ def resolve_model(
     if gradients is not None:
         network.set_positions(read_gradients(gradients.path))
     if path is not None or digest is None:  # the card describes other weights
-        card = dataclasses.replace(card, training=None)
+        card = dataclasses.replace(card, training=None, participants=None)
     # the control is written in addition to the real outputs, never in their place
     label = card.label + ('random' if random_weights and (card.weights or path) else '')
     trained = checkpoint if digest else None

@@ -105,7 +105,7 @@ PRODUCTS = (
     Product('connectome', 'run', 'connectome', 'relmat', 'pearsoncorrelation', needs='series'),
     Product('quality', 'run', 'quality', 'bold', needs='series', desc='quality'),
     Product('embedding', 'run', 'embedding', 'embedding', record='desc-{label}'),
-    Product('prediction', 'run', 'prediction', 'prediction', needs='head'),
+    Product('prediction', 'run', 'prediction', 'prediction', needs='head', version=2),
     Product(
         'prediction_error', 'run', 'prediction_error', 'boldmap', 'latenterror',
         record='stat-latenterror_desc-{label}', needs='predicts_latents', options=(

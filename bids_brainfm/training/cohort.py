@@ -1,6 +1,5 @@
-"""Who is trained on: runs of our own derivatives, targets of participants, and splits."""
+"""Who is trained on: runs of our own derivatives, and targets of participants."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +34,10 @@ def find_cohort(datasets: Sequence[Path], atlas: str, mix_trs: bool = False) -> 
     """Find the parcel series of an atlas in outputs of ``bids_brainfm ... participant``.
 
     Raises BrainfmError where a folder is no such output, a recording has series of another atlas
-    only or in several spaces, or repetition times differ (allowed with `mix_trs`).
+    only or in several spaces, versions of the results differ, or repetition times do (allowed with
+    `mix_trs`).
     """
-    runs = []
+    runs, versions = [], dict[int | None, Record]()
     for dataset in dict.fromkeys(Path(path).resolve() for path in datasets):
         recordings: dict[str, dict[str | None, list[Record]]] = {}
         for record in find_records(dataset, 'timeseries', stat='mean', desc=None):
@@ -67,8 +67,20 @@ def find_cohort(datasets: Sequence[Path], atlas: str, mix_trs: bool = False) -> 
                     f'{record.path} is not whole, or has no sidecar (.json) with a '
                     f'RepetitionTime: run "bids_brainfm" on it again.'
                 )
+            versions.setdefault(sidecar.get('ResultsVersion'), record)
+            if None in versions:
+                raise BrainfmError(
+                    f'{record.path} was written by an earlier version of bids_brainfm, whose '
+                    f'numbers differ: run the participant level again with --recompute.'
+                )
             tr = float(sidecar['RepetitionTime'])
             runs.append(CohortRun(record.path, dataset, record.entities['sub'], tr))
+    if len(versions) > 1:
+        one, other, *_ = versions.values()
+        raise BrainfmError(
+            f'{one.path} and {other.path} were written by versions of bids_brainfm whose numbers '
+            f'differ: run the participant level again with --recompute.'
+        )
     slowest, fastest = (pick(runs, key=lambda run: run.tr) for pick in (max, min))
     if not mix_trs and not same_rate(slowest.tr, fastest.tr):
         raise BrainfmError(
@@ -103,7 +115,7 @@ def read_targets(
     for dataset in dict.fromkeys(run.dataset for run in runs):
         found = read_column(dataset, column)
         for label in sorted({run.participant for run in runs if run.dataset == dataset}):
-            text = _plain(found.get(label, ''))
+            text = plain_value(found.get(label, ''))
             texts[label] = texts.get(label) or text
             if text and texts[label] != text:
                 raise BrainfmError(
@@ -139,7 +151,7 @@ def read_targets(
     return Targets(column, problem, values, classes)
 
 
-def _plain(text: str) -> str:
+def plain_value(text: str) -> str:
     """Write equal numbers alike ('2.0' as '2'), and nothing where a value is missing."""
     text = text.strip()
     if text.lower() in MISSING:
@@ -152,43 +164,3 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         return np.inf  # text comes after numbers
-
-
-def split(
-    participants: Sequence[str], proportions: dict[str, float], seed: int,
-    groups: dict[str, float] | None = None,
-) -> dict[str, str]:  # fmt: skip
-    """Assign each participant to one part of the cohort.
-
-    Where `groups` give the class of each participant, each part has its proportion of each class.
-    Too few are refused: each part needs two participants, or one of each class.
-
-    >>> parts = split(['01', '02', '03', '04', '05'], {'train': 0.6, 'validation': 0.4}, seed=1)
-    >>> sorted(parts.values())
-    ['train', 'train', 'train', 'validation', 'validation']
-    """
-    people = sorted(set(participants))
-    rng = np.random.default_rng(seed)
-    strata: dict[float, list[str]] = {}
-    for person in (people[i] for i in rng.permutation(len(people))):
-        strata.setdefault(groups[person] if groups else 0.0, []).append(person)
-    least = 1 if groups else 2
-    parts: dict[str, str] = {}
-    for members in strata.values():
-        edges = np.rint(np.cumsum([0, *proportions.values()]) * len(members)).astype(int)
-        for name, start, stop in zip(proportions, edges[:-1], edges[1:], strict=True):
-            if stop - start < least:
-                what = ' of each class' if groups else ''
-                raise BrainfmError(
-                    f'{len(people)} participants are too few to split into '
-                    f'{", ".join(f"{n} {p:.0%}" for n, p in proportions.items())}: {name} needs '
-                    f'at least {least}{what} and would have {stop - start}; add participants or '
-                    f'change the shares (--validation-share, --test-share).'
-                )
-            parts |= dict.fromkeys(members[start:stop], name)
-    return parts
-
-
-def count_parts(parts: dict[str, str]) -> str:
-    """Say how many participants are in each part: '2 train, 1 test'."""
-    return ', '.join(f'{n} {name}' for name, n in Counter(parts.values()).items())

@@ -27,15 +27,13 @@ from bids_brainfm.bids.files import atomic
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.protocol import Network
 from bids_brainfm.training.objective import Objective
-from bids_brainfm.training.session import Session
+from bids_brainfm.training.session import MicroBatch, Session
 from bids_brainfm.training.store import WindowStream, sample_seed
 
 KEPT_CHECKPOINTS = 2
 # A network has collapsed when its latents differ between windows by so small a proportion of what
 # they did at their most, in so many steps on end.
 COLLAPSED, COLLAPSED_STEPS = 0.01, 10
-
-MicroBatch = tuple[Tensor, list[int]]  # windows (B, P, T), and the number of each one's run
 
 
 class Interrupted(Exception):
@@ -226,8 +224,8 @@ class Trainer:
             group['weight_decay'] = rates.weight_decay * group['decays']
         self.model.train()
         sums: dict[str, Tensor] = {}
-        for i, (signal, numbers) in enumerate(batches):
-            given = self._given(i, len(signal), numbers)
+        for i, (signal, flagged, numbers) in enumerate(batches):
+            given = self._given(i, flagged, numbers)
             # dropout, if any, is that of this step, however often training was interrupted
             torch.manual_seed(sample_seed(seed, 2, progress.step, i, rank))
             last = i == len(batches) - 1
@@ -244,17 +242,16 @@ class Trainer:
         *pairs, stop = self.accelerator.reduce(gathered, 'sum').cpu()
         self.stopping = bool(stop[0] > 0)
         means = {n: float(pair[0] / pair[1]) for n, pair in zip(names, pairs, strict=True)}
-        loss = means.pop('loss')
-        if not math.isfinite(loss):
+        loss, scored = means.pop('loss'), float(pairs[names.index('loss')][1])
+        if scored and not math.isfinite(loss):  # nothing is scored where all is flagged
             raise BrainfmError(
                 f'The loss is {loss} at step {progress.step + 1}: lower --lr, or look '
                 f'for wrong values in the series; the last checkpoint is in {self.checkpoints}.'
             )
         # gradients are those of a sum, averaged over processes; the mean is what is wanted
-        scored = float(pairs[names.index('loss')][1])
         trained = (p for group in self.optimizer.param_groups for p in group['params'])
         gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
-        norms = [gradient.mul_(processes / scored).norm() for gradient in gradients]
+        norms = [gradient.mul_(processes / max(scored, 1.0)).norm() for gradient in gradients]
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.objective.after_step(rates.momentum)
@@ -266,9 +263,11 @@ class Trainer:
             'epoch': progress.step * self.recipe.batch_size / len(self.stream.runs),
         }  # fmt: skip
 
-    def _given(self, micro_step: int, size: int, numbers: Sequence[int]) -> dict[str, Tensor]:
-        """What the objective is given with the windows: targets, or its masks."""
-        device = self.accelerator.device
+    def _given(
+        self, micro_step: int, flagged: Tensor, numbers: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """What the objective is given with the windows: targets, or its masks and the flags."""
+        device, size = self.accelerator.device, len(flagged)
         if self.targets is not None:
             return {'target': self.targets[numbers].to(device)}
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -276,7 +275,8 @@ class Trainer:
         positions = range(first, first + size * processes)
         seeds = [sample_seed(self.settings.seed, 3, position) for position in positions]
         part = slice(rank * size, (rank + 1) * size)
-        return {k: v[part].to(device) for k, v in self.objective.draw(seeds).items()}
+        drawn = {k: v[part] for k, v in self.objective.draw(seeds).items()}
+        return {k: v.to(device) for k, v in (drawn | {'flagged': flagged}).items()}
 
     def _watch(self, facts: dict[str, float]) -> None:
         """Stop where the latents of all windows have become the same."""
@@ -353,8 +353,9 @@ class _MicroBatches(torch.utils.data.Dataset[MicroBatch]):
         self.stream = stream
 
     def __getitem__(self, positions: range) -> MicroBatch:
-        windows, numbers = zip(*map(self.stream.__getitem__, positions), strict=True)
-        return torch.from_numpy(np.stack(windows)), list(numbers)
+        windows, flags, numbers = zip(*map(self.stream.__getitem__, positions), strict=True)
+        signal, flagged = (torch.from_numpy(np.stack(arrays)) for arrays in (windows, flags))
+        return signal, flagged, list(numbers)
 
 
 def save_weights(network: Network, path: Path) -> None:

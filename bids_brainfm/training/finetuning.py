@@ -1,6 +1,5 @@
-"""Fine-tuning and probing: a head that predicts something of participants."""
+"""Fine-tuning: a head that predicts something of participants, trained by gradients."""
 
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -9,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bids_brainfm.analyses.scores import score
 from bids_brainfm.models.head import Head
 from bids_brainfm.models.protocol import Network
 from bids_brainfm.training.cohort import Targets
@@ -19,7 +17,7 @@ from bids_brainfm.training.objective import Objective
 class Supervised(Objective):
     """Predict a target of each window's participant by a network with a head.
 
-    Where it is `frozen`, only the head learns (a probe).
+    Where it is `frozen`, only the head learns.
     """
 
     def __init__(self, network: Network, frozen: bool):
@@ -70,47 +68,24 @@ def loss_of(outputs: Tensor, target: Tensor, problem: str, reduction: str = 'mea
 
 
 @torch.no_grad()
-def outputs_by_participant(
-    objective: Supervised, batches: Iterable[tuple[Tensor, Sequence[str]]],
+def mean_by_participant(
+    encode: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Sequence[str]]],
     gather: Callable[[list[Any]], list[Any]],
-) -> dict[str, Tensor]:  # fmt: skip
-    """Mean output (C,) over all windows of each participant; of classes, log of mean probability.
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Mean (C,) over all windows of each participant of what `encode` gives for each, (B, C).
 
     `batches` are this process's; `gather` joins the lists of all processes.
     """
-    found: list[tuple[str, list[float]]] = []
+    sums: dict[str, tuple[np.ndarray, int]] = {}
     for signal, people in batches:
-        outputs = objective.outputs(signal).float().cpu()
-        found += list(zip(people, outputs.tolist(), strict=True))
-    regressed = objective.head.task == 'regression'
-    joined: dict[str, Tensor] = {}
-    for person, group in itertools.groupby(sorted(gather(found)), lambda item: item[0]):
-        rows = torch.tensor([output for _, output in group])
-        joined[person] = rows.mean(0) if regressed else rows.softmax(1).mean(0).log()
-    return joined
-
-
-def scores_of(prediction: np.ndarray, target: np.ndarray, targets: Targets) -> dict[str, float]:
-    """Score predictions of participants, (N, 1) in the target's units or (N, C) of classes.
-
-    Regression: ``mse``, ``mae``, ``r2``, ``r`` (NaN where the prediction is constant); else
-    ``accuracy``, ``balanced_accuracy``, ``f1`` (mean over classes), ``auroc`` for two classes.
-    """
-    if targets.problem == 'regression':
-        found = score(prediction[:, 0], target)
-        mae = float(np.abs(prediction[:, 0] - target).mean())
-        return {'mse': float(found.mse), 'mae': mae, 'r2': float(found.r2), 'r': float(found.r)}
-    from sklearn import metrics
-
-    real, chosen = target.astype(int), prediction.argmax(1)
-    scores = {
-        'accuracy': metrics.accuracy_score(real, chosen),
-        'balanced_accuracy': metrics.balanced_accuracy_score(real, chosen),
-        'f1': metrics.f1_score(real, chosen, average='macro'),
-    }
-    if len(targets.classes) == 2 and len(set(real)) == 2:
-        scores['auroc'] = metrics.roc_auc_score(real, prediction[:, 1] - prediction[:, 0])
-    return {name: float(value) for name, value in scores.items()}
+        for person, row in zip(people, encode(signal).double().cpu().numpy(), strict=True):
+            total, n = sums.get(person, (0.0, 0))
+            sums[person] = total + row, n + 1
+    joined: dict[str, tuple[np.ndarray, int]] = {}
+    for person, (more, count) in sorted(gather(list(sums.items())), key=lambda item: item[0]):
+        total, n = joined.get(person, (0.0, 0))
+        joined[person] = total + more, n + count
+    return {person: total / n for person, (total, n) in joined.items()}
 
 
 def dummy(train: np.ndarray, n: int, targets: Targets) -> np.ndarray:
@@ -120,16 +95,3 @@ def dummy(train: np.ndarray, n: int, targets: Targets) -> np.ndarray:
     counts = np.bincount(train.astype(int), minlength=len(targets.classes))
     largest = counts == counts.max()
     return np.tile(largest / largest.sum(), (n, 1))
-
-
-def connectome_ridge(
-    train: np.ndarray, target: np.ndarray, test: np.ndarray, targets: Targets
-) -> np.ndarray:
-    """Ridge regression on connectomes (N, F) and (M, F), penalty by leave one out: (M, 1 or C)."""
-    from sklearn.linear_model import RidgeClassifierCV, RidgeCV
-
-    penalties = np.logspace(-1, 6, 15)
-    if targets.problem == 'regression':
-        return RidgeCV(penalties).fit(train, target).predict(test)[:, None]
-    decision = RidgeClassifierCV(penalties).fit(train, target).decision_function(test)
-    return np.stack([-decision, decision], axis=1) if decision.ndim == 1 else decision

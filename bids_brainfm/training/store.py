@@ -16,9 +16,12 @@ from bids_brainfm.training.cohort import CohortRun
 
 SHARD_BYTES = 2**30
 INDEX = 'index.json'  # written last: a store with it is whole
+FORMAT = 2  # of the store; the first had no flags
 
-Prepare = Callable[[CohortRun], np.ndarray]
-Prepared = tuple[str, str, str, np.ndarray | str]  # as of write_store
+# (S, P) float32 scaled samples, and (S,) bool: those without a measured value
+Samples = tuple[np.ndarray, np.ndarray]
+Prepare = Callable[[CohortRun], Samples]
+Prepared = tuple[str, str, str, Samples | str]  # as of write_store
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class StoredRun:
     shard: int  # number of its file
     start: int  # its first row there
     samples: int  # number of rows
+    flagged: int = 0  # number of rows without a measured value
 
 
 def write_store(
@@ -38,9 +42,10 @@ def write_store(
 ) -> None:
     """Write the scaled series of many runs, over what an interrupted attempt left.
 
-    `series` are (name, participant, part, (S, P) float32 or text), where a text says why the run
-    cannot be taken; a part without any run is refused. A file holds `shard_bytes`, and then the
-    rest of its last run.
+    `series` are (name, participant, part, samples or text). Samples are scaled series (S, P)
+    float32 and flags (S,) bool; a text says why the run cannot be used. A part without any run is
+    refused. A file of series holds `shard_bytes`, and then the rest of its last run; a file of the
+    same number holds the flags.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / INDEX).unlink(missing_ok=True)
@@ -49,54 +54,86 @@ def write_store(
     reasons: dict[str, str] = {}
     shard, row = 0, 0
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(_shard(folder, shard).open('wb'))
-        for name, participant, part, data in series:
+        open_shard = lambda: [
+            stack.enter_context(path.open('wb')) for path in _shard(folder, shard)
+        ]
+        files = open_shard()
+        for name, participant, part, samples in series:
             reasons.setdefault(part, '')
-            if isinstance(data, str):
-                left_out[name] = data
-                reasons[part] = reasons[part] or f'{name}: {data}'
+            if isinstance(samples, str):
+                left_out[name] = samples
+                reasons[part] = reasons[part] or f'{name}: {samples}'
                 continue
             if row * parcels * 4 >= shard_bytes:
-                file.close()
+                for file in files:
+                    file.close()
                 shard, row = shard + 1, 0
-                file = stack.enter_context(_shard(folder, shard).open('wb'))
-            np.ascontiguousarray(data, '<f4').tofile(file)
-            runs.append(StoredRun(name, participant, part, shard, row, len(data)))
+                files = open_shard()
+            data, flagged = samples
+            np.ascontiguousarray(data, '<f4').tofile(files[0])
+            np.ascontiguousarray(flagged, bool).tofile(files[1])
+            n_flagged = int(np.count_nonzero(flagged))
+            runs.append(StoredRun(name, participant, part, shard, row, len(data), n_flagged))
             row += len(data)
     for part in sorted(set(reasons) - {run.part for run in runs}):
         raise BrainfmError(f'No run of the {part} part can be trained on ({reasons[part]})')
-    index = {'parcels': parcels, 'runs': [asdict(run) for run in runs], 'left_out': left_out}
+    index = {
+        'format': FORMAT, 'parcels': parcels, 'runs': [asdict(run) for run in runs],
+        'left_out': left_out,
+    }  # fmt: skip
     temporary = folder / f'.{INDEX}'
     temporary.write_text(json.dumps(index))
     temporary.replace(folder / INDEX)
 
 
-def _shard(folder: Path, number: int) -> Path:
-    return folder / f'shard-{number:04d}.f32'
+def _shard(folder: Path, number: int) -> tuple[Path, Path]:
+    """Files of the series and of the flags."""
+    return folder / f'shard-{number:04d}.f32', folder / f'shard-{number:04d}.flags'
 
 
 class Store:
-    """A cohort on disk, from :func:`write_store`; ``left_out`` says why runs are not in it."""
+    """A cohort on disk, from :func:`write_store`; ``left_out`` says why runs are not in it.
+
+    Raises BrainfmError where another version of this program wrote it in another format.
+    """
 
     def __init__(self, folder: Path):
         index = json.loads((folder / INDEX).read_text())
+        if index.get('format') != FORMAT:
+            raise BrainfmError(
+                f'{folder} was written by another version of bids_brainfm and does not say which '
+                f'volumes are flagged: train in another folder.'
+            )
         self.folder = folder
         self.runs = [StoredRun(**run) for run in index['runs']]
         self.left_out: dict[str, str] = index['left_out']
         self.parcels: int = index['parcels']
-        self._mapped: dict[int, np.ndarray] = {}
+        self._mapped: dict[int, Samples] = {}
 
     def part(self, name: str) -> list[StoredRun]:
         """Runs of a part of the split."""
         return [run for run in self.runs if run.part == name]
 
-    def window(self, run: StoredRun, first: int, length: int, stride: int = 1) -> np.ndarray:
-        """Cut a window (P, T) float32 of `length` samples, every `stride`-th from `first` on."""
+    def flagged_proportion(self, part: str) -> float:
+        """Proportion of samples without a measured value in a part."""
+        runs = self.part(part)
+        return sum(run.flagged for run in runs) / sum(run.samples for run in runs)
+
+    def window(self, run: StoredRun, first: int, length: int, stride: int = 1) -> Samples:
+        """Cut a window of `length` samples, every `stride`-th from `first` on.
+
+        Returns its series (P, T) float32 and its flags (T,) bool.
+        """
         if run.shard not in self._mapped:
-            flat = np.memmap(_shard(self.folder, run.shard), dtype='<f4', mode='r')
-            self._mapped[run.shard] = flat.reshape(-1, self.parcels)
+            series, flags = _shard(self.folder, run.shard)
+            flat = np.memmap(series, dtype='<f4', mode='r')
+            self._mapped[run.shard] = (
+                flat.reshape(-1, self.parcels), np.memmap(flags, dtype=bool, mode='r')
+            )  # fmt: skip
+        data, flagged = self._mapped[run.shard]
         start, stop = run.start + first, run.start + first + length * stride
-        return np.ascontiguousarray(self._mapped[run.shard][start:stop:stride].T)
+        rows = slice(start, stop, stride)
+        return np.ascontiguousarray(data[rows].T), np.array(flagged[rows])
 
 
 def windows_in(run: StoredRun, length: int) -> range:
@@ -126,8 +163,8 @@ class WindowStream:
         self.seed, self.strides, self.order = seed, strides, order
         self._epoch, self._permutation = -1, np.empty(0, int)
 
-    def __getitem__(self, position: int) -> tuple[np.ndarray, int]:
-        """Window (P, T) at a position, and the number of its run."""
+    def __getitem__(self, position: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """Window (P, T) at a position, its flags (T,), and the number of its run."""
         epoch, place = divmod(position, len(self.runs))
         if self._epoch != epoch:
             rng = np.random.default_rng(sample_seed(self.seed, epoch))
@@ -137,8 +174,8 @@ class WindowStream:
         span = lambda stride: (self.length - 1) * stride + 1
         stride = int(rng.choice([s for s in self.strides if span(s) <= run.samples] or [1]))
         first = int(rng.integers(run.samples - span(stride) + 1))
-        window = self.store.window(run, first, self.length, stride)
-        return (window if self.order is None else window[self.order]), number
+        window, flagged = self.store.window(run, first, self.length, stride)
+        return (window if self.order is None else window[self.order]), flagged, number
 
 
 def collect(
@@ -161,7 +198,7 @@ def collect(
             yield run.name, run.participant, parts[run.participant], data
 
 
-def _attempt(prepare: Prepare, run: CohortRun) -> np.ndarray | str:
+def _attempt(prepare: Prepare, run: CohortRun) -> Samples | str:
     try:
         return prepare(run)
     except BrainfmError as error:
