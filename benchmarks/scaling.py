@@ -22,6 +22,7 @@ from bids_brainfm.atlases.atlas import load_atlas
 from bids_brainfm.bids.files import write_matrix, write_table
 from bids_brainfm.bids.freshness import write_sidecar
 from bids_brainfm.models.cards import load_card
+from bids_brainfm.outputs.registry import BY_NAME
 from bids_brainfm.resources import home
 
 PEOPLE, VOLUMES, BATCH, WARM = 10, 490, 8, 5
@@ -38,6 +39,7 @@ def write_noise(folder: Path, atlas_name: str) -> None:
         coverage = {'Node': names, 'coverage': np.ones(len(names))}
         write_table(Path(f'{stem}_stat-coverage_bold.tsv'), coverage)
         facts = {'RepetitionTime': 0.735, 'StartTime': 0, 'FlaggedVolumes': [], 'BrainMean': 1e4}
+        facts['ResultsVersion'] = BY_NAME['series'].results_version
         write_sidecar(Path(f'{stem}_stat-mean_timeseries.tsv'), facts)
 
 

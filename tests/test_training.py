@@ -50,7 +50,8 @@ def write_cohort(folder: Path, people: int, seed: int = 0, tr: float = TR) -> Pa
         write_matrix(func / f'{stem}_stat-mean_timeseries.tsv', series, list(atlas.names))
         coverage = {'Node': list(atlas.names), 'coverage': np.ones(atlas.n_parcels)}
         write_table(func / f'{stem}_stat-coverage_bold.tsv', coverage)
-        sidecar = {'RepetitionTime': tr, 'StartTime': 0, 'FlaggedVolumes': [], 'BrainMean': 9e3}
+        sidecar = {'ResultsVersion': 2, 'RepetitionTime': tr, 'StartTime': 0}
+        sidecar |= {'FlaggedVolumes': [], 'BrainMean': 9e3}
         write_sidecar(func / f'{stem}_stat-mean_timeseries.tsv', sidecar)
     about = {'Name': 'test', 'BIDSVersion': '1.10.0', 'DatasetType': 'derivative'}
     write_json(folder / 'dataset_description.json', about)

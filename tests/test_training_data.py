@@ -40,7 +40,7 @@ def write_run(folder, recording, atlas='A424', tr=0.735, space=SPACE, session=''
     func.mkdir(parents=True, exist_ok=True)
     path = func / f'{recording}_{space}_atlas-{atlas}_stat-mean_timeseries.tsv'
     path.write_text('a\n1\n')
-    write_sidecar(path, {'RepetitionTime': tr})
+    write_sidecar(path, {'RepetitionTime': tr, 'ResultsVersion': 2})
     return path
 
 

@@ -33,6 +33,7 @@ from bids_brainfm.atlases.atlas import load_atlas
 from bids_brainfm.bids.files import write_json, write_matrix, write_table
 from bids_brainfm.bids.freshness import write_sidecar
 from bids_brainfm.cli.models import main as models
+from bids_brainfm.outputs.registry import BY_NAME
 from bids_brainfm.resources import home, sha256_of
 from bids_brainfm.signals.denoise import denoise, load_preset, read_confounds
 from bids_brainfm.signals.simulate import CORNER_HZ, express, simulate_run
@@ -90,6 +91,7 @@ def write_participant(folder: Path, how: Callable, label: str, trait: float, see
         path,
         {
             'Description': 'SIMULATED parcel series',
+            'ResultsVersion': BY_NAME['series'].results_version,
             'RepetitionTime': TR,
             'StartTime': read.dummy * TR,
             'FlaggedVolumes': np.flatnonzero(read.flagged[read.dummy :]),
