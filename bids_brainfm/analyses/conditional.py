@@ -1,0 +1,102 @@
+"""Predict hidden parcels from those visible at the same instant, by a covariance between them."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from bids_brainfm.signals.covariance import shrunk
+
+# Of AOMIC runs with 20 % of patches (1 parcel x 20 samples) hidden, R2 is .62 after one iteration,
+# .68 after five and after twenty; with 75 % hidden .21, .29 and .35.
+ITERATIONS = 10
+
+
+def conditional_mean(
+    values: np.ndarray, visible: np.ndarray, covariance: np.ndarray
+) -> np.ndarray:
+    """Replace hidden points by their Gaussian conditional mean given the visible ones.
+
+    `values` (N, P) are deviations of each parcel from its mean, `visible` (N, P) bool the points
+    that may be used, and `covariance` (P, P) is positive definite. Where no parcel is visible at
+    an instant the mean is 0. Instants with the same visible parcels are solved together. Returned
+    are (N, P) float64, the visible points as they are.
+    """
+    filled = np.zeros(values.shape)
+    for rows, seen, weights in _regressions(visible, covariance):
+        filled[np.ix_(rows, seen)] = values[np.ix_(rows, seen)]
+        filled[np.ix_(rows, ~seen)] = values[np.ix_(rows, seen)] @ weights
+    return filled
+
+
+def _regressions(
+    visible: np.ndarray, covariance: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Rows (n,) that have the same visible parcels (P,) bool, and weights (seen, hidden)."""
+    from scipy.linalg import cho_factor, cho_solve
+
+    sets, which = np.unique(np.packbits(visible, axis=1), axis=0, return_inverse=True)
+    for number in range(len(sets)):
+        rows = np.flatnonzero(which.ravel() == number)
+        seen = visible[rows[0]]
+        if seen.any():
+            factor = cho_factor(covariance[np.ix_(seen, seen)])
+            yield rows, seen, cho_solve(factor, covariance[np.ix_(seen, ~seen)])
+
+
+def covariance_of_visible(values: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    """Estimate the covariance (P, P) of samples of which only a part is visible.
+
+    Expectation maximisation for a Gaussian with missing data, regularised at each iteration
+    (Schneider 2001, Journal of Climate 14:853-871), here by :func:`shrunk`. Arguments are as of
+    :func:`conditional_mean`; hidden points are never used.
+    """
+    some = visible.any(axis=1)
+    values, visible = np.where(visible, values, 0.0)[some], visible[some]
+    count = np.full((values.shape[1],) * 2, max(len(values), 1))
+    filled, uncertainty = values, np.zeros(count.shape)
+    for iteration in range(ITERATIONS + 1):
+        squares = filled**2
+        sums = np.stack([count, filled.T @ filled + uncertainty, squares.T @ squares])
+        covariance = shrunk(sums)
+        if iteration < ITERATIONS:
+            filled, uncertainty = values.copy(), np.zeros(count.shape)
+            for rows, seen, weights in _regressions(visible, covariance):
+                filled[np.ix_(rows, ~seen)] = values[np.ix_(rows, seen)] @ weights
+                rest = covariance[np.ix_(~seen, ~seen)]
+                rest = rest - covariance[np.ix_(~seen, seen)] @ weights
+                uncertainty[np.ix_(~seen, ~seen)] += len(rows) * rest
+    return covariance
+
+
+def level_and_spread(values: np.ndarray, visible: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and SD (P,) of the visible samples of each parcel.
+
+    A parcel that is not visible, or does not vary, has the mean of all visible samples, or the
+    median SD of the others.
+    """
+    count = visible.sum(axis=0)
+    known = np.where(visible, values, 0.0).astype(float)
+    overall = known.sum() / max(count.sum(), 1)
+    level = np.where(count > 0, known.sum(axis=0) / np.maximum(count, 1), overall)
+    squares = np.where(visible, (values - level) ** 2, 0.0)
+    spread = np.sqrt(squares.sum(axis=0) / np.maximum(count, 1))
+    varies = (count > 1) & (spread > 0)
+    return level, np.where(varies, spread, np.median(spread[varies]) if varies.any() else 1.0)
+
+
+def from_covariance(
+    windows: np.ndarray, visible: np.ndarray, run: np.ndarray, visible_in_run: np.ndarray,
+    correlation: np.ndarray | None = None,
+) -> np.ndarray:  # fmt: skip
+    """Predict the hidden points of windows (W, P, T) from the parcels visible at each instant.
+
+    Mean and SD of each parcel are those of its visible samples of the `run` (S, P), and so is the
+    correlation between parcels, unless a `correlation` (P, P) of other people is given.
+    """
+    level, spread = level_and_spread(run, visible_in_run)
+    if correlation is None:
+        correlation = covariance_of_visible((run - level) / spread, visible_in_run)
+    by_row = lambda x: x.transpose(0, 2, 1).reshape(-1, len(level))
+    scaled = (by_row(windows) - level) / spread
+    found = conditional_mean(scaled, by_row(visible), correlation) * spread + level
+    return found.reshape(len(windows), -1, len(level)).transpose(0, 2, 1)
