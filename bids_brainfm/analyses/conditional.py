@@ -21,26 +21,25 @@ def conditional_mean(
     an instant the mean is 0. Instants with the same visible parcels are solved together. Returned
     are (N, P) float64, the visible points as they are.
     """
-    filled = np.zeros(values.shape)
-    for rows, seen, weights in _regressions(visible, covariance):
-        filled[np.ix_(rows, seen)] = values[np.ix_(rows, seen)]
-        filled[np.ix_(rows, ~seen)] = values[np.ix_(rows, seen)] @ weights
+    filled = np.where(visible, values, 0.0)
+    for rows, seen, hidden, weights in _regressions(visible, covariance):
+        filled[rows[:, None], hidden] = values[rows][:, seen] @ weights
     return filled
 
 
 def _regressions(
     visible: np.ndarray, covariance: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Rows (n,) that have the same visible parcels (P,) bool, and weights (seen, hidden)."""
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """Instants (n,) with the same visible parcels (V,) and hidden ones (H,), and weights (V, H)."""
     from scipy.linalg import cho_factor, cho_solve
 
     sets, which = np.unique(np.packbits(visible, axis=1), axis=0, return_inverse=True)
     for number in range(len(sets)):
         rows = np.flatnonzero(which.ravel() == number)
-        seen = visible[rows[0]]
-        if seen.any():
-            factor = cho_factor(covariance[np.ix_(seen, seen)])
-            yield rows, seen, cho_solve(factor, covariance[np.ix_(seen, ~seen)])
+        seen, hidden = (np.flatnonzero(visible[rows[0]] == part) for part in (True, False))
+        if seen.size:
+            of_seen = covariance[seen]
+            yield rows, seen, hidden, cho_solve(cho_factor(of_seen[:, seen]), of_seen[:, hidden])
 
 
 def covariance_of_visible(values: np.ndarray, visible: np.ndarray) -> np.ndarray:
@@ -53,18 +52,20 @@ def covariance_of_visible(values: np.ndarray, visible: np.ndarray) -> np.ndarray
     some = visible.any(axis=1)
     values, visible = np.where(visible, values, 0.0)[some], visible[some]
     count = np.full((values.shape[1],) * 2, max(len(values), 1))
-    filled, uncertainty = values, np.zeros(count.shape)
-    for iteration in range(ITERATIONS + 1):
+
+    def fit(filled: np.ndarray, uncertainty: np.ndarray | float) -> np.ndarray:
         squares = filled**2
-        sums = np.stack([count, filled.T @ filled + uncertainty, squares.T @ squares])
-        covariance = shrunk(sums)
-        if iteration < ITERATIONS:
-            filled, uncertainty = values.copy(), np.zeros(count.shape)
-            for rows, seen, weights in _regressions(visible, covariance):
-                filled[np.ix_(rows, ~seen)] = values[np.ix_(rows, seen)] @ weights
-                rest = covariance[np.ix_(~seen, ~seen)]
-                rest = rest - covariance[np.ix_(~seen, seen)] @ weights
-                uncertainty[np.ix_(~seen, ~seen)] += len(rows) * rest
+        return shrunk(np.stack([count, filled.T @ filled + uncertainty, squares.T @ squares]))
+
+    covariance = fit(values, 0.0)
+    for _ in range(ITERATIONS):
+        filled, uncertainty = values.copy(), np.zeros(covariance.shape)
+        for rows, seen, hidden, weights in _regressions(visible, covariance):
+            filled[rows[:, None], hidden] = values[rows][:, seen] @ weights
+            of_hidden = covariance[hidden]
+            rest = of_hidden[:, hidden] - of_hidden[:, seen] @ weights
+            uncertainty[hidden[:, None], hidden] += len(rows) * rest
+        covariance = fit(filled, uncertainty)
     return covariance
 
 
