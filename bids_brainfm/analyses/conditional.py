@@ -97,7 +97,14 @@ def from_covariance(
     level, spread = level_and_spread(run, visible_in_run)
     if correlation is None:
         correlation = covariance_of_visible((run - level) / spread, visible_in_run)
-    by_row = lambda x: x.transpose(0, 2, 1).reshape(-1, len(level))
-    scaled = (by_row(windows) - level) / spread
-    found = conditional_mean(scaled, by_row(visible), correlation) * spread + level
-    return found.reshape(len(windows), -1, len(level)).transpose(0, 2, 1)
+    covariance = correlation * np.outer(spread, spread)
+    return predict_windows(windows, visible, level[:, None], covariance)
+
+
+def predict_windows(
+    windows: np.ndarray, visible: np.ndarray, level: np.ndarray, covariance: np.ndarray
+) -> np.ndarray:
+    """Predict the hidden points of windows (W, P, T), where parcels have a mean (..., P, 1)."""
+    by_row = lambda x: x.transpose(0, 2, 1).reshape(-1, x.shape[1])
+    found = conditional_mean(by_row(windows - level), by_row(visible), covariance)
+    return found.reshape(len(windows), -1, found.shape[1]).transpose(0, 2, 1) + level

@@ -125,9 +125,7 @@ def visible_input(
     gaps = seen & ~known
     if not gaps.any():
         return windows, known
-    filling = np.where(
-        recorded[:, None], interpolate(windows, known), seen_mean(windows, known)
-    )
+    filling = np.where(recorded[:, None], interpolate(windows, known), seen_mean(windows, known))
     return np.where(gaps, filling, windows).astype(np.float32), known
 
 

@@ -89,6 +89,13 @@ REFERENCE_NETWORKS = Option(
     nargs='+',
 )  # fmt: skip
 
+COVARIANCE = Option(
+    'covariance', 'fitted covariance between parcels for the covariance baseline of reconstruction, '
+    'one file for each atlas (default: it is estimated from what is visible of the run); at the '
+    'group level, without a file: fit it over all runs in the output folder', type=Path,
+    metavar='FILE', nargs='*',
+)  # fmt: skip
+
 PRODUCTS = (
     Product('series', 'run', 'series', 'timeseries', 'mean', 'atlas-{atlas}', needs='bold'),
     Product('connectome', 'run', 'connectome', 'relmat', 'pearsoncorrelation', needs='series'),
@@ -107,7 +114,7 @@ PRODUCTS = (
         record='reconstruction_desc-{label}', output='reconstruction',
         about='the run from its visible tokens (BrainLM)', needs='reconstructs', image=True,
         options=(
-            MASK_RATIO,
+            MASK_RATIO, COVARIANCE,
             Option('aggregate', 'what to take where several passes hid a token: the first one, or '
                    'the mean of all (default: first)', choices=('first', 'mean')),
             Option('write_bold', 'also write the reconstruction as BOLD on the grid of the input: '
@@ -150,6 +157,7 @@ PRODUCTS = (
         ),
     ),
     Product('scale_stats', 'group', 'scale_stats', needs='outputs'),
+    Product('covariance', 'group', 'covariance', needs='outputs', options=(COVARIANCE,)),
     Product(
         'contrast', 'group', 'contrast', needs='outputs', options=(
             Option('contrast', 'at the group level, attention maps of A minus those of B, where '

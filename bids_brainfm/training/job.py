@@ -16,7 +16,11 @@ from bids_brainfm.signals.series import read_series
 from bids_brainfm.training import finetuning
 from bids_brainfm.training.cohort import Targets, count_parts
 from bids_brainfm.training.engine import Trainer
-from bids_brainfm.training.pretraining import LatentPrediction, MaskedAutoencoding
+from bids_brainfm.training.pretraining import (
+    LatentPrediction,
+    MaskedAutoencoding,
+    parcel_covariance,
+)
 from bids_brainfm.training.publish import plain, publish, write_predictions
 from bids_brainfm.training.recipe import Recipe
 from bids_brainfm.training.session import Cohort, TrainingSettings, start
@@ -24,6 +28,8 @@ from bids_brainfm.training.store import sample_seed
 
 # Windows of the validation split that are evaluated at most, one of each run first
 EVALUATED = 256
+# Runs of the training part whose covariance predicts held-out windows, as a baseline
+COVARIANCE_RUNS = 1000
 # Participants up to whom the connectome baseline is fitted: it holds all connectomes in memory
 MOST_CONNECTOMES = 5000
 
@@ -39,6 +45,9 @@ def pretrain(settings: TrainingSettings) -> Path | None:
     asked = {'mask_ratio': settings.mask_ratio, 'loss_fn': settings.loss}
     session.network.config |= {key: value for key, value in asked.items() if value is not None}
     held_out = session.windows('validation', EVALUATED)
+    if isinstance(objective, MaskedAutoencoding):
+        series = session.series('train', COVARIANCE_RUNS)
+        objective.covariance = parcel_covariance(series, session.store.parcels, session.reduce)
 
     def evaluate() -> dict[str, float]:
         seeds = lambda numbers: [sample_seed(settings.seed, 4, n) for n in numbers]

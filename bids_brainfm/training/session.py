@@ -242,6 +242,13 @@ class Session:
             ]
             yield torch.from_numpy(np.stack(data)).to(self.accelerator.device), numbers
 
+    def series(self, part: str, most: int) -> Iterator[np.ndarray]:
+        """This process's part of the first runs of a part, (P, S) in the network's order."""
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        rows = slice(None) if self.order is None else self.order
+        for run in self.store.part(part)[:most][rank::processes]:
+            yield self.store.window(run, 0, run.samples)[rows]
+
     def reduce(self, tensor: Tensor) -> Tensor:
         """Sum over processes."""
         return self.accelerator.reduce(tensor.to(self.accelerator.device), 'sum').cpu()
