@@ -705,6 +705,35 @@ def test_attention_of_a_vision_transformer_is_shared_by_the_parcels_of_a_token()
     assert profile.sum() == pytest.approx(inside, rel=1e-5)
 
 
+def test_token_orders_are_averaged_over():
+    """What the 13M family makes of a window is the mean over orders, in the order of parcels."""
+    network, windows = network_of('legacy'), run_of().T[None]
+    set_positions(network, np.random.default_rng(5).normal(0, 30, (P, 3)))
+    plain, averaged = Encoder(network), Encoder(network, shuffles=3, seed=7)
+    generator = torch.Generator().manual_seed(7)
+    orders = [torch.randperm(network.tokens, generator=generator) for _ in range(3)]
+    hidden = []
+    with torch.inference_mode():
+        for order in orders:
+            found, _ = network.encode(torch.from_numpy(windows), order[None])
+            hidden.append(torch.cat([found[:, :1], found[:, 1:][:, order.argsort()]], 1))
+    expected = torch.stack(hidden).mean(0).numpy()
+    made = averaged.encode(windows, tokens=True)
+    np.testing.assert_allclose(made.summary, expected[:, 0], atol=1e-5)
+    np.testing.assert_allclose(made.tokens, expected[:, 1:], atol=1e-5)
+    np.testing.assert_allclose(made.attention.sum(), plain.encode(windows, True).attention.sum())
+    assert not np.allclose(made.summary, plain.encode(windows).summary, atol=1e-4)
+
+    keep, generator = torch.arange(0, network.tokens, 2), torch.Generator().manual_seed(7)
+    draws = [torch.randperm(len(keep), generator=generator) for _ in range(3)]
+    single = [plain.reconstruct(windows, keep[draw]) for draw in draws]
+    np.testing.assert_allclose(
+        averaged.reconstruct(windows, keep), np.mean(single, axis=0), atol=1e-5
+    )
+    with pytest.raises(BrainfmError, match='order of tokens does not matter to the model'):
+        Encoder(network_of('vit'), shuffles=2)
+
+
 def test_a_model_without_decoder_says_so():
     from bids_brainfm.models.cards import load_card
     from bids_brainfm.models.weights import build

@@ -125,7 +125,10 @@ def test_reconstruction_is_scored_as_it_is_written(done, label, ratio, passes):
     sidecar = about(done, f'stat-r2_desc-{label}_boldmap')
     assert sidecar['MaskRatio'] == ratio
     assert sidecar['NumberOfPasses'] == passes
-    assert set(sidecar['Pooled']) == {'model', 'mean', 'interpolation'}
+    ways = ['mean', 'interpolation', 'covariance']
+    assert list(sidecar['Pooled']) == ['model', *ways]
+    assert {f'{score}_{way}' for score in ('r2', 'r') for way in ways} < set(table)
+    assert 'visible' in sidecar['Covariance']['Source']
     pooled = {name: scores['R2'] for name, scores in sidecar['Pooled'].items()}
     if label == DEMO:
         assert pooled['model'] > max(0.1, pooled['mean'], pooled['interpolation'])
@@ -432,6 +435,9 @@ def test_other_settings_are_not_mixed_in(simulated, done, tmp_path, app, capfd, 
 @pytest.mark.parametrize(
     ('options', 'said'),
     [
+        (('--covariance', 'no.h5'), '--covariance is used by --outputs reconstruction only'),
+        (('--outputs', 'all', '--covariance'), '--covariance takes a FILE'),
+        (('--outputs', 'all', '--covariance', 'no.h5'), 'no.h5 does not exist'),
         (('--mask-ratio', '0.5'), '--mask-ratio is used by --outputs reconstruction or perturb'),
         (('--outputs', 'networks', '--write-bold'), '--write-bold is used by --outputs recon'),
         (('--outputs', 'reconstruction', '--model', 'brain-jepa-demo'), 'has no decoder'),

@@ -229,8 +229,8 @@ def _check(settings: Settings) -> None:
         'maps.': group and contrast + len(fits) != 1,
         'The participant level has no --contrast: bids_brainfm OUT OUT group --contrast WHAT A B '
         'subtracts maps that it has written.': not group and contrast,
-        f'At the participant level {" ".join(fits[:1])} takes a FILE, as bids_brainfm OUT OUT group '
-        f'{" ".join(fits[:1])} writes it.': not group and bool(fits),
+        f'At the participant level {fits[0] if fits else ""} takes a FILE, as bids_brainfm OUT '
+        'OUT group writes it with this option.': not group and bool(fits),
         '--scale cohort needs the fitted statistics: add --scale-stats FILE (made by '
         'bids_brainfm OUT OUT group --scale-stats).': not group and cohort and not stats,
         '--scale-stats is used by --scale cohort only: add --scale cohort.': stats and not cohort,

@@ -138,7 +138,8 @@ def load(path: Path, participant: str, n_parcels: int) -> CohortCorrelation:
         folds, people = file['folds'][:], list(file['participants'].asstr()[:])
     if sums.shape[2] != n_parcels:
         raise BrainfmError(
-            f'--covariance {path} has {sums.shape[2]} parcels, the atlas {n_parcels}: fit it again.'
+            f'--covariance {path} has {sums.shape[2]} parcels, and the atlas {n_parcels}: fit it '
+            f'again.'
         )
     own = folds[people.index(participant)] if participant in people else -1
     others = folds != own

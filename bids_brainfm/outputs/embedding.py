@@ -3,15 +3,19 @@
 import dataclasses
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bids_brainfm.atlases.atlas import Atlas
 from bids_brainfm.bids.files import atomic, read_relmat, write_matrix
 from bids_brainfm.bids.freshness import write_sidecar
 from bids_brainfm.bids.run import BoldRun
+from bids_brainfm.config import Settings
 from bids_brainfm.models.gradient_table import read_gradients
+from bids_brainfm.models.spec import ModelSpec
 from bids_brainfm.outputs.products import Context
 from bids_brainfm.outputs.series import FILL_RULE
 from bids_brainfm.outputs.tasks import ModelTask, Place
@@ -42,6 +46,20 @@ FIGURES = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Parameters:
+    """How tokens are ordered, as in :class:`bids_brainfm.models.encoder.Encoder`."""
+
+    token_shuffles: int  # 0: the order of the atlas
+    seed: int
+
+
+def parameters(settings: Settings, spec: ModelSpec, atlas: Atlas) -> Parameters:
+    """Settle the orders of tokens; a model to which they do not matter has one."""
+    asked = settings.options.get('token_shuffles') or 0
+    return Parameters(asked * spec.capabilities.ordered_tokens, settings.random_seed)
+
+
 def companions(run: BoldRun, place: Place, task: ModelTask | None = None) -> list[Path]:
     """Arrays of parcels and tokens as HDF5."""
     arrays = place.path(run, 'embedding', extension='.h5')
@@ -59,7 +77,13 @@ def settings(task: ModelTask) -> dict[str, Any]:
         'architecture_sha256': hashlib.sha256(config.encode()).hexdigest(),
         'parcel_order': spec.card.parcel_order, 'atlas': task.place.atlas,
         'precision': task.precision,
-    }  # fmt: skip
+    } | _shuffles(task)  # fmt: skip
+
+
+def _shuffles(task: ModelTask) -> dict[str, int]:
+    """Number and seed of the token orders, where they are averaged over."""
+    asked = task.parameters['embedding']
+    return dataclasses.asdict(asked) if asked.token_shuffles else {}
 
 
 def methods(task: ModelTask) -> str:
@@ -67,6 +91,8 @@ def methods(task: ModelTask) -> str:
     spec, card = task.spec, task.spec.card
     weights = '' if spec.trained else ' with random, untrained weights'
     placed = predicting = ''
+    shuffled = task.parameters['embedding'].token_shuffles
+    averaged = '.' if not shuffled else f', a mean over {shuffled} random orders of the tokens.'
     if table := spec.gradients:
         placed = f' Parcels were placed by the brain gradients {table.path.name} '
         placed += f'(sha256 {table.sha256[:12]}).'
@@ -76,7 +102,8 @@ def methods(task: ModelTask) -> str:
         f'For {card.name} ({card.description}), parcels without signal were filled with '
         f'{FILL_RULE}. Series {_windows_text(task.contract)} Every window was encoded '
         f'without masking by {card.name}{weights}; its embedding is the '
-        f'{spec.capabilities.pooling} after the last normalisation.{predicting}{placed}\n\n'
+        f'{spec.capabilities.pooling} after the last normalisation{averaged}'
+        f'{predicting}{placed}\n\n'
     )
 
 
@@ -263,6 +290,7 @@ def _describe(context: Context, checked: dict[str, Any]) -> dict[str, Any]:
         'Denoising': source['Denoising'],
         'ShareFlagged': windows.flagged if 'NumberOfVolumesFlagged' in source else None,
         'ShareReal': windows.real, 'FilledParcels': filled, 'FillRule': FILL_RULE,
+        'TokenShuffles': task.parameters['embedding'].token_shuffles,
         'Precision': task.precision, 'Device': task.device, 'Space': source['Space'],
         'Atlas': source['Atlas'], 'Warnings': _warnings(context, filled, checked),
     } | WINDOW_COLUMNS  # fmt: skip

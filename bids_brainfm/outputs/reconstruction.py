@@ -33,8 +33,8 @@ FIGURES = {
         'parcels as they are, as the model saw them in that pass, and as it reconstructed them, '
         'each point from windows in which it was hidden.'),
     'r2': Figure('Where the reconstruction holds',
-        "Proportion of variance explained (R2) of hidden points, not floored: below 0 the parcel's "
-        'own mean is nearer. The baselines fill the same points with the mean of what was '
+        'Proportion of variance explained (R2) of hidden points, not floored: below 0 the mean of '
+        'the parcel is nearer. The baselines fill the same points with the mean of what was '
         'visible of the parcel, by linear interpolation in time, and with the conditional mean '
         'given the parcels visible at that instant, from the covariance between parcels.'),
     'gain': Figure('Gain check',
@@ -152,7 +152,7 @@ def compute(context: Context) -> Result:
         cohort = load(asked.covariance, person, context.atlas.n_parcels)
     found = reconstruct(
         encoder, data.data, asked.mask_ratio, asked.aggregate, asked.seed, task.batch_size,
-        data.flagged, data.donors, cohort and cohort.values,
+        data.flagged, data.donors, None if cohort is None else cohort.values,
     )  # fmt: skip
     gain = gain_check(encoder, data.data, asked.mask_ratio, asked.seed, data.flagged, data.donors)
     target = np.where(context.scored, found.target, np.nan)
@@ -243,7 +243,8 @@ def _describe_scores(context: Context, result: Result) -> dict[str, Any]:
         'parcel over the run explains) and Pearson r, in the units of the model. Flagged volumes '
         'are not scored; where visible they were filled from visible volumes only.',
         'ShareFlagged': context.data.flagged.mean(), 'NumberOfPasses': result.found.n_passes,
-        'Pooled': score_metadata(result.pooled), 'Covariance': _describe_covariance(context, result),
+        'Pooled': score_metadata(result.pooled),
+        'Covariance': _describe_covariance(context, result),
         'GainCheck': {
             'Description': 'R2 of the hidden points of the first window when the input is '
             f'multiplied by each gain. It is warned about where another gain gives an R2 above 0 '

@@ -90,16 +90,23 @@ REFERENCE_NETWORKS = Option(
 )  # fmt: skip
 
 COVARIANCE = Option(
-    'covariance', 'fitted covariance between parcels for the covariance baseline of reconstruction, '
-    'one file for each atlas (default: it is estimated from what is visible of the run); at the '
-    'group level, without a file: fit it over all runs in the output folder', type=Path,
-    metavar='FILE', nargs='*',
+    'covariance', 'covariance between parcels of other participants, for the covariance baseline '
+    'of reconstruction, one file for each atlas (default: it is estimated from what is visible of '
+    'the run); at the group level, without a file: fit it over all runs in the output folder',
+    type=Path, metavar='FILE', nargs='*',
 )  # fmt: skip
 
 PRODUCTS = (
     Product('series', 'run', 'series', 'timeseries', 'mean', 'atlas-{atlas}', needs='bold'),
     Product('connectome', 'run', 'connectome', 'relmat', 'pearsoncorrelation', needs='series'),
-    Product('embedding', 'run', 'embedding', 'embedding', record='desc-{label}'),
+    Product(
+        'embedding', 'run', 'embedding', 'embedding', record='desc-{label}', options=(
+            Option('token_shuffles', 'average embeddings and reconstructions over N random orders '
+                   'of the tokens, for the 13M BrainLM, which was trained on shuffled tokens and '
+                   'to which their order matters; takes N times as long (default: the order of '
+                   'the atlas, once)', type=positive(int), metavar='N'),
+        ),
+    ),
     Product('prediction', 'run', 'prediction', 'prediction', needs='head'),
     Product(
         'prediction_error', 'run', 'prediction_error', 'boldmap', 'latenterror',
