@@ -14,6 +14,7 @@ from bids_brainfm.bids.files import atomic, write_json, write_table
 from bids_brainfm.bids.naming import own_uri, parcels_name
 from bids_brainfm.config import Settings
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.outputs.scale_stats import FEW
 from bids_brainfm.outputs.scale_stats import find as find
 from bids_brainfm.outputs.words import described
 from bids_brainfm.signals.covariance import moments, positive_definite, shrunk, standardised
@@ -80,6 +81,11 @@ def write(
             volumes='Volumes that are not flagged',
         )  # fmt: skip
         write_json(path.with_suffix('.json'), content)
+        if len(people) <= FEW:
+            LOGGER.warning(
+                'The covariance of %s is of %d participants only: as a baseline it may be worse '
+                'than that of each run, which is the default.', atlas, len(people),
+            )  # fmt: skip
         written.append(path)
         LOGGER.info('Covariance of %s (%d participants): %s', atlas, len(people), path)
     LOGGER.info('Use it with --outputs reconstruction --covariance FILE ..., one for each atlas.')
