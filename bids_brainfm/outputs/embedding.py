@@ -299,6 +299,8 @@ def _describe(context: Context, checked: dict[str, Any]) -> dict[str, Any]:
 def facts(sidecar: dict[str, Any]) -> dict[str, Any]:
     """Weights, input, embedding, and what placed the parcels."""
     resampled, divided = '', sidecar.get('DividedBy', 1)
+    orders = sidecar.get('TokenShuffles')
+    shuffled = f', mean over {orders} orders of the tokens' if orders else ''
     if sidecar['Resampled']:
         resampled = f', one in {1 / sidecar["SamplingFrequency"]:.5g} s'
         resampled += f' ({sidecar["ResamplingMethod"]})'
@@ -309,7 +311,7 @@ def facts(sidecar: dict[str, Any]) -> dict[str, Any]:
         'Scaling': sidecar['Scaling'] + (f', divided by {divided:g}' if divided != 1 else ''),
         'Static share': f'{sidecar["StaticVariance"]:.1%} of the variance that the model is '
         f'given does not change over time',
-        'Embedding': f'{sidecar["EmbeddingSize"]} dimensions ({sidecar["Pooling"]})',
+        'Embedding': f'{sidecar["EmbeddingSize"]} dimensions ({sidecar["Pooling"]}{shuffled})',
         'Filled parcels': len(sidecar['FilledParcels']),
         'Ran on': f'{sidecar["Device"]}, {sidecar["Precision"]}',
     }
