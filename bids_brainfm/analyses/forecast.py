@@ -114,7 +114,7 @@ def causal_context(past: np.ndarray, unknown: np.ndarray) -> np.ndarray:
     """Fill the samples before a forecast that were not measured, from those before them.
 
     Flagged volumes were interpolated between their neighbours, and so hold what comes after them.
-    Each takes the last known value of the parcel. Before the first one stands the mean of the
+    Each takes the last known value of the parcel. Those before the first one take the mean of the
     known samples, as it does where a run begins within the window.
 
     `past` is (W, P, T) float, `unknown` (W, T) bool. Returned are (W, P, T) float32, NaN in
