@@ -115,7 +115,7 @@ def causal_context(past: np.ndarray, unknown: np.ndarray) -> np.ndarray:
 
     Flagged volumes were interpolated between their neighbours, and so hold what comes after them.
     Each takes the last known value of the parcel. Those before the first one take the mean of the
-    known samples, as it does where a run begins within the window.
+    known samples, and so do those before the start of the run.
 
     `past` is (W, P, T) float, `unknown` (W, T) bool. Returned are (W, P, T) float32, NaN in
     windows where nothing is known.
