@@ -58,7 +58,7 @@ def measure(size: str, samples: int, shams: int, repeats: int, device: torch.dev
     mean, sd = data.mean(0), data.std(0)
     analyses = {
         'reconstruction': lambda: reconstruct(encoder, data, ratio),
-        'gain check': lambda: gain_check(encoder, window, ratio),
+        'gain check': lambda: gain_check(encoder, data, ratio),
         'forecast': lambda: forecast(encoder, data, 20),
         'perturbation': lambda: perturb(
             encoder, window, target, mean, sd, xyz, 1, ratio, shams=shams

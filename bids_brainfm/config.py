@@ -51,8 +51,8 @@ class Settings:
 
     Every field but the first two has a default, and the name of its command line option.
     Labels are without their prefix (``01``, not ``sub-01``). ``mem`` is in GB, ``stride`` in
-    samples at the model's TR. None means the model's default; ``scale_stats`` is
-    empty where statistics are to be fitted. ``options`` are those of the products
+    samples at the model's TR. None means the model's default; ``scale_stats`` and the option
+    ``covariance`` are empty where they are to be fitted. ``options`` are those of the products
     (:mod:`bids_brainfm.outputs.registry`) that were given, by name.
     """
 
@@ -144,7 +144,7 @@ class Settings:
 def _settle(value: Any) -> Any:
     """Make paths in the value of an option absolute."""
     if isinstance(value, (list, tuple)):
-        return tuple(map(_settle, value)) or None
+        return tuple(map(_settle, value))
     return value.absolute() if isinstance(value, Path) else value
 
 

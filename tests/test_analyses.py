@@ -15,11 +15,13 @@ from bids_brainfm.analyses.perturb import (
     stimulus_times,
 )
 from bids_brainfm.analyses.reconstruct import (
+    BASELINES,
     combine,
     gain_check,
     interpolate,
     reconstruct,
     seen_mean,
+    visible_input,
 )
 from bids_brainfm.analyses.scores import score
 from bids_brainfm.errors import BrainfmError
@@ -238,7 +240,7 @@ def test_what_is_scored_was_not_seen(family):
     assert np.array_equal(before.hidden, after.hidden)
     np.testing.assert_allclose(after.model[before.hidden], before.model[before.hidden], atol=1e-6)
     assert not np.allclose(after.model[~before.hidden], before.model[~before.hidden], atol=1e-3)
-    for name in ('mean', 'interpolation'):  # the baselines are held to the same
+    for name in BASELINES:  # they are held to the same
         a, b = getattr(before, name), getattr(after, name)
         np.testing.assert_allclose(a[before.hidden], b[before.hidden], atol=1e-6)
 
@@ -317,38 +319,95 @@ def test_first_and_mean_differ_where_a_token_is_hidden_twice():
     assert 0.1 < alike.mean() < 0.95
 
 
-def test_gain_check_tells_a_wrong_amplitude():
+def test_gain_check_finds_a_wrong_amplitude():
     """A model that knows values from -1 to 1 only, on data four times as large."""
-    window = run_of().T / 4
+    data = run_of() / 4
     network = double('vit', lambda x: x.clip(-1, 1))
-    found = gain_check(network, 4 * 4 * window, 0.5)
+    found = gain_check(network, 4 * 4 * data, 0.5)
     assert found.best < 1
     assert found.warned
-    fine = gain_check(copies('vit'), window, 0.5)
+    fine = gain_check(copies('vit'), data, 0.5)
     np.testing.assert_allclose(fine.r2, 1)
     assert not fine.warned
-    noise = gain_check(double('vit', torch.zeros_like), window, 0.5)
+    noise = gain_check(double('vit', torch.zeros_like), data, 0.5)
     assert not noise.warned  # no gain helps a model that knows nothing
 
 
-def test_gain_check_scores_the_points_that_are_meant():
-    window, scored = run_of().T, np.zeros((P, T), bool)
-    scored[3, 10:] = True
-    network = double('vit', lambda x: torch.where(torch.from_numpy(scored), x, -x))
-    assert gain_check(network, window, 0.5, scored=scored).r2 == pytest.approx(1)
-    assert gain_check(network, window, 0.5).r2[3] < 0
+def test_gain_check_scores_measured_points_only():
+    data, flagged, donors = run_of(), np.zeros(T, bool), np.full(P, -1)
+    flagged[10:] = True
+    donors[3:] = 1
+    right = (~flagged[:, None] & (donors < 0)).T
+    network = double('vit', lambda x: torch.where(torch.from_numpy(right), x, -x))
+    assert gain_check(network, data, 0.5, 0, flagged, donors).r2 == pytest.approx(1)
+    assert gain_check(network, data, 0.5).r2[3] < 0
 
 
 def test_levels_of_parcels_flatter_no_gain():
     """A model that knows how bright parcels are, and nothing else, explains nothing."""
-    window = run_of().T + 100 * np.arange(P)[:, None]
+    data = (run_of() + 100 * np.arange(P)).astype(np.float32)
     network = double('legacy', lambda x: x.mean(2, keepdim=True).expand_as(x))
-    assert (gain_check(network, window.astype(np.float32), 0.5).r2 < 0.05).all()
-    data = window.T.astype(np.float32)
+    assert (gain_check(network, data, 0.5).r2 < 0.05).all()
     future = forecast(network, np.concatenate([data, data]), 10)
     everything = np.ones((2 * T, P), bool)
     assert future.scores(everything, axis=None)['model'].r2 < 0.1
     assert future.scores(everything, axis=None)['mean'].r2 < 0.1
+
+
+# --- nothing hidden shows --------------------------------------------------------------------
+
+
+class Watched(Encoder):
+    """Keeps what the network is shown: windows, and a mark where tokens are visible."""
+
+    def reconstruct(self, windows, keep, blank=None, batch_size=8):
+        hidden = masked_tokens(torch.as_tensor(keep).expand(len(windows), -1), self.network.tokens)
+        self.shown = [*getattr(self, 'shown', []), np.where(self.points(hidden), 0, windows)]
+        return super().reconstruct(windows, keep, blank, batch_size)
+
+
+def preprocessed(truth, flagged, donors):
+    """What denoising and the filling of parcels make of a run."""
+    data, good = truth.copy(), np.flatnonzero(~flagged)
+    for parcel in range(P):
+        data[flagged, parcel] = np.interp(np.flatnonzero(flagged), good, truth[good, parcel])
+    data[:, donors >= 0] = data[:, donors[donors >= 0]]
+    return data
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('samples', [T, 30])
+def test_hidden_points_change_nothing_that_is_shown(family, samples):
+    """Neither through interpolated volumes, nor filled parcels, nor the completion of a run."""
+    flagged, donors = np.zeros(samples, bool), np.full(P, -1)
+    flagged[[4, 5, 6, 15, 20, 21]] = True
+    donors[[2, 7]] = [12, 20]
+    truth = run_of(samples)
+    given = {'flagged': flagged, 'donors': donors}
+    before, after = (Watched(encoder_of(network_of(family)).network) for _ in range(2))
+    made = reconstruct(before, preprocessed(truth, flagged, donors), 0.5, **given)
+    hidden = made.hidden
+    changed = preprocessed(np.where(hidden, truth + 5, truth), flagged, donors)
+    again = reconstruct(after, changed, 0.5, **given)
+    np.testing.assert_array_equal(before.shown[0], after.shown[0])  # of the first pass
+    for name, values in made.predictions.items():
+        found = again.predictions[name]
+        np.testing.assert_allclose(values[hidden], found[hidden], atol=1e-5, err_msg=name)
+    visible = ~hidden & ~flagged[:, None] & (donors < 0)
+    np.testing.assert_array_equal(before.shown[0][0].T[:samples][visible], truth[visible])
+
+
+def test_visible_gaps_are_filled_from_visible_points():
+    window = np.array([[[0.0, 9, 2, 9, 9, 5], [1.0, 9, 9, 9, 9, 9]]], np.float32)
+    seen = np.array([[[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 1, 1]]], bool)
+    flagged = np.array([0, 1, 0, 1, 1], bool)
+    samples = np.array([[0, 1, 2, 3, 4, -1]])
+    shown, known = visible_input(window, seen, samples, flagged)
+    assert shown[0, 0, :4].tolist() == [0, 1, 2, 2]
+    assert shown[0, 1, [0, 1, 4, 5]].tolist() == [1, 1, 1, 1]
+    assert known.sum() == 3
+    shown, known = visible_input(window, seen, samples, flagged, np.array([-1, 0]))
+    assert known[0, 1].tolist() == known[0, 0].tolist()
 
 
 # --- forecast --------------------------------------------------------------------------------
@@ -393,6 +452,51 @@ def test_the_future_is_not_seen(family, mode):
         np.testing.assert_array_equal(values, after.predictions[name], err_msg=name)
     data[:20] += 5
     assert not np.allclose(forecast(encoder, data, 10, mode).model, before.model, atol=1e-3)
+
+
+def test_flagged_context_holds_no_future():
+    """Two flagged volumes before a forecast: interpolated, they give the next volume away."""
+    rng = np.random.default_rng(0)
+    series = np.zeros((40 * T, P))
+    for t in range(1, len(series)):  # r = .405 at a distance of three volumes, as of real series
+        series[t] = 0.74 * series[t - 1] + rng.standard_normal(P)
+    truth = (series / series.std(0)).astype(np.float32)
+    origins = forecast(copies('vit'), truth, 8).samples[:, 0]
+    flagged = np.zeros(len(truth), bool)
+    flagged[origins - 1] = flagged[origins - 2] = True
+    data = preprocessed(truth, flagged, np.full(P, -1))
+    scored = ~flagged[:, None] & np.ones(P, bool)
+    leaking = forecast(copies('vit'), data, 8).scores(scored)
+    causal = forecast(copies('vit'), data, 8, flagged=flagged).scores(scored)
+    assert leaking['persistence'].r2[0] == pytest.approx(0.87, abs=0.02)
+    assert causal['persistence'].r2[0] == pytest.approx(-0.19, abs=0.06)
+    assert leaking['ar'].r2[0] > causal['ar'].r2[0] + 0.3
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_the_future_is_not_seen_through_flagged_volumes(family):
+    encoder, truth, donors = encoder_of(network_of(family)), run_of(), np.full(P, -1)
+    flagged = np.zeros(T, bool)
+    flagged[[0, 12, 27, 28, 29]] = True
+    changed = truth.copy()
+    changed[30:] += 5
+    before, after = (
+        forecast(encoder, preprocessed(x, flagged, donors), 10, flagged=flagged)
+        for x in (truth, changed)
+    )
+    for name, values in before.predictions.items():
+        np.testing.assert_array_equal(values, after.predictions[name], err_msg=name)
+    np.testing.assert_array_equal(before.persistence[0, :, 0], truth[26])
+
+
+def test_nothing_is_forecast_from_flagged_volumes_alone():
+    flagged = np.arange(2 * T) < T
+    made = forecast(copies('vit'), run_of(2 * T), 8, flagged=flagged)
+    blind = made.samples[:, 0] <= T
+    assert blind.any()
+    for values in made.predictions.values():
+        assert np.isnan(values[blind]).all()
+        assert np.isfinite(values[~blind]).all()
 
 
 def test_scores_of_each_step():
@@ -822,6 +926,35 @@ def test_parcels_show_the_attention_of_their_token():
     assert profile.shape == (1, P, 6)
     np.testing.assert_allclose(profile[0, order], blocks.view(6, 6)[rows], rtol=1e-5)
     np.testing.assert_array_equal(encoder.parcel_tokens[order, 0], 6 * rows)
+
+
+def test_token_orders_are_averaged_over():
+    """What the 13M family makes of a window is the mean over orders, in the order of parcels."""
+    network, windows = network_of('legacy'), run_of().T[None]
+    set_positions(network, np.random.default_rng(5).normal(0, 30, (P, 3)))
+    plain, averaged = Encoder(network), Encoder(network, shuffles=3, seed=7)
+    generator = torch.Generator().manual_seed(7)
+    orders = [torch.randperm(network.tokens, generator=generator) for _ in range(3)]
+    hidden = []
+    with torch.inference_mode():
+        for order in orders:
+            found, _ = network.encode(torch.from_numpy(windows), order[None])
+            hidden.append(torch.cat([found[:, :1], found[:, 1:][:, order.argsort()]], 1))
+    expected = torch.stack(hidden).mean(0).numpy()
+    made = averaged.encode(windows, tokens=True)
+    np.testing.assert_allclose(made.summary, expected[:, 0], atol=1e-5)
+    np.testing.assert_allclose(made.tokens, expected[:, 1:], atol=1e-5)
+    np.testing.assert_allclose(made.attention.sum(), plain.encode(windows, True).attention.sum())
+    assert not np.allclose(made.summary, plain.encode(windows).summary, atol=1e-4)
+
+    keep, generator = torch.arange(0, network.tokens, 2), torch.Generator().manual_seed(7)
+    draws = [torch.randperm(len(keep), generator=generator) for _ in range(3)]
+    single = [plain.reconstruct(windows, keep[draw]) for draw in draws]
+    np.testing.assert_allclose(
+        averaged.reconstruct(windows, keep), np.mean(single, axis=0), atol=1e-5
+    )
+    with pytest.raises(BrainfmError, match='order of tokens does not matter to the model'):
+        Encoder(network_of('vit'), shuffles=2)
 
 
 def test_a_model_without_decoder_says_so():

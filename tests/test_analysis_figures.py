@@ -86,7 +86,15 @@ def ordinary(xyz):
             np.arange(P),
             'atlas order',
         ),
-        'r2_map': (xyz, {'model': value, 'mean': value - 0.1, 'interpolation': value - 5}),
+        'r2_map': (
+            xyz,
+            {
+                'model': value,
+                'mean': value - 0.1,
+                'linear interpolation': value - 5,
+                'covariance': value + 0.1,
+            },
+        ),
         'gain': (2.0 ** np.arange(-3, 5), np.linspace(-3, 0.5, 8), True),
         'forecast': (STEPS, ways, [example] * 3),
         'networks': (xyz, labels, names, reference, rng.random(P), {'ARI': 0.4}),

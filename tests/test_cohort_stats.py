@@ -286,9 +286,9 @@ def test_what_the_group_level_refuses(simulated, tmp_path, app, capsys):
     assert 'was not written by bids_brainfm' in capsys.readouterr().err
     assert app(simulated, out, '--stop-after', 'timeseries', '--participant-label', '01') == 0
     for options, words in (
-        ((), 'one of two things'),
+        ((), 'one thing at a time'),
         (('--scale-stats', 'file.json'), 'name no file'),
-        (('--scale-stats', '--contrast', 'task', 'a', 'b'), 'one of two things'),
+        (('--scale-stats', '--contrast', 'task', 'a', 'b'), 'one thing at a time'),
         (('--scale-stats', '--task-id', 'nback'), 'no parcel series of nback'),
         (('--scale-stats', '--participant-label', '77'), '77'),
     ):

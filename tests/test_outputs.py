@@ -126,7 +126,10 @@ def test_reconstruction_is_scored_as_it_is_written(done, label, ratio, passes):
     sidecar = about(done, f'stat-r2_desc-{label}_boldmap')
     assert sidecar['MaskRatio'] == ratio
     assert sidecar['NumberOfPasses'] == passes
-    assert set(sidecar['Pooled']) == {'model', 'mean', 'interpolation'}
+    ways = ['mean', 'interpolation', 'covariance']
+    assert list(sidecar['Pooled']) == ['model', *ways]
+    assert {f'{score}_{way}' for score in ('r2', 'r') for way in ways} < set(table)
+    assert 'visible' in sidecar['Covariance']['Source']
     pooled = {name: scores['R2'] for name, scores in sidecar['Pooled'].items()}
     if label == DEMO:
         assert pooled['model'] > max(0.1, pooled['mean'], pooled['interpolation'])
@@ -459,6 +462,10 @@ def test_other_settings_are_not_mixed_in(simulated, done, tmp_path, app, capfd, 
 @pytest.mark.parametrize(
     ('options', 'said'),
     [
+        (('--token-shuffles', '3'), 'do not matter to brainlm-demo'),
+        (('--covariance', 'no.h5'), '--covariance is used by --outputs reconstruction only'),
+        (('--outputs', 'all', '--covariance'), '--covariance takes a FILE'),
+        (('--outputs', 'all', '--covariance', 'no.h5'), 'no.h5 does not exist'),
         (('--mask-ratio', '0.5'), '--mask-ratio is used by --outputs reconstruction or perturb'),
         (('--outputs', 'networks', '--write-bold'), '--write-bold is used by --outputs recon'),
         (('--outputs', 'reconstruction', '--model', 'brain-jepa-demo'), 'has no decoder'),
@@ -476,6 +483,27 @@ def test_what_cannot_be_is_said_before_anything_starts(
     assert app(simulated, tmp_path / 'out', *options) == 2
     assert said in capfd.readouterr().err
     assert not list((tmp_path / 'out').glob('sub-*'))
+
+
+def test_embeddings_over_token_orders(simulated, done, tiny, tmp_path, app, capfd):
+    """Other embeddings, recorded as such; not mixed with those in the order of the atlas."""
+    out = tmp_path / 'out'
+    options = ('--model', tiny, '--random-weights', '--participant-label', '01')
+    assert app(simulated, out, *options, '--token-shuffles', '2') == 0
+    averaged, plain = (
+        about(out, f'desc-{PARCELS}_embedding'),
+        about(done, f'desc-{PARCELS}_embedding'),
+    )
+    assert averaged['TokenShuffles'] == 2
+    assert plain['TokenShuffles'] == 0
+    found, usual = (
+        read_matrix(func(each, f'desc-{PARCELS}_embedding.tsv'))[0][:, 5:] for each in (out, done)
+    )
+    assert 0 < np.abs(found - usual).max() < 5
+    assert 'a mean over 2 random orders' in (out / 'logs' / 'CITATION.md').read_text()
+    assert 'mean over 2 orders of the tokens' in (out / 'sub-01.html').read_text()
+    assert app(simulated, out, *options) == 2
+    assert 'token_shuffles was 2' in capfd.readouterr().err
 
 
 def test_a_13m_model_hides_whole_patches(simulated, tiny, tmp_path, app, capfd):

@@ -14,6 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
+from bids_brainfm.analyses.conditional import predict_windows
 from bids_brainfm.analyses.reconstruct import interpolate, seen_mean
 from bids_brainfm.analyses.scores import score
 from bids_brainfm.errors import BrainfmError
@@ -30,6 +31,7 @@ from bids_brainfm.training.pretraining import (
     LatentPrediction,
     MaskedAutoencoding,
     effective_rank,
+    parcel_covariance,
 )
 from bids_brainfm.training.recipe import load_recipe
 from bids_brainfm.training.settings import TrainingSettings
@@ -259,9 +261,14 @@ ANSWERS = {
 }
 
 
+def covariance_of(signal):
+    return parcel_covariance(signal.numpy(), PARCELS, alone)
+
+
 def evaluated(answer, batches=None, reduce=alone):
     objective = MaskedAutoencoding(Double(answer), 0.5)
     signal = windows_with_levels()
+    objective.covariance = covariance_of(signal)
     batches = batches or [range(6)]
     return evaluate(objective, ((signal[list(b)], list(b)) for b in batches), reduce)
 
@@ -310,10 +317,33 @@ def test_baselines_are_those_of_the_analysis():
     windows, seen = signal.numpy(), ~hidden.numpy()
     ways = {'r2': 0 * windows, 'r2_mean': seen_mean(windows, seen)}
     ways['r2_interpolation'] = interpolate(windows, seen)
+    made = predict_windows(windows, seen, ways['r2_mean'], covariance_of(signal))
+    ways['r2_covariance'] = made
     for name, made in ways.items():
         wanted = score((made - level)[~seen], (windows - level)[~seen])
         assert found[name] == pytest.approx(float(wanted.r2), rel=1e-3)
     assert found['r2_interpolation'] > found['r2_mean'] + 0.1
+
+
+def test_parcels_that_go_together_predict_each_other():
+    """Held-out windows of one source: other parcels say what time cannot."""
+    generator = torch.Generator().manual_seed(1)
+    source = torch.randn(8, 1, TIMES, generator=generator)
+    signal = source + 0.3 * torch.randn(8, PARCELS, TIMES, generator=generator)
+    for normalise in (False, True):
+        objective = MaskedAutoencoding(Double(ANSWERS['zero']), 0.5, normalise=normalise)
+        scale = 5 * torch.arange(1.0, PARCELS + 1)[:, None]
+        objective.covariance = covariance_of(scale * signal[:4])
+        found = objective.evaluate([(scale * signal[4:], range(4))], alone)
+        assert found['r2_covariance'] > 0.6 > 0 > found['r2_interpolation']
+
+
+def test_covariance_of_two_processes():
+    series = windows_with_levels().numpy()
+    sums = []
+    parcel_covariance(series[::2], PARCELS, lambda tensor: sums.append(tensor) or tensor)
+    found = parcel_covariance(series[1::2], PARCELS, lambda tensor: tensor + sums[0])
+    np.testing.assert_allclose(found, parcel_covariance(series, PARCELS, alone))
 
 
 @pytest.mark.parametrize('batches', [[range(2), range(2, 6)], [[i] for i in (5, 0, 3, 1, 2, 4)]])
@@ -322,7 +352,8 @@ def test_scores_do_not_depend_on_batches(batches):
     expected = evaluated(answer)
     found = evaluated(answer, batches)
     assert found == pytest.approx(expected, rel=1e-4)
-    assert list(expected) == ['loss', 'mse', 'r2', 'r', 'r2_mean', 'r2_interpolation']
+    names = ['loss', 'mse', 'r2', 'r', 'r2_mean', 'r2_interpolation', 'r2_covariance']
+    assert list(expected) == names
 
 
 def test_scores_of_two_processes():

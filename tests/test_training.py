@@ -275,6 +275,7 @@ def test_what_pretraining_writes(mae, cohort, tmp_path, capsys):
     assert (
         spec.card.training['held_out']['loss'] < spec.card.training['held_out_untrained']['loss']
     )
+    assert np.isfinite(spec.card.training['held_out']['r2_covariance'])
     assert spec.card.config['mask_ratio'] == 0.5
     assert spec.card.training['precision'] == 'float32'
     people = pd.read_csv(out / 'participants.tsv', sep='\t')

@@ -56,19 +56,26 @@ class Forecast:
 
 def forecast(
     encoder: Encoder, data: np.ndarray, points: int, mode: str = 'predict_last_pixel',
-    seed: int = 0, batch_size: int = 8,
+    seed: int = 0, batch_size: int = 8, flagged: np.ndarray | None = None,
 ) -> Forecast:  # fmt: skip
     """Hide the last points of windows that roll over a run, and let the model fill them in.
 
     Windows follow one another by as many points as are hidden, and the last ends with the run, so
     that forecasts lie end on end. In a run shorter than one window the past is continued
-    backwards by each parcel's mean before the forecast.
+    backwards. What the model and the baselines forecast from is filled by :func:`causal_context`;
+    a window without one unflagged sample before the forecast has none (NaN).
 
-    `data` (S, P) float32 are a run in the model's units and TR, atlas order. The `mode` is to
-    hide exactly so many points (``predict_last_pixel``), or the whole tokens that hold any of
-    them (``predict_last``, up to a token's length more). Both are BrainLM's (specification,
-    section 5); the 13M family hides whole patches only, and to it the order of tokens matters,
-    which follows from the `seed`.
+    Parameters
+    ----------
+    encoder : Encoder
+    data : (S, P) float32, a run in the model's units and TR, atlas order
+    points : int, number of samples to forecast
+    mode : {'predict_last_pixel', 'predict_last'}, whether exactly so many points are hidden, or
+        the whole tokens that hold any of them, up to a token's length more. Both are BrainLM's
+        (specification, section 5); the 13M family hides whole patches only
+    seed : int, of the order of tokens, which matters to the 13M family
+    batch_size : int, windows at once on a GPU
+    flagged : (S,) bool, optional, samples from flagged volumes
 
     Raises
     ------
@@ -83,20 +90,47 @@ def forecast(
             f'forecasting {horizon} of them takes {2 * horizon}: leave the run out, or lower '
             f'--forecast-points.'
         )
+    flagged = np.zeros(len(data), bool) if flagged is None else np.asarray(flagged, bool)
     windows, samples = _rolling(data, encoder.shape[1], horizon)
+    unknown = (samples < 0) | flagged[samples]
+    past = causal_context(windows[:, :, :-horizon], unknown[:, :-horizon])
+    shown = np.concatenate([np.nan_to_num(past), windows[:, :, -horizon:]], axis=2)
     keep = keep_visible(tokens)[0]
     keep = keep[torch.randperm(len(keep), generator=torch.Generator().manual_seed(seed))]
-    predicted = encoder.reconstruct(windows, keep, blank, batch_size)
-    past, flat = windows[:, :, :-horizon], np.ones(horizon, np.float32)
+    predicted = encoder.reconstruct(shown, keep, blank, batch_size)[:, :, -horizon:]
+    flat = np.ones(horizon, np.float32)
     return Forecast(
         samples=samples[:, -horizon:],
         target=windows[:, :, -horizon:],
-        model=predicted[:, :, -horizon:],
+        model=np.where(np.isnan(past[:, :, -1:]), np.nan, predicted),
         persistence=past[:, :, -1:] * flat,
         mean=past.mean(axis=2, keepdims=True) * flat,
         ar=autoregress(past, horizon),
-        level=data.mean(axis=0),
+        level=data[~flagged].mean(axis=0) if not flagged.all() else data.mean(axis=0),
     )
+
+
+def causal_context(past: np.ndarray, unknown: np.ndarray) -> np.ndarray:
+    """Fill the samples before a forecast that were not measured, from those before them.
+
+    Flagged volumes were interpolated between their neighbours, and so hold what comes after them.
+    Each takes the last known value of the parcel. Those before the first one take the mean of the
+    known samples, and so do those before the start of the run.
+
+    `past` is (W, P, T) float, `unknown` (W, T) bool. Returned are (W, P, T) float32, NaN in
+    windows where nothing is known.
+
+    >>> past = np.array([[[9.0, 1, 9, 3, 9, 9]]])
+    >>> causal_context(past, np.array([[True, False, True, False, True, True]]))
+    array([[[2., 1., 1., 3., 3., 3.]]], dtype=float32)
+    """
+    time = np.where(unknown, -1, np.arange(unknown.shape[1]))
+    last = np.maximum.accumulate(time, axis=1)[:, None]
+    held = np.take_along_axis(past, np.maximum(last, 0), axis=2)
+    count = (~unknown).sum(axis=1)[:, None, None]
+    total = np.where(unknown[:, None], 0, past).sum(axis=2, keepdims=True)
+    mean = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+    return np.where(last < 0, mean, held).astype(np.float32)
 
 
 def hidden_points(
@@ -127,10 +161,13 @@ def hidden_points(
 
 
 def _rolling(data: np.ndarray, length: int, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """Windows (W, P, length), `step` apart, the last flush with the end; their samples."""
+    """Windows (W, P, length), `step` apart, the last flush with the end; their samples.
+
+    Those before the start of the run are below 0, and their values are 0.
+    """
     missing = length - len(data)
     if missing > 0:
-        before = np.broadcast_to(data[:-step].mean(axis=0), (missing, data.shape[1]))
+        before = np.zeros((missing, data.shape[1]), data.dtype)
         windows, samples = cover(np.concatenate([before, data]), length)
         return windows, samples - missing
     samples = np.arange(-missing % step, -missing + 1, step)[:, None] + np.arange(length)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from bids_brainfm.analyses.conditional import from_covariance
 from bids_brainfm.analyses.scores import score
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.encoder import Encoder
@@ -12,6 +13,7 @@ from bids_brainfm.models.masking import leave_out, masked_tokens
 from bids_brainfm.signals.windows import cover
 
 AGGREGATES = ('first', 'mean')
+BASELINES = ('mean', 'interpolation', 'covariance')
 # The range is that in which independent users found the 13M model's best gain (about 7).
 GAINS = tuple(2.0**i for i in range(-3, 5))
 GAIN_MARGIN = 0.02  # least rise of R2 at another gain that is worth a warning
@@ -25,43 +27,61 @@ class Reconstruction:
     model: np.ndarray  # each sample as the model reconstructed it while it was hidden
     mean: np.ndarray  # baseline: mean of what was seen of the parcel in the window
     interpolation: np.ndarray  # baseline: linear in time between the seen points of the parcel
+    covariance: np.ndarray  # baseline: conditional mean given the parcels seen at that instant
     hidden: np.ndarray  # (S, P) bool, points that the first pass hid
     n_passes: int  # passes of the network for each window
 
     @property
     def predictions(self) -> dict[str, np.ndarray]:
         """Reconstructions by model and baselines."""
-        return {'model': self.model, 'mean': self.mean, 'interpolation': self.interpolation}
+        return {name: getattr(self, name) for name in ('model', *BASELINES)}
 
 
 def reconstruct(
     encoder: Encoder, data: np.ndarray, ratio: float, aggregate: str = 'first', seed: int = 0,
-    batch_size: int = 8,
+    batch_size: int = 8, flagged: np.ndarray | None = None, donors: np.ndarray | None = None,
+    correlation: np.ndarray | None = None,
 ) -> Reconstruction:  # fmt: skip
     """Leave every token out once, a proportion at a time, and let the model fill it in.
 
     This is no compression: in each pass the model sees the truth of all that the pass does not
     hide (BrainLM notebook 05; specification, section 5.1).
 
-    `data` (S, P) float32 are a run in the model's units and TR, atlas order; `ratio` is the
-    proportion of tokens hidden in a pass (13M was trained with 0.2, the released vision
-    transformers with 0.75). Where several passes hide a token, `aggregate` takes the answer of the
-    ``first``, or the ``mean`` of all; a sample in two windows is taken from the first. Every run
-    has the same masks, by the `seed`. Raises BrainfmError where the model reconstructs nothing,
-    or the ratio cannot be had.
+    Parameters
+    ----------
+    encoder : Encoder
+    data : (S, P) float32, a run in the model's units and TR, atlas order
+    ratio : float, proportion of tokens hidden in a pass (13M was trained with 0.2, the released
+        vision transformers with 0.75)
+    aggregate : {'first', 'mean'}, which answer is taken where several passes hide a token; a
+        sample in two windows is taken from the first
+    seed : int, of the masks, which are the same for every run
+    batch_size : int, windows at once on a GPU
+    flagged : (S,) bool, optional, samples from flagged volumes; see :func:`visible_input`
+    donors : (P,) int, optional, parcel that each was filled from, -1 for its own series
+    correlation : (P, P) float, optional, correlation between parcels of other people, for the
+        covariance baseline; by default it is estimated in each pass from what is visible
+
+    Raises
+    ------
+    BrainfmError
+        The model reconstructs nothing, or the ratio cannot be had.
     """
     windows, samples = cover(data, encoder.shape[1])
+    own = np.ones(data.shape[1], bool) if donors is None else donors < 0
     n_tokens, generator = encoder.reconstructing.tokens, torch.Generator().manual_seed(seed)
     passes = [leave_out(n_tokens, ratio, generator) for _ in windows]
-    seen, predicted = [], []
+    seen = []
+    by_pass: dict[str, list[np.ndarray]] = {name: [] for name in ('model', *BASELINES)}
     for keep in map(torch.stack, zip(*passes, strict=True)):
-        predicted.append(encoder.reconstruct(windows, keep, batch_size=batch_size))
         seen.append(~encoder.points(masked_tokens(keep, n_tokens)))
-    by_pass = {
-        'model': predicted,
-        'mean': [seen_mean(windows, points) for points in seen],
-        'interpolation': [interpolate(windows, points) for points in seen],
-    }
+        shown, known = visible_input(windows, seen[-1], samples, flagged, donors)
+        visible = known & own[:, None]
+        by_pass['model'].append(encoder.reconstruct(shown, keep, batch_size=batch_size))
+        by_pass['mean'].append(seen_mean(windows, known))
+        by_pass['interpolation'].append(interpolate(windows, known))
+        in_run = in_all_windows(visible, samples, len(data))
+        by_pass['covariance'].append(from_covariance(windows, visible, data, in_run, correlation))
     by_window = {name: combine(values, seen, aggregate) for name, values in by_pass.items()}
     # windows end on end: what two hold is taken from the first, so the last is written first
     run = {name: np.full(data.shape, np.nan, np.float32) for name in by_window}
@@ -72,6 +92,50 @@ def reconstruct(
             run[name][samples[i, real]] = values[i][:, real].T
         hidden[samples[i, real]] = ~seen[0][i][:, real].T
     return Reconstruction(np.asarray(data, np.float32), **run, hidden=hidden, n_passes=len(seen))
+
+
+def visible_input(
+    windows: np.ndarray, seen: np.ndarray, samples: np.ndarray,
+    flagged: np.ndarray | None = None, donors: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Fill the gaps of what a model sees from visible points only, so that no hidden one shows.
+
+    Flagged volumes were interpolated between their neighbours, parcels without signal have the
+    series of another, and a short run is completed by its mean: all may hold what is hidden.
+    Visible points that were not measured are filled anew, by linear interpolation between the
+    visible measured points of the parcel in the window, or their mean after the end of the run.
+
+    Parameters
+    ----------
+    windows, samples : (W, P, T) float32, (W, T) int, as of
+        :func:`bids_brainfm.signals.windows.cover`
+    seen : (W, P, T) bool, points of the visible tokens
+    flagged : (S,) bool, optional, samples from flagged volumes
+    donors : (P,) int, optional, parcel that each was filled from, -1 for its own series
+
+    Returns
+    -------
+    shown, known : (W, P, T) float32, the input; (W, P, T) bool, points whose value may be used
+    """
+    recorded = samples >= 0
+    measured = recorded if flagged is None else recorded & ~np.asarray(flagged, bool)[samples]
+    parcels = np.arange(windows.shape[1])
+    source = parcels if donors is None else np.where(donors < 0, parcels, donors)
+    known = seen[:, source] & measured[:, None]
+    gaps = seen & ~known
+    if not gaps.any():
+        return windows, known
+    filling = np.where(recorded[:, None], interpolate(windows, known), seen_mean(windows, known))
+    return np.where(gaps, filling, windows).astype(np.float32), known
+
+
+def in_all_windows(points: np.ndarray, samples: np.ndarray, length: int) -> np.ndarray:
+    """Points of a run, (S, P) bool, that are marked in every window (W, P, T) that holds them."""
+    found = np.ones((length, points.shape[1]), bool)
+    for rows, marked in zip(samples, points, strict=True):
+        real = rows >= 0
+        found[rows[real]] &= marked[:, real].T
+    return found
 
 
 def combine(values: list[np.ndarray], seen: list[np.ndarray], aggregate: str) -> np.ndarray:
@@ -136,24 +200,28 @@ class GainCheck:
 
 
 def gain_check(
-    encoder: Encoder, window: np.ndarray, ratio: float, seed: int = 0,
-    scored: np.ndarray | None = None,
+    encoder: Encoder, data: np.ndarray, ratio: float, seed: int = 0,
+    flagged: np.ndarray | None = None, donors: np.ndarray | None = None,
 ) -> GainCheck:  # fmt: skip
-    """Reconstruct one window at several amplitudes, under one mask.
+    """Reconstruct the first window of a run at several amplitudes, under one mask.
 
     It needs no labels: a model reconstructs best what has the amplitude of its training data.
-    `window` is (P, T) float32 in the model's units, atlas order; `scored` (P, T) bool are the
-    points to score, of those that are hidden; the rest as of :func:`reconstruct`.
+    Arguments are as of :func:`reconstruct`; only measured points are scored.
     """
+    windows, samples = (x[:1] for x in cover(data, encoder.shape[1]))
     n_tokens = encoder.reconstructing.tokens
     (keep, *_) = leave_out(n_tokens, ratio, torch.Generator().manual_seed(seed))
-    hidden = encoder.points(masked_tokens(keep[None], n_tokens))[0]
-    hidden = hidden if scored is None else hidden & scored
-    target = np.where(hidden, window, np.nan)
+    hidden = encoder.points(masked_tokens(keep[None], n_tokens))
+    shown, _ = visible_input(windows, ~hidden, samples, flagged, donors)
+    measured = samples[0] >= 0 if flagged is None else (samples[0] >= 0) & ~flagged[samples[0]]
+    scored = hidden[0] & measured
+    if donors is not None:
+        scored &= (donors < 0)[:, None]
+    target = np.where(scored, windows[0], np.nan)
     level = target_level(target.T)[:, None]
     r2 = []
     for gain in GAINS:
-        predicted = encoder.reconstruct(gain * window[None], keep)[0]
+        predicted = encoder.reconstruct(gain * shown, keep)[0]
         r2.append(float(score(predicted - gain * level, gain * (target - level)).r2))
     return GainCheck(np.array(GAINS), np.array(r2))
 

@@ -42,8 +42,8 @@ def get_parser() -> argparse.ArgumentParser:
         'the group level what the participant level wrote')
     add('output_dir', type=Path, help='folder of the BIDS derivatives to write')
     add('analysis_level', choices=['participant', 'group'],
-        help='level of the analysis; group fits statistics of the cohort (--scale-stats) or '
-        'subtracts attention maps (--contrast)')
+        help='level of the analysis; group fits statistics of the cohort (--scale-stats, '
+        '--covariance) or subtracts attention maps (--contrast)')
     add('--version', action=_ShowVersion, nargs=0, help='print the version')
 
     add = parser.add_argument_group('Options for filtering BIDS queries').add_argument
@@ -238,16 +238,18 @@ def _check(settings: Settings) -> None:
     """See that the settings go together and that the files they name exist."""
     group, contrast = settings.analysis_level == 'group', bool(settings.options.get('contrast'))
     stats, cohort = settings.scale_stats, settings.scale == 'cohort'
-    fits, listed, part = stats == (), settings.participants_file is not None, settings.part
+    listed, part = settings.participants_file is not None, settings.part
     twice = listed and settings.participant_label
+    fitted = {'--scale-stats': stats, '--covariance': settings.options.get('covariance')}
+    fits = [flag for flag, files in fitted.items() if files == ()]
     refused = {
-        'The group level does one of two things: bids_brainfm OUT OUT group --scale-stats fits '
-        'statistics (name no file), and bids_brainfm OUT OUT group --contrast WHAT A B subtracts '
-        'maps.': group and contrast == fits,
+        'The group level does one thing at a time: bids_brainfm OUT OUT group --scale-stats fits '
+        'statistics and --covariance a covariance (name no file), --contrast WHAT A B subtracts '
+        'maps.': group and contrast + len(fits) != 1,
         'The participant level has no --contrast: bids_brainfm OUT OUT group --contrast WHAT A B '
         'subtracts maps that it has written.': not group and contrast,
-        'At the participant level --scale-stats takes a FILE, as bids_brainfm OUT OUT group '
-        '--scale-stats writes it.': not group and fits,
+        f'At the participant level {fits[0] if fits else ""} takes a FILE, as bids_brainfm OUT '
+        'OUT group writes it with this option.': not group and bool(fits),
         '--scale cohort needs the fitted statistics: add --scale-stats FILE (made by '
         'bids_brainfm OUT OUT group --scale-stats).': not group and cohort and not stats,
         '--scale-stats is used by --scale cohort only: add --scale cohort.': stats and not cohort,
@@ -261,7 +263,7 @@ def _check(settings: Settings) -> None:
             raise BrainfmError(sentence)
     for name, option in options().items():
         outputs = used_by(name)
-        given = settings.options.get(name) not in (None, False)
+        given = settings.options.get(name) not in (None, False, ())
         if given and outputs and not {ALL, *outputs} & set(settings.outputs):
             users = f'--outputs {" or ".join(outputs)} only'
             raise BrainfmError(f'{option.flag} is used by {users}: add --outputs {outputs[0]}.')

@@ -121,6 +121,7 @@ class BrainLMLegacy(BaseNetwork):
             mask_ratio=config.get('mask_ratio', 0.75),
             forecast_points=forecast_points(self.times, self.patch),
             recipe='brainlm-legacy',
+            ordered_tokens=True,
         )
 
         encoder, decoder = (

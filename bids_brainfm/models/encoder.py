@@ -81,8 +81,14 @@ class Encoder:
     block : str, optional
         Of each window to predict from the rest, for families that predict latents; see
         :func:`bids_brainfm.models.masking.spatiotemporal_block`.
+    shuffles : int
+        Random orders of the tokens, drawn by `seed`, over which all that is computed is averaged,
+        for families to which the order matters (the 13M BrainLM was trained on shuffled tokens);
+        0: as they are numbered, or as they are given to :meth:`reconstruct`.
+    seed : int
 
-    Raises BrainfmError: the network has no weights, or `order` or `block` does not fit it.
+    Raises BrainfmError: the network has no weights, or `order`, `block` or `shuffles` does not fit
+    it.
     """
 
     def __init__(
@@ -93,6 +99,8 @@ class Encoder:
         precision: str = 'float32',
         name: str = 'the model',
         block: str | None = None,
+        shuffles: int = 0,
+        seed: int = 0,
     ):
         if any(parameter.is_meta for parameter in network.parameters()):
             raise BrainfmError(
@@ -115,6 +123,12 @@ class Encoder:
                 f'The parcel order of {name} is not a permutation of {parcels} parcels; give the '
                 'order that belongs to the model and its atlas.'
             )
+        if shuffles and not self.capabilities.ordered_tokens:
+            raise BrainfmError(
+                f'The order of tokens does not matter to {name}, so there is nothing to average '
+                'over shuffles of them: leave them out.'
+            )
+        self.shuffles, self.seed = shuffles, seed
         self._block = None
         if block is not None:
             if not self.capabilities.predicts_latents:
@@ -173,10 +187,14 @@ class Encoder:
         step, found = 1 if self.device.type == 'cpu' else batch_size, []
         for i in range(0, len(windows), step):
             signal, seen = self._signal(windows[i : i + step]), keep[i : i + step].to(self.device)
-            with products_in(self.precision):
-                with self._autocast():
-                    hidden, _ = network.encode(signal, seen, blank)
-                made = network.decode(hidden.float(), seen)
+            made = torch.zeros(signal.shape, device=self.device)
+            orders = self._orders(seen.shape[1])
+            for order in orders:
+                shuffled = seen if order is None else seen[:, order]
+                with products_in(self.precision):
+                    with self._autocast():
+                        hidden, _ = network.encode(signal, shuffled, blank)
+                    made += network.decode(hidden.float(), shuffled) / len(orders)
             found.append(self._atlas_order(made).cpu().numpy())
         return np.concatenate(found)
 
@@ -223,7 +241,7 @@ class Encoder:
         network, patches = self.network, self.capabilities.patches
         attention = attention or (tokens and bool(patches))
         with self._autocast():
-            hidden, row = network.encode(signal, return_attention=attention)
+            hidden, row = self._hidden(signal, attention)
             if self._block:
                 predicting = cast('LatentPredicting', network)
                 errors = predicting.latent_error(signal, hidden, *self._block)
@@ -247,6 +265,32 @@ class Encoder:
             found['prediction'] = network.head.predict(network.head(hidden.float()))
         # Copied, so that a summary does not hold the memory of all tokens.
         return Encoding(**{name: x.cpu().numpy().copy() for name, x in found.items()})
+
+    def _orders(self, tokens: int) -> list[torch.Tensor | None]:
+        """Orders (N,) of so many tokens to average over; None: as they are."""
+        generator = torch.Generator().manual_seed(self.seed)
+        draws = [torch.randperm(tokens, generator=generator) for _ in range(self.shuffles)]
+        return [draw.to(self.device) for draw in draws] or [None]
+
+    def _hidden(
+        self, signal: torch.Tensor, attention: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Hidden states and attention of all tokens, as ``Network.encode`` returns them."""
+        network, first = self.network, int(self.capabilities.class_token)
+        if not self.shuffles:
+            return network.encode(signal, return_attention=attention)
+        total: torch.Tensor | float = 0.0
+        received: torch.Tensor | float = 0.0
+        for order in self._orders(self.reconstructing.tokens):
+            assert order is not None
+            keep = order.expand(len(signal), -1)
+            hidden, row = network.encode(signal, keep, return_attention=attention)
+            back = torch.cat([torch.arange(first, device=self.device), first + order.argsort()])
+            total = total + hidden[:, back].float() / self.shuffles
+            if row is not None:
+                received = received + row[:, back] / self.shuffles
+        assert isinstance(total, torch.Tensor)
+        return total, received if isinstance(received, torch.Tensor) else None
 
     def _atlas_order(self, x: torch.Tensor) -> torch.Tensor:
         """Put dimension 1, parcels in the model's order, back into atlas order."""

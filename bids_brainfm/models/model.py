@@ -53,6 +53,8 @@ class Model:
     device: str = 'cpu'
     precision: str = 'float32'
     block: str | None = None  # of each window to predict from the rest, see Encoder
+    shuffles: int = 0  # orders of tokens to average over, see Encoder
+    seed: int = 0  # of these
 
     def __post_init__(self) -> None:
         check_fit(self.spec, self.atlas, self.contract)
@@ -72,7 +74,9 @@ class Model:
         order = row_order(spec.card.parcel_order, self.atlas.xyz)
         set_positions(network, self.atlas.xyz, order, self.gradients)
         name = spec.card.name
-        return Encoder(network, order, self.device, self.precision, name, self.block)
+        return Encoder(
+            network, order, self.device, self.precision, name, self.block, self.shuffles, self.seed
+        )
 
     @cached_property
     def exact(self) -> 'Encoder':

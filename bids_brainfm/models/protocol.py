@@ -42,6 +42,8 @@ class Capabilities:
     # default number of time points that are forecast, see forecast_points(); None: too short
     forecast_points: int | None = None
     recipe: str = 'brainlm-vit'  # default recipe by which the family is trained
+    # whether what the network makes of a window depends on the order in which it takes the tokens
+    ordered_tokens: bool = False
 
     @property
     def pooling(self) -> str:

@@ -3,15 +3,19 @@
 import dataclasses
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bids_brainfm.atlases.atlas import Atlas
 from bids_brainfm.bids.files import atomic, read_relmat, write_matrix
 from bids_brainfm.bids.freshness import write_sidecar
 from bids_brainfm.bids.run import BoldRun
+from bids_brainfm.config import Settings
 from bids_brainfm.models.gradient_table import read_gradients
+from bids_brainfm.models.spec import ModelSpec
 from bids_brainfm.outputs.products import Context
 from bids_brainfm.outputs.series import FILL_RULE
 from bids_brainfm.outputs.tasks import ModelTask, Place
@@ -47,6 +51,20 @@ FIGURES = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Parameters:
+    """How tokens are ordered, as in :class:`bids_brainfm.models.encoder.Encoder`."""
+
+    token_shuffles: int  # 0: the order of the atlas
+    seed: int
+
+
+def parameters(settings: Settings, spec: ModelSpec, atlas: Atlas) -> Parameters:
+    """Settle the orders of tokens; a model to which they do not matter has one."""
+    asked = settings.options.get('token_shuffles') or 0
+    return Parameters(asked * spec.capabilities.ordered_tokens, settings.random_seed)
+
+
 def companions(run: BoldRun, place: Place, task: ModelTask | None = None) -> list[Path]:
     """Arrays of parcels and tokens as HDF5."""
     arrays = place.path(run, 'embedding', extension='.h5')
@@ -64,7 +82,13 @@ def settings(task: ModelTask) -> dict[str, Any]:
         'architecture_sha256': hashlib.sha256(config.encode()).hexdigest(),
         'parcel_order': spec.card.parcel_order, 'atlas': task.place.atlas,
         'precision': task.precision,
-    }  # fmt: skip
+    } | _shuffles(task)  # fmt: skip
+
+
+def _shuffles(task: ModelTask) -> dict[str, int]:
+    """Number and seed of the token orders, where they are averaged over."""
+    asked = task.parameters['embedding']
+    return dataclasses.asdict(asked) if asked.token_shuffles else {}
 
 
 def methods(task: ModelTask) -> str:
@@ -75,6 +99,8 @@ def methods(task: ModelTask) -> str:
     if task.precision != 'float32':
         reduced = f' Matrix products were computed in {task.precision}, and the embeddings of the '
         reduced += 'first windows were compared with float32.'
+    shuffled = task.parameters['embedding'].token_shuffles
+    averaged = '.' if not shuffled else f', a mean over {shuffled} random orders of the tokens.'
     if table := spec.gradients:
         placed = f' Parcels were placed by the brain gradients {table.path.name} '
         placed += f'(sha256 {table.sha256[:12]}).'
@@ -84,8 +110,8 @@ def methods(task: ModelTask) -> str:
         f'For {card.name} ({card.description}), parcels without signal were filled with '
         f'{FILL_RULE}. Series {_windows_text(task.contract)} Every window was encoded '
         f'without masking by {card.name}{weights}; its embedding is the '
-        f'{spec.capabilities.pooling} after the last normalisation.{reduced}{predicting}{placed}'
-        '\n\n'
+        f'{spec.capabilities.pooling} after the last normalisation{averaged}'
+        f'{reduced}{predicting}{placed}\n\n'
     )
 
 
@@ -288,6 +314,7 @@ def _describe(context: Context, checked: dict[str, Any]) -> dict[str, Any]:
         'ShareFlagged': windows.flagged if 'NumberOfVolumesFlagged' in source else None,
         'MaxFlagged': contract.max_flagged, 'WindowsExcluded': np.flatnonzero(windows.excluded),
         'ShareReal': windows.real, 'FilledParcels': filled, 'FillRule': FILL_RULE,
+        'TokenShuffles': task.parameters['embedding'].token_shuffles,
         'Precision': task.precision, 'PrecisionCheck': context.precision_check,
         'Device': task.device, 'Space': source['Space'], 'Atlas': source['Atlas'],
         'Warnings': _warnings(context, filled, checked, static),
@@ -297,6 +324,8 @@ def _describe(context: Context, checked: dict[str, Any]) -> dict[str, Any]:
 def facts(sidecar: dict[str, Any]) -> dict[str, Any]:
     """Weights, input, embedding, and what placed the parcels."""
     resampled, divided = '', sidecar.get('DividedBy', 1)
+    orders = sidecar.get('TokenShuffles')
+    shuffled = f', mean over {orders} orders of the tokens' if orders else ''
     if sidecar['Resampled']:
         resampled = f', one in {1 / sidecar["SamplingFrequency"]:.5g} s'
         resampled += f' ({sidecar["ResamplingMethod"]})'
@@ -307,7 +336,7 @@ def facts(sidecar: dict[str, Any]) -> dict[str, Any]:
         'Scaling': sidecar['Scaling'] + (f', divided by {divided:g}' if divided != 1 else ''),
         'Static variance': f'{sidecar["StaticVariance"]:.1%} of the variance that the model is '
         f'given is constant over time',
-        'Embedding': f'{sidecar["EmbeddingSize"]} dimensions ({sidecar["Pooling"]})',
+        'Embedding': f'{sidecar["EmbeddingSize"]} dimensions ({sidecar["Pooling"]}{shuffled})',
         'Filled parcels': len(sidecar['FilledParcels']),
         'Ran on': f'{sidecar["Device"]}, {sidecar["Precision"]}',
     }

@@ -38,10 +38,11 @@ def load(task: ModelTask) -> 'Model':
     # a cluster's plugin may run this with fewer CPUs than the process that settled the threads
     torch.set_num_threads(min(task.threads, available_cpus()))
     atlas = load_atlas(task.spec.card.atlas, task.home)
-    asked = task.parameters.get('prediction_error')
+    asked, embedding = task.parameters.get('prediction_error'), task.parameters['embedding']
     return Model(
         task.spec, atlas, task.contract, device=task.device, precision=task.precision,
         block=asked and asked.latent_prediction,
+        shuffles=embedding.token_shuffles, seed=embedding.seed,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from bids_brainfm.bids.run import BoldRun
 from bids_brainfm.config import Settings
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.spec import ModelSpec
-from bids_brainfm.outputs.products import Context
+from bids_brainfm.outputs.products import Context, known_mean
 from bids_brainfm.outputs.reconstruction import network_of
 from bids_brainfm.outputs.tasks import ModelTask, Place
 from bids_brainfm.outputs.words import described, pooled_scores, score_metadata
@@ -74,8 +74,9 @@ def methods(task: ModelTask) -> str:
     asked = task.parameters[NAME]
     return (
         f'The last {asked.points} points of windows that roll over the run were forecast by '
-        f'{task.spec.card.name} ({asked.mode}), beside persistence, the mean of what came before '
-        f'and an autoregressive model of order {AR_ORDER} fitted on it.'
+        f'{task.spec.card.name} ({asked.mode}), and by persistence, the mean of what came before '
+        f'and an autoregressive model of order {AR_ORDER} fitted on it. Flagged volumes before a '
+        'forecast took the last unflagged value, so that nothing after them was used.'
     )
 
 
@@ -84,7 +85,7 @@ def compute(context: Context) -> 'Forecast':
     from bids_brainfm.analyses.forecast import forecast
 
     task, asked = context.task, context.task.parameters[NAME]
-    how = asked.points, asked.mode, asked.seed, task.batch_size
+    how = asked.points, asked.mode, asked.seed, task.batch_size, context.data.flagged
     return forecast(context.model.encoder, context.data.data, *how)
 
 
@@ -128,8 +129,8 @@ def _describe(context: Context, result: 'Forecast') -> dict[str, Any]:
     return {
         'Description': f'Forecasts by {spec.card.name} of the last {horizon} points of '
         'windows that roll over the run, scored at each step over windows and parcels, in '
-        "the units of the model, each parcel's mean over the run taken out. Flagged volumes, "
-        'which were interpolated, are not scored.',
+        "the units of the model, each parcel's mean over the run taken out. Flagged volumes are "
+        'not scored; before a forecast they have the last unflagged value, for all methods.',
         'Mode': asked.mode, 'PointsAsked': asked.points, 'PointsHidden': horizon,
         'NumberOfWindows': len(result.target), 'Seed': asked.seed,
         'Pooled': score_metadata(result.scores(context.scored, axis=None)),
@@ -148,12 +149,13 @@ def _describe(context: Context, result: 'Forecast') -> dict[str, Any]:
 def _examples(context: Context, result: 'Forecast') -> 'list[Example]':
     """Best, middle and worst parcel, as the figure takes them."""
     data = context.data
-    fit = score(result.model, result.target, axis=(0, 2)).r2
+    target = np.where(context.scored[result.samples].transpose(0, 2, 1), result.target, np.nan)
+    fit = score(result.model, target, axis=(0, 2)).r2
     ranked = np.argsort(np.where(data.own, fit, -np.inf))[::-1]
     ranked = ranked[: np.count_nonzero(data.own & np.isfinite(fit))]
     if not ranked.size:
         return []
-    error = np.sqrt(np.mean((result.model - result.target) ** 2, axis=0))
+    error = np.sqrt(known_mean((result.model - target) ** 2, axis=0))
     when = data.series.start + data.tr * np.arange(len(data.data))
     return [
         {

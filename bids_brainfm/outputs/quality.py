@@ -1,4 +1,4 @@
-"""Quality metrics of a run: one row, for the report, the group level and the decision to exclude."""
+"""Quality metrics of a run: one row, for the report and for the decision to exclude it."""
 
 from typing import TYPE_CHECKING
 

@@ -15,11 +15,12 @@ from bids_brainfm.bids.run import BoldRun
 from bids_brainfm.config import Settings
 from bids_brainfm.models.protocol import Reconstructing
 from bids_brainfm.models.spec import ModelSpec
+from bids_brainfm.outputs.covariance import CohortCorrelation, choose, load
 from bids_brainfm.outputs.products import Context, display_order
 from bids_brainfm.outputs.tasks import ModelTask, Place
 from bids_brainfm.outputs.words import described, pooled_scores, score_metadata
 from bids_brainfm.reports.report import Figure
-from bids_brainfm.signals.windows import cover
+from bids_brainfm.resources import sha256_of
 
 if TYPE_CHECKING:
     from bids_brainfm.analyses.reconstruct import GainCheck, Reconstruction
@@ -32,9 +33,10 @@ FIGURES = {
         'parcels as they are, as the model saw them in that pass, and as it reconstructed them, '
         'each point from windows in which it was hidden.'),
     'r2': Figure('Where the reconstruction holds',
-        "Share of variance explained (R2) of hidden points, not floored: below 0 the parcel's "
-        'own mean is nearer. The baselines fill the same points with the mean of what was '
-        'visible of the parcel, and by linear interpolation in time.'),
+        'Proportion of variance explained (R2) of hidden points, not floored: below 0 the mean of '
+        'the parcel is nearer. The baselines fill the same points with the mean of what was '
+        'visible of the parcel, by linear interpolation in time, and with the conditional mean '
+        'given the parcels visible at that instant, from the covariance between parcels.'),
     'gain': Figure('Gain check',
         'R2 of hidden points of the first window when the input is made smaller or larger. It '
         'needs no labels. A model reconstructs best what has the amplitude of its training data, '
@@ -50,6 +52,7 @@ class Parameters:
     seed: int  # of the masks
     aggregate: str = 'first'
     bold: bool = False  # whether the reconstruction is written as BOLD, too
+    covariance: Path | None = None  # of a cohort, for the baseline; else that of the run
 
 
 def network_of(spec: ModelSpec) -> Reconstructing:
@@ -71,10 +74,12 @@ def mask_ratio(settings: Settings, spec: ModelSpec) -> float:
 
 
 def parameters(settings: Settings, spec: ModelSpec, atlas: Atlas) -> Parameters:
-    """Settle the masks."""
+    """Settle the masks and the covariance."""
     given = settings.options
-    aggregate, bold = given.get('aggregate') or 'first', bool(given.get('write_bold'))
-    return Parameters(mask_ratio(settings, spec), settings.random_seed, aggregate, bold)
+    return Parameters(
+        mask_ratio(settings, spec), settings.random_seed, given.get('aggregate') or 'first',
+        bool(given.get('write_bold')), choose(given.get('covariance') or (), atlas.name),
+    )  # fmt: skip
 
 
 def companions(run: BoldRun, place: Place, task: ModelTask | None = None) -> list[Path]:
@@ -88,21 +93,40 @@ def companions(run: BoldRun, place: Place, task: ModelTask | None = None) -> lis
 
 
 def settings(task: ModelTask) -> dict[str, Any]:
-    """Masks and their aggregation."""
+    """Masks, their aggregation, and the covariance."""
     given = asdict(task.parameters[NAME])
-    return {name: given[name] for name in ('mask_ratio', 'aggregate', 'seed')}
+    file = given['covariance']
+    found = {name: given[name] for name in ('mask_ratio', 'aggregate', 'seed')}
+    return found | {'covariance': file and f'sha256 {sha256_of(file)}'}
 
 
 def methods(task: ModelTask) -> str:
     """Sentences on masks, scores and baselines."""
     asked = task.parameters[NAME]
+    source = _source_of_covariance(asked.covariance)
     return (
         f'Runs were reconstructed by {task.spec.card.name}: in each pass {asked.mask_ratio:.0%} '
         f'of the tokens of a window were hidden at random, until each had been hidden '
         f'({"its first prediction" if asked.aggregate == "first" else "the mean prediction"} was '
-        'kept). R2 and Pearson correlation of hidden points, in the units of the model and '
-        'without a floor, are given beside those of the mean and of linear interpolation in time '
-        'of what was visible.'
+        'kept). Flagged volumes in visible tokens were filled from visible volumes only. R2 and '
+        'Pearson correlation of hidden points, in the units of the model and without a floor, are '
+        'given with those of three baselines: the mean of what was visible of the parcel, linear '
+        'interpolation in time between visible points, and the Gaussian conditional mean given '
+        f'the parcels visible at the same instant. For the last, {source}.'
+    )
+
+
+def _source_of_covariance(file: Path | None) -> str:
+    """Where the covariance between parcels is from, as a clause."""
+    if file is None:
+        return (
+            'the covariance between parcels was estimated in each pass from the visible, '
+            'unflagged points of the run, by regularised expectation maximisation (Schneider '
+            '2001) with Ledoit-Wolf shrinkage'
+        )
+    return (
+        f'the covariance between parcels was that of other participants ({file.stem}), with '
+        'Ledoit-Wolf shrinkage'
     )
 
 
@@ -114,6 +138,7 @@ class Result:
     by_parcel: dict[str, Score]
     pooled: dict[str, Score]
     gain: 'GainCheck'
+    cohort: CohortCorrelation | None  # whose covariance the baseline takes, None for the run's
 
 
 def compute(context: Context) -> Result:
@@ -121,22 +146,27 @@ def compute(context: Context) -> Result:
     from bids_brainfm.analyses.reconstruct import gain_check, reconstruct, target_level
 
     task, data, encoder = context.task, context.data, context.model.encoder
-    asked = task.parameters[NAME]
-    how = asked.mask_ratio, asked.aggregate, asked.seed, task.batch_size
-    found = reconstruct(encoder, data.data, *how)
-    windows, samples = cover(data.data, task.spec.card.window)
-    first = (samples[0] >= 0)[:, None] & context.scored[samples[0]]
-    gain = gain_check(encoder, windows[0], asked.mask_ratio, asked.seed, first.T)
+    asked, cohort = task.parameters[NAME], None
+    if asked.covariance is not None:
+        person = context.run.entities['sub']
+        cohort = load(asked.covariance, person, context.atlas.n_parcels)
+    found = reconstruct(
+        encoder, data.data, asked.mask_ratio, asked.aggregate, asked.seed, task.batch_size,
+        data.flagged, data.donors, None if cohort is None else cohort.values,
+    )  # fmt: skip
+    gain = gain_check(encoder, data.data, asked.mask_ratio, asked.seed, data.flagged, data.donors)
     target = np.where(context.scored, found.target, np.nan)
     level = target_level(target)
     return Result(
         found, {name: score(values, target, axis=0) for name, values in found.predictions.items()},
         {name: score(v - level, target - level) for name, v in found.predictions.items()}, gain,
+        cohort,
     )  # fmt: skip
 
 
 def write(context: Context, result: Result) -> None:
     """Write series, scores, images, figures and sidecars."""
+    from bids_brainfm.analyses.reconstruct import BASELINES
     from bids_brainfm.reports.figures import reconstruction as figures
 
     run, task, data, atlas = context.run, context.task, context.data, context.atlas
@@ -157,7 +187,7 @@ def write(context: Context, result: Result) -> None:
 
     scores_table = context.table(NAME)
     columns = {'r2': by_parcel['model'].r2, 'r': by_parcel['model'].r}
-    for name in ('mean', 'interpolation'):
+    for name in BASELINES:
         columns |= {f'r2_{name}': by_parcel[name].r2, f'r_{name}': by_parcel[name].r}
     context.write_map(scores_table, columns, by_parcel['model'].r2)
 
@@ -168,8 +198,8 @@ def write(context: Context, result: Result) -> None:
         order_label=label, start=data.series.start,
     )  # fmt: skip
     context.save_figure(figure, 'reconstruction')
-    titles = {'model': 'model', 'mean': 'mean', 'interpolation': 'linear interpolation'}
-    r2 = {title: by_parcel[name].r2 for name, title in titles.items()}
+    titles = {'model': 'model', 'interpolation': 'linear interpolation'}
+    r2 = {titles.get(name, name): by_parcel[name].r2 for name in ('model', *BASELINES)}
     context.save_figure(figures.r2_map(atlas.xyz, r2), 'r2')
     context.save_figure(figures.gain(gain.gains, gain.r2, gain.warned), 'gain')
     context.write_sidecar(scores_table, _describe_scores(context, result) | masking)
@@ -209,11 +239,12 @@ def _describe_scores(context: Context, result: Result) -> dict[str, Any]:
         )
     return {
         'Description': f'How well {context.task.spec.card.name} reconstructs each parcel where it '
-        'was hidden: share of variance explained (R2, not floored; 0 is what the mean of the '
-        'parcel over the run explains) and Pearson r, in the units of the model. Flagged volumes, '
-        'which were interpolated, are not scored.',
+        'was hidden: proportion of variance explained (R2, not floored; 0 is what the mean of the '
+        'parcel over the run explains) and Pearson r, in the units of the model. Flagged volumes '
+        'are not scored; where visible they were filled from visible volumes only.',
         'ShareFlagged': context.data.flagged.mean(), 'NumberOfPasses': result.found.n_passes,
         'Pooled': score_metadata(result.pooled),
+        'Covariance': _describe_covariance(context, result),
         'GainCheck': {
             'Description': 'R2 of the hidden points of the first window when the input is '
             f'multiplied by each gain. It is warned about where another gain gives an R2 above 0 '
@@ -225,7 +256,20 @@ def _describe_scores(context: Context, result: Result) -> dict[str, Any]:
         'Node': f'Parcel of {context.atlas.name}', 'r2': 'Of the model', 'r': 'Of the model',
         '*_mean': "Of the mean of the parcel's visible points in the window",
         '*_interpolation': 'Of linear interpolation between visible points',
+        '*_covariance': 'Of the conditional mean given the parcels visible at the same instant',
     })  # fmt: skip
+
+
+def _describe_covariance(context: Context, result: Result) -> dict[str, Any]:
+    """Where the covariance of the baseline is from."""
+    file, cohort = context.task.parameters[NAME].covariance, result.cohort
+    if cohort is None:
+        return {'Source': 'visible, unflagged points of the run in each pass'}
+    return {
+        'Source': file.name, 'SHA256': sha256_of(file),
+        'NumberOfParticipants': cohort.participants,
+        'NumberOfParticipantsLeftOut': cohort.left_out,
+    }  # fmt: skip
 
 
 def facts(sidecar: dict[str, Any]) -> dict[str, Any]:

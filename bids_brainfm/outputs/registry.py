@@ -99,12 +99,26 @@ REFERENCE_NETWORKS = Option(
     nargs='+',
 )  # fmt: skip
 
+COVARIANCE = Option(
+    'covariance', 'covariance between parcels of other participants, for the covariance baseline '
+    'of reconstruction, one file for each atlas (default: it is estimated from what is visible of '
+    'the run); at the group level, without a file: fit it over all runs in the output folder',
+    type=Path, metavar='FILE', nargs='*',
+)  # fmt: skip
+
 PRODUCTS = (
     Product('series', 'run', 'series', 'timeseries', 'mean', 'atlas-{atlas}', needs='bold',
             version=2),
     Product('connectome', 'run', 'connectome', 'relmat', 'pearsoncorrelation', needs='series'),
     Product('quality', 'run', 'quality', 'bold', needs='series', desc='quality'),
-    Product('embedding', 'run', 'embedding', 'embedding', record='desc-{label}'),
+    Product(
+        'embedding', 'run', 'embedding', 'embedding', record='desc-{label}', options=(
+            Option('token_shuffles', 'average embeddings and reconstructions over N random orders '
+                   'of the tokens, for the 13M BrainLM, which was trained on shuffled tokens and '
+                   'to which their order matters; takes N times as long (default: the order of '
+                   'the atlas, once)', type=positive(int), metavar='N'),
+        ),
+    ),
     Product('prediction', 'run', 'prediction', 'prediction', needs='head', version=2),
     Product(
         'prediction_error', 'run', 'prediction_error', 'boldmap', 'latenterror',
@@ -119,8 +133,8 @@ PRODUCTS = (
         'reconstruction', 'run', 'reconstruction', 'boldmap', 'r2',
         record='reconstruction_desc-{label}', output='reconstruction',
         about='the run from its visible tokens (BrainLM)', needs='reconstructs', image=True,
-        options=(
-            MASK_RATIO,
+        version=2, options=(
+            MASK_RATIO, COVARIANCE,
             Option('aggregate', 'what to take where several passes hid a token: the first one, or '
                    'the mean of all (default: first)', choices=('first', 'mean')),
             Option('write_bold', 'also write the reconstruction as BOLD on the grid of the input: '
@@ -130,7 +144,7 @@ PRODUCTS = (
     Product(
         'forecast', 'run', 'forecast', 'forecast', record='forecast_desc-{label}',
         output='forecast', about='the end of each window from its beginning (BrainLM)',
-        needs='reconstructs', options=(
+        needs='reconstructs', version=2, options=(
             Option('forecast_points', "samples to forecast, at the model's TR (default: a "
                    'tenth of the window, 20 of 200)', type=positive(int), metavar='SAMPLES'),
             Option('forecast_mode', 'hide exactly these samples, or all tokens that hold any of '
@@ -167,6 +181,8 @@ PRODUCTS = (
         ),
     ),
     Product('scale_stats', 'group', 'scale_stats', needs='outputs', reads=('series',)),
+    Product('covariance', 'group', 'covariance', needs='outputs', reads=('series',),
+            options=(COVARIANCE,)),
     Product(
         'contrast', 'group', 'contrast', needs='outputs', reads=('attention',), version=2,
         options=(

@@ -18,8 +18,8 @@ from bids_brainfm.signals.connectome import LABEL as CONNECTOME
 
 LOGGER = logging.getLogger('bids_brainfm')
 OUTDATED = (
-    'the outputs were written by another version of bids_brainfm, with other numbers: run it again '
-    'with --recompute.'
+    'the outputs were written by another version of bids_brainfm, with other numbers: run it '
+    'again with --recompute.'
 )
 EMBEDDING = BY_NAME['embedding']
 NEXT_TO_SERIES = tuple(product for product in OF_SERIES if product.name != 'series')

@@ -24,7 +24,11 @@ from bids_brainfm.training import evaluation, finetuning, linear
 from bids_brainfm.training.cohort import CohortRun, Targets
 from bids_brainfm.training.engine import Trainer
 from bids_brainfm.training.preparation import Cohort
-from bids_brainfm.training.pretraining import LatentPrediction, MaskedAutoencoding
+from bids_brainfm.training.pretraining import (
+    LatentPrediction,
+    MaskedAutoencoding,
+    parcel_covariance,
+)
 from bids_brainfm.training.publish import (
     Tested,
     plain,
@@ -40,6 +44,8 @@ from bids_brainfm.training.store import sample_seed
 
 # Windows of the validation split that are evaluated at most, one of each run first
 EVALUATED = 256
+# Runs of the training part whose covariance predicts held-out windows, as a baseline
+COVARIANCE_RUNS = 1000
 # Participants up to whom the connectome baseline is fitted: it holds all connectomes in memory
 MOST_CONNECTOMES = 5000
 
@@ -57,6 +63,9 @@ def pretrain(settings: TrainingSettings) -> Path | None:
     asked = {'mask_ratio': settings.mask_ratio, 'loss_fn': settings.loss}
     session.network.config |= {key: value for key, value in asked.items() if value is not None}
     held_out = session.windows('validation', EVALUATED)
+    if isinstance(objective, MaskedAutoencoding):
+        series = session.series('train', COVARIANCE_RUNS)
+        objective.covariance = parcel_covariance(series, session.store.parcels, session.reduce)
 
     def evaluate() -> dict[str, float]:
         seeds = lambda numbers: [sample_seed(settings.seed, 4, n) for n in numbers]

@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bids_brainfm.analyses.conditional import predict_windows
 from bids_brainfm.analyses.reconstruct import interpolate, seen_mean, target_level
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models import masking as tokens
 from bids_brainfm.models.protocol import LatentPredicting, Reconstructing
+from bids_brainfm.signals.covariance import moments, shrunk
 from bids_brainfm.training.masking import REGIONS, draw_blocks
 from bids_brainfm.training.objective import Objective
 
@@ -30,7 +32,8 @@ class MaskedAutoencoding(Objective):
     `masking` hides tokens at random for each window (``random``), or all that hold any of the
     last time points (``future``); `ratio` is the proportion of tokens or time points, 0 to 0.9.
     `loss` is ``mse`` or ``mae``; `normalise` standardises each parcel's target over its time
-    points (``norm_pix_loss``).
+    points (``norm_pix_loss``). ``covariance`` (P, P) between the rows of a window, of other people
+    than the held-out ones, is set from outside for the covariance baseline.
     """
 
     network: Reconstructing
@@ -49,6 +52,7 @@ class MaskedAutoencoding(Objective):
         self.network, self.ratio, self.masking = network, ratio, masking
         self.loss, self.normalise = loss, normalise
         self.baselines: dict[str, float] = {}
+        self.covariance: np.ndarray | None = None
 
     def draw(self, seeds: Sequence[int]) -> dict[str, Tensor]:
         """Draw the tokens ``keep`` (B, K) int64 that the encoder sees of each window."""
@@ -78,9 +82,12 @@ class MaskedAutoencoding(Objective):
 
         Returns ``loss``, ``mse``, ``r2`` and ``r`` over all masked points, the parcel's mean over
         those of the window taken out (so 0 is the mean of the target); ``r2_mean`` and
-        ``r2_interpolation`` for the mean of the seen points and their linear interpolation.
+        ``r2_interpolation`` for the mean of the seen points and their linear interpolation, and
+        ``r2_covariance`` for the conditional mean given the parcels seen at the same instant.
         """
         baselines = {} if self.baselines else {'mean': seen_mean, 'interpolation': interpolate}
+        if self.covariance is not None and not self.baselines:
+            baselines['covariance'] = self._from_covariance
         sums = torch.zeros(1 + len(baselines), 6, dtype=torch.float64)
         loss = torch.zeros(2, dtype=torch.float64)
         for signal, flagged, seeds in batches:
@@ -90,15 +97,36 @@ class MaskedAutoencoding(Objective):
             windows = (tokens.standardised(signal) if self.normalise else signal).cpu().numpy()
             hidden = self.network.points(tokens.masked_tokens(keep, self.network.tokens))
             seen = ~hidden.cpu().numpy()
-            scored = ~seen & ~flagged[:, None].cpu().numpy()
+            measured = ~flagged[:, None].cpu().numpy()
+            scored = ~seen & measured
             predictions = [self.network.reconstruct(signal, keep).float().cpu().numpy()]
-            predictions += [fill(windows, seen) for fill in baselines.values()]
+            predictions += [fill(windows, seen & measured) for fill in baselines.values()]
             for row, prediction in enumerate(predictions):
                 sums[row] += torch.from_numpy(_moments(prediction, windows, scored))
         sums, loss = reduce(sums), reduce(loss)
         scores, *others = map(_scores, sums)
         self.baselines |= {f'r2_{n}': b['r2'] for n, b in zip(baselines, others, strict=True)}
         return {'loss': float(loss[0] / loss[1])} | scores | self.baselines
+
+    def _from_covariance(self, windows: np.ndarray, seen: np.ndarray) -> np.ndarray:
+        """Conditional mean (B, P, T) of hidden points of windows (B, P, T)."""
+        covariance = self.covariance
+        assert covariance is not None
+        if self.normalise:
+            sd = np.sqrt(np.diag(covariance))
+            covariance = covariance / np.outer(sd, sd)
+        return predict_windows(windows, seen, seen_mean(windows, seen), covariance)
+
+
+def parcel_covariance(series: Iterable[np.ndarray], parcels: int, reduce: Reduce) -> np.ndarray:
+    """Covariance (P, P) between the rows of this process's series (P, S), and of all processes'.
+
+    Each run has its own mean; shrunk as of :func:`bids_brainfm.signals.covariance.shrunk`.
+    """
+    sums = np.zeros((3, parcels, parcels))
+    for run in series:
+        sums += moments((run - run.mean(axis=1, keepdims=True)).T)
+    return shrunk(reduce(torch.from_numpy(sums)).numpy())
 
 
 def _moments(predictions: np.ndarray, windows: np.ndarray, scored: np.ndarray) -> np.ndarray:

@@ -83,6 +83,14 @@ class Session:
             )
             yield signal, flagged, numbers
 
+    def series(self, part: str, most: int) -> Iterator[np.ndarray]:
+        """Unflagged samples (P, S) of this process's part of the first runs, in network order."""
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        rows = slice(None) if self.order is None else self.order
+        for run in self.store.part(part)[:most][rank::processes]:
+            data, flagged = self.store.window(run, 0, run.samples)
+            yield data[rows][:, ~flagged]
+
     def reduce(self, tensor: Tensor) -> Tensor:
         """Sum over processes."""
         return self.accelerator.reduce(tensor.to(self.accelerator.device), 'sum').cpu()

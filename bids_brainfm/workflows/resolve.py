@@ -90,6 +90,12 @@ def resolve_models(settings: Settings, home: Path, version: str) -> list[ModelTa
             f'--temporal official picks frames as Brain-JEPA does, and '
             f'{", ".join(settings.model)} has no such recipe: leave it out.'
         )
+    ordered = any(task.spec.capabilities.ordered_tokens for task in tasks)
+    if settings.options.get('token_shuffles') and not ordered:
+        raise BrainfmError(
+            f'--token-shuffles averages over orders of the tokens, which do not matter to '
+            f'{", ".join(settings.model)}: leave it out.'
+        )
     _check_asked(settings, tasks)
     return tasks
 

@@ -132,8 +132,9 @@ def r2_map(xyz: np.ndarray, scores: dict[str, np.ndarray]) -> Figure:
     if not np.isfinite(ours).any():
         finding = f'No parcel has an R² of the {model}'
     else:
-        counts = (f'above {name} in {(ours > values)[both].sum()}' for name, values in baselines)
-        finding = f'R² of the {model} {" and ".join(counts)} of {both.sum()} parcels'
+        counts = [f'above {name} in {(ours > values)[both].sum()}' for name, values in baselines]
+        listed = ' and '.join(filter(None, (', '.join(counts[:-1]), counts[-1])))
+        finding = f'R² of the {model} {listed} of {both.sum()} parcels'
     style.headline(figure, finding + missing_words(ours))
     return figure
 
