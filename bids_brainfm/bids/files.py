@@ -104,7 +104,7 @@ def write_text(path: Path, text: str) -> Path:
 
 
 def write_json(path: Path, content: dict) -> Path:
-    """Write a sidecar; entries that are None are left out, and numbers that are not finite null."""
+    """Write a sidecar, without entries that are None; numbers that are not finite become null."""
     known = {key: value for key, value in content.items() if value is not None}
     return write_text(path, json.dumps(_finite(known), indent=2, allow_nan=False) + '\n')
 
