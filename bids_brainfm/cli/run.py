@@ -106,7 +106,7 @@ def check_places(settings: Settings, datasets: dict[str, Path]) -> None:
         from bids_brainfm.resources import home
 
         files = [settings.bids_database_dir, *(path for _, path in named_files(settings))]
-        files += map(Path, (settings.denoise, *settings.model))
+        files += map(Path, (settings.denoise.removesuffix('+gsr'), *settings.model))
         files += [*(split_name(model)[1] for model in settings.model), home()]
         kept = [*read, raw, settings.output_dir.resolve()]
         kept += [path.resolve() for path in files if path is not None and path.exists()]
