@@ -72,13 +72,15 @@ finite = number(float, lambda v: 0 < abs(v) < float('inf'), 'a number other than
 seed = number(int, lambda value: 0 <= value < 2**32, 'a whole number from 0 to 2**32 - 1')
 
 
-def dummies(text: str) -> int | str:
+def dummies(text: str) -> str:
     """Argument type for a number of volumes to drop, or auto.
 
     >>> dummies('4'), dummies('auto')
-    (4, 'auto')
+    ('4', 'auto')
     """
-    return text if text == 'auto' else number(int, lambda v: v >= 0, 'auto or a number')(text)
+    if text != 'auto' and not text.isdigit():
+        raise argparse.ArgumentTypeError(f'{text!r} is not auto or a whole number of 0 or above')
+    return text
 
 
 def clusters(text: str) -> str:

@@ -95,9 +95,9 @@ DENOISING = (
            "outside it join the other regressors, in place of fMRIPrep's (default: what the "
            'strategy says)', type=not_negative, metavar=('LOW', 'HIGH'), nargs=2),
     Option('fd_threshold', 'framewise displacement above which a volume is flagged; 0: none '
-           '(default: 0.5)', type=not_negative, metavar='MM'),
+           '(default: what the strategy says, 0.5 in ours)', type=not_negative, metavar='MM'),
     Option('dvars_threshold', 'standardised DVARS above which a volume is flagged; 0: none '
-           '(default: 1.5)', type=not_negative, metavar='VALUE'),
+           '(default: what the strategy says, 1.5 in ours)', type=not_negative, metavar='VALUE'),
     Option('scrub', 'also flag segments of fewer unflagged volumes than this (default: 0, and 5 '
            'with --denoise scrubbing)', type=count, metavar='VOLUMES'),
     Option('dummy_scans', 'volumes to drop at the start; auto: those that fMRIPrep found not to '

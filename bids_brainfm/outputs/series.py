@@ -283,7 +283,7 @@ def _describe_denoising(context: SeriesContext) -> dict[str, Any]:
 def facts(sidecar: dict[str, Any]) -> dict[str, Any]:
     """What was read and what was done to it."""
     denoising = sidecar['Denoising']
-    return {
+    found = {
         'BOLD': sidecar['Sources'][0],
         'Space': f'{sidecar["Space"]}, atlas image: {sidecar["Atlas"]["Provenance"]}',
         'Volumes': f'{sidecar["NumberOfVolumes"]} at a repetition time of '
@@ -292,13 +292,17 @@ def facts(sidecar: dict[str, Any]) -> dict[str, Any]:
         'Flagged volumes': f'{sidecar["NumberOfVolumesFlagged"]} (interpolated)'
         if sidecar['FlaggedVolumesInterpolated']
         else 'not assessed',
-        'Unflagged data': f'{denoising["MinutesUnflagged"]:.1f} minutes '
-        f'({denoising["NumberOfVolumesUnflagged"]} volumes)',
         'Denoising': f'{denoising["Name"]}, {len(denoising["ConfoundRegressors"])} confounds '
         f'regressed out',
-        'Degrees of freedom left': f'{denoising["DegreesOfFreedom"]} (regressors of rank '
-        f'{denoising["RankOfRegressorsAndFilter"]})',
         'Mean brain signal': f'{sidecar["BrainMean"]:.1f} (BOLD units)',
         'Parcels below coverage': f'{len(sidecar["ParcelsBelowMinimumCoverage"])} '
         f'(limit {sidecar["MinimumCoverage"]:g})',
+    }
+    if 'DegreesOfFreedom' not in denoising:  # written before these were counted
+        return found
+    return found | {
+        'Unflagged data': f'{denoising["MinutesUnflagged"]:.1f} minutes '
+        f'({denoising["NumberOfVolumesUnflagged"]} volumes)',
+        'Degrees of freedom left': f'{denoising["DegreesOfFreedom"]} (regressors of rank '
+        f'{denoising["RankOfRegressorsAndFilter"]})',
     }

@@ -43,7 +43,7 @@ class Freedom:
     def refuse(self, strategy: Strategy) -> None:
         """Raise BrainfmError where less is left than a strategy asks for.
 
-        A run of which nothing is regressed out has lost nothing, and is only held to
+        A run of which nothing is regressed out or flagged has lost nothing, and is only held to
         ``min_minutes``.
         """
         left, filtered = self.unflagged - self.nuisance_rank, self.total_rank > self.nuisance_rank
@@ -56,7 +56,7 @@ class Freedom:
                 f'{strategy.min_minutes:g} of --min-minutes: leave this run out{flagged} or lower '
                 '--min-minutes.'
             )
-        if not strategy.regresses and self.total_rank == 1:
+        if not (strategy.regresses or strategy.outliers) and self.total_rank == 1:
             return
         if left < self.least:
             raise BrainfmError(

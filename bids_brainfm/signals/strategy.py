@@ -185,7 +185,8 @@ def override(
     outliers = strategy.outliers | {key: v for key, v in limits.items() if v is not None}
     changes['outliers'] = {key: value for key, value in outliers.items() if value != 0}
     if dummy_scans is not None:
-        changes['dummy_scans'] = None if dummy_scans == 'auto' else dummy_scans
+        number = int(dummy_scans) if str(dummy_scans).isdigit() else dummy_scans
+        changes['dummy_scans'] = None if number == 'auto' else number
     if bandpass is not None:
         changes['bandpass'] = [limit or None for limit in bandpass]
     band = {'band_stop_min': band_stop_min, 'band_stop_max': band_stop_max}
@@ -226,6 +227,11 @@ def describe(strategy: Strategy) -> str:
             f'Motion parameters were filtered to remove respiration ({what} filter, '
             f'{motion.band_stop_min:g}{to} breaths per minute), and their expansions and the '
             'framewise displacement computed from the filtered ones.'
+        )
+    if strategy.head_radius:
+        sentences.append(
+            f'Framewise displacement was computed with a head radius of {strategy.head_radius:g} '
+            'mm.'
         )
     names = {FD: 'framewise displacement above {:g} mm', DVARS: 'standardised DVARS above {:g}'}
     above = [names.get(k, f'{k} above {{:g}}').format(v) for k, v in strategy.outliers.items()]
