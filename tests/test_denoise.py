@@ -150,7 +150,7 @@ def flags(n, n_flagged):
     ('n', 'n_flagged', 'n_regressors', 'match'),
     [
         (300, 264, 34, (r'36 of 300 volumes are unflagged, and 34 nuisance regressors and the '
-                        r'mean \(rank 35\) leave 1 degrees of freedom, 29 fewer than a tenth of the')),
+                        r'mean \(rank 35\) leave 1 degrees of freedom, 29 fewer than a tenth')),
         (200, 0, 190, r'\(rank 191\) leave 9 degrees of freedom, 11 fewer than a tenth'),
         (490, 416, 31, r'74 of 490 .* leave 42 degrees of freedom, 7 fewer than a tenth'),
         (150, 100, 34, r'50 of 150 .* leave 15 degrees of freedom, 5 fewer than the 20 of --min'),
