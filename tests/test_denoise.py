@@ -738,7 +738,7 @@ def test_a_non_steady_volume_in_the_middle_is_flagged(tmp_path):
 def test_tables_that_do_not_fit_are_refused(tmp_path):
     table, sidecar = make_table()
     refused('does not exist', read, tmp_path / 'absent.tsv')
-    refused('needs the confounds table', read, None)
+    refused('needs the confounds of the run', read, None)
     tsv = write(tmp_path, table, sidecar)
     refused('has 150 rows but the run has 149', read, tsv, n=149)
     refused('describes no retained', read, tsv, 'compcor')

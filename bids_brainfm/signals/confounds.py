@@ -68,8 +68,8 @@ def read_confounds(tables: Tables, strategy: Strategy, n_volumes: int, tr: float
             table = with_own_motion(table, strategy, tr)
     elif strategy.needs_table:
         raise BrainfmError(
-            f'The denoising "{strategy.name}" needs the confounds table of the run '
-            '(desc-confounds_timeseries.tsv): copy it from the fMRIPrep output, or choose none.'
+            f'The denoising "{strategy.name}" needs the confounds of the run: give its '
+            "desc-confounds_timeseries.tsv as confounds=, or choose 'none'."
         )
     names = _choose(list(table.columns), strategy, tsv)
     if strategy.compcor:
