@@ -126,11 +126,12 @@ def test_global_signal_is_expanded_as_white_matter_is(tmp_path):
 
 
 def test_compcor_takes_so_many_or_so_much_variance(tmp_path):
-    tsv = write(tmp_path, *make_table())
+    table, sidecar = make_table()
+    tsv = write(tmp_path, table[table.columns[::-1]], sidecar)
     path, json_path = tmp_path / 'mine.yml', tsv.with_suffix('.json')
     taken = lambda: read(tsv, load_strategy(path), json_path=json_path).names
     path.write_text('compcor: {masks: [CSF], number: 2}\n')
-    assert taken() == ('c_comp_cor_00', 'c_comp_cor_01')
+    assert taken() == ('c_comp_cor_01', 'c_comp_cor_00')  # in the order of the table
     path.write_text('compcor: {masks: [CSF, WM], variance: 0.3}\n')
     assert len(taken()) == 6
     path.write_text('compcor: {masks: [WM], variance: 0.9}\n')
@@ -357,6 +358,8 @@ def compare_with_nilearn(folder, table, sidecar, data, name, **options):
     good = ~flagged & (np.arange(n) >= ours.dummy)
     assert list(np.flatnonzero(good)) == list(kept)
     assert set(ours.names) == set(theirs.columns)
+    if not len(kept):
+        return False
     mine = ours.regressors[:, [ours.names.index(c) for c in theirs.columns]]
     mine = mine - mine[kept].mean(axis=0)  # nilearn centres its table over the kept volumes
     np.testing.assert_allclose(mine, theirs.to_numpy(), atol=1e-6, rtol=1e-6)
