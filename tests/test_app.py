@@ -398,6 +398,28 @@ def test_options_of_denoising(dataset, tmp_path, app, capfd):
         assert app(dataset, tmp_path / 'new', '--config-file', config) == 2
 
 
+def test_aroma_takes_the_files_of_fmripost_aroma(simulated, tmp_path, app, capfd):
+    """They are inputs of the run; what is missing is named."""
+    func, stem = tmp_path / 'aroma' / 'sub-01' / 'func', 'sub-01_task-rest'
+    func.mkdir(parents=True)
+    mixing = func / f'{stem}_space-MNI152NLin6Asym_res-2_desc-melodic_mixing.tsv'
+    metrics = func / f'{stem}_desc-aroma_metrics.tsv'
+    np.savetxt(mixing, np.random.default_rng(0).standard_normal((210, 6)), delimiter='\t')
+    metrics.write_text('classification\n' + 'rejected\naccepted\n' * 3)
+    asked = ('--denoise', 'aroma', '--stop-after', 'timeseries')
+    folder, out = ('--custom-confounds', tmp_path / 'aroma'), tmp_path / 'out'
+    assert app(simulated, out, *asked, *folder) == 1
+    sidecar = series_sidecar(out)
+    names = sidecar['Denoising']['ConfoundRegressors']
+    assert names[-3:] == ['aroma_01', 'aroma_03', 'aroma_05']
+    assert {'csf', 'white_matter'} <= set(names)
+    assert {mixing.as_uri(), metrics.as_uri()} <= set(sidecar['InputFiles'])
+    said = capfd.readouterr().err
+    assert 'sub-02_task-rest: there is no table of this run in' in said
+    assert app(simulated, tmp_path / 'other', *asked, '--participant-label', '02') == 1
+    assert 'needs desc-melodic_mixing.tsv and desc-aroma_metrics.tsv' in capfd.readouterr().err
+
+
 def test_a_run_without_degrees_of_freedom_fails(simulated, tmp_path, app, capfd):
     """Before, nothing was said of it."""
     path = next(simulated.glob('sub-01/func/*_desc-confounds_timeseries.tsv'))
