@@ -5,7 +5,7 @@ from typing import Any
 
 from bids_brainfm.atlases.atlas import Atlas, load_atlas
 from bids_brainfm.bids.inputs.fmriprep import run_of
-from bids_brainfm.bids.run import repetition_time
+from bids_brainfm.bids.run import repetition_time, start_time
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models import model as models
 from bids_brainfm.models.model import Embedding, contract_of
@@ -61,7 +61,7 @@ class Model(models.Model):
 
 def parcellate(
     bold: str | Path, atlas: Atlas | str | Path, mask: str | Path | None = None,
-    space: str | None = None, tr: float | None = None,
+    space: str | None = None, tr: float | None = None, voxels: str = 'mask',
 ) -> BoldSeries:  # fmt: skip
     """Average a BOLD file over the parcels of an atlas.
 
@@ -72,28 +72,37 @@ def parcellate(
     atlas : Atlas, str or path-like
         An atlas, or what :func:`bids_brainfm.load_atlas` takes.
     mask : path-like, optional
-        Brain mask on the grid of the volumes, for the mean of the brain; by default the one that
-        fMRIPrep writes next to the file. A CIFTI series needs none.
+        Brain mask on the grid of the volumes; by default the one that fMRIPrep writes next to the
+        file. A CIFTI series needs none.
     space : str, optional
         Template space, such as ``'MNI152NLin6Asym'``; by default that of the file name.
     tr : float, optional
         Repetition time in seconds; by default that of the JSON sidecar, else of the header.
+    voxels : {'mask', 'all'}, default 'mask'
+        Whether the mean is taken over the voxels of a parcel inside the brain mask, or over all.
+        Voxels that are constant over the run are left out of both. No difference for CIFTI.
 
     Returns
     -------
     BoldSeries
         A ParcelSeries in BOLD units (volumes, parcels); NaN for a parcel without a usable voxel.
+        Of each parcel, ``coverage`` is the proportion of voxels that are inside the brain mask and
+        vary, ``level`` the mean over time in BOLD units, and ``tsnr`` the temporal signal-to-noise
+        ratio: mean by standard deviation over time of a voxel, and the median over voxels.
+        ``level`` and ``tsnr`` leave out the volumes that fMRIPrep found not to be in steady state.
+        ``start`` is the StartTime of the sidecar, 0 where there is none.
 
     Raises
     ------
     BrainfmError
-        The space is unknown, `tr` is not in seconds, the atlas is not at hand in this space, or
-        a file cannot be read or is not of the run.
+        The space is unknown, `tr` is not in seconds, the atlas is not at hand in this space, a
+        file cannot be read or is not of the run, or `voxels` has another value.
 
     Warns
     -----
     UserWarning
-        There is no brain mask of the volumes, so that their mean is taken over the whole atlas.
+        There is no brain mask of the volumes, so that voxels outside the brain are not told from
+        those inside.
     """
     run = run_of(Path(bold))
     atlas = atlas if isinstance(atlas, Atlas) else load_atlas(atlas)
@@ -105,7 +114,11 @@ def parcellate(
         )
     if tr is None and run.sidecar is not None:
         tr = repetition_time(run)
-    return signals.parcellate(run.bold, atlas, Path(mask) if mask else run.mask, space, tr)
+    start = None if run.sidecar is None else start_time(run)
+    return signals.parcellate(
+        run.bold, atlas, Path(mask) if mask else run.mask, space, tr, start or 0.0, voxels,
+        run.confounds,
+    )  # fmt: skip
 
 
 def load_model(
@@ -123,8 +136,8 @@ def load_model(
         A checkpoint folder or file; by default the fetched weights, or those next to the card.
     device : {'auto', 'cpu', 'cuda'}
         Where the network runs; ``'auto'`` takes a GPU where there is one.
-    precision : {'float32', 'bfloat16'}, optional
-        Of matrix products; by default float32 on the CPU and bfloat16 on a GPU.
+    precision : {'float32', 'tf32', 'bfloat16'}, optional
+        Of matrix products; by default float32 on the CPU, and TF32 on a GPU that has it.
     random_weights : bool, default False
         Whether to leave the weights aside: the control experiment.
     block : {'cross-time', 'cross-roi', 'double-cross'}, optional
@@ -133,7 +146,7 @@ def load_model(
         How series become windows, as for the command: `scale` ('card', 'cohort' or a method of
         :func:`bids_brainfm.signals.scale.fit_scaling`), `scale_stats` (a file, for 'cohort'),
         `stride` (samples), `short_runs` ('refuse', 'pad' or 'tile'), `temporal` ('resample' or
-        'official') and `min_coverage` (0 to 1).
+        'official'), `min_coverage` and `max_flagged` (0 to 1).
 
     Returns
     -------
@@ -146,7 +159,8 @@ def load_model(
         There is no such model, an option has a value that it does not take, or weights,
         gradients, statistics or the atlas are not at hand or do not fit.
     """
-    from bids_brainfm.models.encoder import resolve_device, resolve_precision
+    from bids_brainfm.models.encoder import resolve_device
+    from bids_brainfm.models.precision import resolve_precision
 
     place, path = home(), None if weights is None else Path(weights).absolute()
     spec = resolve_model(str(name_or_card), place, path, random_weights)

@@ -12,6 +12,9 @@ from typing import Any
 
 from bids_brainfm.errors import BrainfmError
 
+# Of the matrix products of a network, from the highest to the lowest
+PRECISIONS = ('float32', 'tf32', 'bfloat16')
+
 
 def available_cpus() -> int:
     """Number of CPUs this process may use: the Slurm allocation where there is one."""
@@ -58,6 +61,8 @@ class Settings:
     analysis_level: str = 'participant'
 
     participant_label: tuple[str, ...] = ()
+    participants_file: Path | None = None
+    part: str | None = None
     session_label: tuple[str, ...] = ()
     task_id: tuple[str, ...] = ()
     run_id: tuple[str, ...] = ()
@@ -69,6 +74,8 @@ class Settings:
     model: tuple[str, ...] = ('brainlm-111m',)
     denoise: str = 'card'
     min_coverage: float = 0.5
+    max_flagged: float = 1.0
+    parcel_voxels: str = 'mask'
     scale: str = 'card'
     scale_stats: tuple[Path, ...] | None = None
     temporal: str = 'resample'
@@ -81,6 +88,7 @@ class Settings:
     random_seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     stop_after: str | None = None
+    recompute: bool = False
 
     device: str = 'auto'
     precision: str | None = None

@@ -176,6 +176,25 @@ def test_volumes_without_a_brain_mask_give_a_warning(bold, tmp_path):
         model.embed_bold(copy, denoising='none', tr=TR)
 
 
+def test_a_series_has_level_tsnr_and_the_time_of_its_first_volume(dataset):
+    """What fMRIPrep writes next to the file is looked up: mask, StartTime and dummy volumes."""
+    folder = dataset / 'sub-01' / 'func'
+    (bold,), (sidecar,) = folder.glob('*_bold.nii.gz'), folder.glob('*_bold.json')
+    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | {'StartTime': 0.3675}))
+    table = folder / 'sub-01_task-rest_desc-confounds_timeseries.tsv'
+    confounds = pd.read_csv(table, sep='\t')
+    confounds['non_steady_state_outlier00'] = (confounds.index == 0).astype(int)
+    confounds.to_csv(table, sep='\t', index=False, na_rep='n/a')
+    series = bids_brainfm.parcellate(bold, 'Demo424', voxels='all')
+    assert (series.found.voxels, series.start) == ('all', 0.3675)
+    np.testing.assert_allclose(series.level, series.data[1:].mean(axis=0), rtol=1e-5)
+    assert series.tsnr.shape == series.coverage.shape
+    assert (series.tsnr > 0).all()
+    clean = bids_brainfm.denoise(series, table)
+    assert clean.start == pytest.approx(0.3675 + TR)
+    assert np.array_equal(clean.tsnr, series.tsnr)
+
+
 def test_denoising_keeps_the_flags_of_a_series(bold):
     raw = bids_brainfm.parcellate(bold, 'Demo424')
     marked = dataclasses.replace(raw, flagged=np.arange(len(raw.data)) % 20 == 19)
@@ -369,6 +388,9 @@ def test_exact_is_the_same_where_it_can_be():
     coarse = bids_brainfm.load_model('brainlm-demo', device='cpu', precision='bfloat16')
     assert coarse.exact is coarse.exact is not coarse.encoder
     assert coarse.exact.precision == 'float32'
+    fast = dataclasses.replace(model, precision='tf32')  # on a GPU
+    assert (fast.encoder.precision, fast.exact.precision) == ('tf32', 'float32')
+    assert fast.exact.network is fast.encoder.network
 
 
 # --- order of columns ------------------------------------------------------------------------

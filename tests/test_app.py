@@ -114,24 +114,26 @@ def test_embedding_is_what_python_gives(done):
     load_checkpoint(network, card.weights[0]['name'])
     encoding = Encoder(network, order=ascending_y(atlas.xyz)).encode(windows.data)
     table = pd.read_csv(func / f'{STEM}_desc-brainlmdemo_embedding.tsv', sep='\t')
-    assert list(table.columns[:5]) == ['window', 'onset', 'duration', 'real', 'flagged']
-    np.testing.assert_allclose(table.iloc[:, 5:], encoding.summary, atol=1e-5)
+    first = ['window', 'onset', 'duration', 'real', 'flagged', 'excluded']
+    assert list(table.columns[:6]) == first
+    np.testing.assert_allclose(table.iloc[:, 6:], encoding.summary, atol=1e-5)
 
 
 def test_connectome_is_the_relmat(done):
-    """The baseline's row is the upper triangle of the correlation of the written series."""
+    """The baseline's row is the upper triangle of the correlation of unflagged volumes."""
     func = done[0] / 'sub-01' / 'func'
     series = pd.read_csv(func / f'{STEM}_stat-mean_timeseries.tsv', sep='\t')
     relmat = pd.read_csv(
         func / f'{STEM}_stat-pearsoncorrelation_relmat.tsv', sep='\t', index_col='Node'
     )
-    np.testing.assert_allclose(relmat, series.corr(), atol=1e-5)
     row = pd.read_csv(func / f'{STEM}_desc-connectome_embedding.tsv', sep='\t').iloc[0]
     sidecar = json.loads((func / f'{STEM}_stat-mean_timeseries.json').read_text())
-    share = sidecar['NumberOfVolumesFlagged'] / len(series)
-    assert share > 0
-    np.testing.assert_allclose(row[:5], [0, 0, 210 * 0.735, 1, share], rtol=1e-5)
-    row = row[5:]
+    proportion = sidecar['NumberOfVolumesFlagged'] / len(series)
+    assert proportion > 0
+    unflagged = series.drop(sidecar['FlaggedVolumes'])
+    np.testing.assert_allclose(relmat, unflagged.corr(), atol=1e-5)
+    np.testing.assert_allclose(row[:6], [0, 0, 210 * 0.735, 1, proportion, 0], rtol=1e-5)
+    row = row[6:]
     np.testing.assert_allclose(row, relmat.to_numpy()[np.triu_indices(424, 1)], atol=1e-6)
 
 
@@ -475,3 +477,57 @@ def test_tokens_of_another_input_are_not_left_beside_a_new_table(dataset, tmp_pa
     next(dataset.glob('sub-01/func/*_bold.nii.gz')).touch()
     assert app(dataset, out, '--participant-label', '01') == 0
     assert not tokens.exists()
+
+
+def test_bfloat16_is_compared_with_float32(simulated, tmp_path, app, capsys):
+    """By the SD of the embeddings; above 5 % of it sidecar, report and log warn."""
+    from bids_brainfm import load_model
+    from bids_brainfm.signals.series import read_series
+
+    out = tmp_path / 'out'
+    assert app(simulated, out, '--device', 'cpu', '--precision', 'tf32') == 2
+    assert 'tf32 needs an NVIDIA GPU' in capsys.readouterr().err
+    assert app(simulated, out, '--device', 'cpu', '--precision', 'bfloat16') == 0
+    model = load_model('brainlm-demo', device='cpu')
+    tables = sorted(out.glob('sub-*/func/*_desc-brainlmdemo_embedding.tsv'))
+    found = np.concatenate([pd.read_csv(t, sep='\t').filter(like='dim') for t in tables])
+    series = sorted(out.glob('sub-*/func/*_stat-mean_timeseries.tsv'))
+    exact = np.concatenate([model.embed(read_series(path)).summary for path in series])
+    error = np.sqrt(((found - exact) ** 2).mean(0)) / found.std(0, ddof=1)
+    log = next((out / 'logs').glob('*/bids_brainfm.log')).read_text()
+    said = capsys.readouterr().err
+    for table in tables:
+        sidecar = json.loads(table.with_suffix('.json').read_text())
+        check = sidecar['PrecisionCheck']
+        assert sidecar['Precision'] == 'bfloat16'
+        assert (check['WindowsCompared'], check['WindowsEncoded']) == (2, 2)
+        assert check['RelativeError'] == pytest.approx(np.sqrt((error**2).mean()), rel=0.02)
+        assert check['RelativeError'] > 0.05
+        assert f'brainlmdemo: {check["Warning"]}' in sidecar['Warnings']
+        report = (out / f'{table.name[:6]}.html').read_text()
+        assert all(check['Warning'] in text for text in (report, log, said))
+    assert app(simulated, out, '--device', 'cpu') == 2
+    assert "precision was 'bfloat16' and is now 'float32'" in capsys.readouterr().err
+
+
+def test_what_one_window_cannot_tell_and_a_static_input(simulated, tmp_path, app, capsys):
+    """One window has no SD; global-z leaves little but the level of the parcels."""
+    from bids_brainfm.signals.scale import static_proportion
+    from bids_brainfm.signals.series import read_series
+
+    out, coarse = tmp_path / 'out', ('--device', 'cpu', '--precision', 'bfloat16')
+    options = (*coarse, '--scale', 'global-z', '--participant-label', '01')
+    assert app(simulated, out, *options) == 0
+    said = capsys.readouterr().err
+    func, report = out / 'sub-01' / 'func', (out / 'sub-01.html').read_text()
+    sidecar = json.loads((func / f'{STEM}_desc-brainlmdemo_embedding.json').read_text())
+    assert sidecar['PrecisionCheck']['RelativeError'] is None
+    assert 'could not be assessed: no two windows' in report
+    series = read_series(func / f'{STEM}_stat-mean_timeseries.tsv').data[:200]
+    static = static_proportion(series)
+    assert static > 0.9
+    assert sidecar['StaticVariance'] == pytest.approx(static, abs=0.002)
+    (warning,) = [w for w in sidecar['Warnings'] if 'global-z' in w]
+    assert warning.startswith(f'brainlmdemo: After --scale global-z, {static:.1%}')
+    assert warning in report
+    assert warning in said

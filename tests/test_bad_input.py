@@ -321,7 +321,7 @@ def test_half_covered_parcel_is_na_and_filled(dataset, tmp_path, app):
     """Below --min-coverage the series are n/a in the table, and the sidecars name the parcel."""
     from bids_brainfm.atlases.atlas import load_atlas
     from bids_brainfm.resources import home
-    from bids_brainfm.signals.parcellate import make_sampler
+    from bids_brainfm.signals.sampling import make_sampler
 
     path = the(dataset / 'sub-01' / 'func', '*_bold.nii.gz')
     image = nib.load(path)

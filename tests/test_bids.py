@@ -13,6 +13,7 @@ from bids_brainfm.bids.inputs import find_datasets
 from bids_brainfm.bids.inputs.fmriprep import find_runs
 from bids_brainfm.bids.inputs.index import index
 from bids_brainfm.bids.naming import parse_name
+from bids_brainfm.bids.run import BoldRun, start_time
 from bids_brainfm.errors import BrainfmError
 
 SPACES = ('MNI152NLin6Asym', 'fsLR', 'MNI152NLin2009cAsym')
@@ -130,6 +131,24 @@ def test_companions_belong_to_the_run(tmp_path):
     assert run.confounds.name == f'{stem}_desc-confounds_regressors.tsv'
     assert run.confounds_json is None
     assert run.uri(run.bold).startswith('bids:fmriprep:sub-01/func/')
+
+
+def test_start_time_is_that_of_the_sidecar(tmp_path):
+    """BIDS allows times before the first sample; unknown is None; other values are refused."""
+    sidecar = tmp_path / 'sub-01_task-rest_bold.json'
+    entities = {'sub': '01', 'task': 'rest', 'space': 'X'}
+    run = BoldRun('sub-01_task-rest', entities, 'x', tmp_path, tmp_path / 'b', sidecar=sidecar)
+    for written, expected in ((0.3675, 0.3675), (0, 0.0), (-1.5, -1.5), (None, None)):
+        sidecar.write_text(json.dumps({'StartTime': written}))
+        assert start_time(run) == expected
+    sidecar.write_text('{"RepetitionTime": 2}')
+    assert start_time(run) is None
+    for nonsense in ('0.3675', 'first', True, [0], float('nan'), float('inf')):
+        sidecar.write_text(json.dumps({'StartTime': nonsense}))
+        with pytest.raises(
+            BrainfmError, match=r'sub-01_task-rest_bold\.json has StartTime .*seconds'
+        ):
+            start_time(run)
 
 
 def test_index_leaves_the_input_alone_and_other_participants_out(tmp_path):

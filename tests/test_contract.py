@@ -178,3 +178,23 @@ def test_parcels_without_a_series_of_their_own_do_not_come_back():
     assert ready.own.tolist() == [True, True, False, True, True]
     assert np.isfinite(ready.data).all()
     assert np.isnan(ready.in_bold_units(ready.data)).all(axis=0).tolist() == (~ready.own).tolist()
+
+
+def test_windows_above_the_limit_of_flagged_volumes_are_excluded():
+    """One flagged volume of 400 lies in the first of two windows, 0.5 % of it."""
+    limit = {'max_flagged': 0.004}
+    assert windows_of(400, 0.735, BRAINLM).excluded.tolist() == [False, False]
+    assert windows_of(400, 0.735, BRAINLM, **limit).excluded.tolist() == [True, False]
+    # 0.5 % of the run, too
+    assert windows_of(200, 0.735, BRAINLM, **limit).excluded.tolist() == [True]
+    with pytest.raises(BrainfmError, match='--max-flagged is a proportion from 0 to 1, not 5'):
+        replace(BRAINLM, max_flagged=5)
+
+
+def test_all_windows_of_a_run_above_the_limit_are_excluded():
+    series = run(400, 0.735)
+    mostly = replace(series, flagged=np.arange(400) >= 150)
+    contract = replace(BRAINLM, max_flagged=0.5)
+    windows = cut_windows(prepare_input(mostly, contract, np.zeros((P, 3)), 'Toy'), contract)
+    assert windows.flagged.tolist() == [0.25, 1.0]
+    assert windows.excluded.tolist() == [True, True]

@@ -28,7 +28,7 @@ def outputs(tmp_path):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text('a\n1\n')
-        write_sidecar(path, {'InputFiles': {}, 'Name': path.name})
+        write_sidecar(path, {'InputFiles': {}, 'Name': path.name, 'ResultsVersion': 7})
     return tmp_path
 
 
@@ -67,7 +67,7 @@ def test_what_is_cut_off_is_left_out_by_name(outputs, caplog):
         import logging
 
         logging.getLogger('bids_brainfm').propagate = True
-        records = find_whole(outputs, 'timeseries', {}, stat='mean')
+        records = find_whole(outputs, 'timeseries', {}, 7, stat='mean')
     assert [record.entities['sub'] for record in records] == ['02']
     assert NAMES[0].rpartition('/')[2] in caplog.text
 
@@ -75,7 +75,26 @@ def test_what_is_cut_off_is_left_out_by_name(outputs, caplog):
 def test_other_datasets_are_refused(outputs):
     (outputs / 'dataset_description.json').write_text('{"Name": "x"}')
     with pytest.raises(BrainfmError, match='not written by bids_brainfm'):
-        find_whole(outputs, 'timeseries', {})
+        find_whole(outputs, 'timeseries', {}, 7)
+
+
+def test_precisions_are_not_mixed(outputs):
+    """Of one model; a second model may have been run in another one."""
+    stem = outputs / 'sub-01' / 'func' / 'sub-01_task-rest'
+    for run, label, precision in (
+        ('1', 'm', 'float32'), ('2', 'm', 'float32'), ('3', 'k', 'bfloat16'),
+    ):  # fmt: skip
+        path = stem.with_name(f'{stem.name}_run-{run}_stat-attention_desc-{label}_boldmap.tsv')
+        path.write_text('a\n1\n')
+        write_sidecar(path, {'Precision': precision})
+    assert len(find_whole(outputs, 'boldmap', {})) == 3
+    path = stem.with_name(f'{stem.name}_run-2_stat-attention_desc-m_boldmap.tsv')
+    write_sidecar(path, {'Precision': 'tf32'})
+    with pytest.raises(
+        BrainfmError, match=r'run-1.* in float32 and .*run-2.* in tf32: a difference'
+    ):
+        find_whole(outputs, 'boldmap', {})
+    assert len(find_whole(outputs, 'boldmap', {'run': ('1', '3')})) == 2
 
 
 @pytest.mark.parametrize('name', inputs.ADAPTERS)

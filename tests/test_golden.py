@@ -9,10 +9,12 @@ import os
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from bids_brainfm.models.encoder import Encoder
 from bids_brainfm.models.gradient_table import read_gradients
 from bids_brainfm.models.masking import (
     keep_lowest,
@@ -21,6 +23,7 @@ from bids_brainfm.models.masking import (
     masked_tokens,
     token_error,
 )
+from bids_brainfm.models.precision import PrecisionCheck
 from bids_brainfm.models.weights import build, load_checkpoint, read_config
 from bids_brainfm.training.pretraining import LatentPrediction, MaskedAutoencoding
 
@@ -125,6 +128,37 @@ def jepa_answers(network, expected):
         'target_tokens': target,
         'loss': token_error(prediction, target).mean(),
     }
+
+
+@pytest.mark.parametrize(
+    ('folder', 'bound'),
+    [
+        pytest.param(*case.values, bound, id=case.id, marks=case.marks)
+        for family, bound in (('brainlm', 0.005), ('brainjepa', 0.003))
+        for case in cases(family)
+    ],
+)
+def test_bfloat16_is_not_near_enough(folder, bound):
+    """Off by half a percent, which is more than two windows of random signals differ by."""
+    encoders = {}
+    for precision in ('float32', 'bfloat16'):
+        network, expected = load(folder)
+        if 'xyz' in expected:
+            network.set_positions(expected['xyz'][0])
+        for table in folder.glob('*gradient*.csv'):
+            network.set_positions(read_gradients(table))
+        encoders[precision] = Encoder(network, precision=precision)
+    windows = expected['input'].reshape(-1, *network.capabilities.window).numpy()
+    exact, coarse = (encoder.encode(windows).summary for encoder in encoders.values())
+    assert bound / 10 < np.linalg.norm(coarse - exact) / np.linalg.norm(exact) < bound
+    check = PrecisionCheck('bfloat16', lambda: encoders['float32'])
+    check.add(windows, coarse)
+    found = check.found()
+    if len(windows) == 1:
+        assert found['RelativeError'] is None
+    else:
+        assert found['RelativeError'] > 1
+        assert 'choose a higher precision' in found['Warning']
 
 
 def compare(found, expected):

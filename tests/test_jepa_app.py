@@ -301,9 +301,11 @@ def test_cohort_statistics_of_temporal_means(long_runs, both, tmp_path, app, cap
     """Fitted medians and IQRs are applied; BrainLM's kind of file is refused."""
     series, _ = read_matrix(one(both[0], '_stat-mean_timeseries.tsv'))
     level = series.mean(0).astype(float)
+    to_grand_mean = 10_000 / sidecar(both[0], '_stat-mean_timeseries.json')['BrainMean']
     stats = {
         'Atlas': 'Demo424', 'Statistic': 'temporal mean',
-        'Median': (level - 50).tolist(), 'IQR': [0.0, *[100.0] * 423],
+        'FormatVersion': 2, 'Median': (to_grand_mean * level - 50).tolist(),
+        'IQR': [0.0, *[100.0] * 423],
     }  # fmt: skip
     file, out = tmp_path / 'stats.json', tmp_path / 'out'
     file.write_text(json.dumps(stats))
@@ -313,10 +315,16 @@ def test_cohort_statistics_of_temporal_means(long_runs, both, tmp_path, app, cap
     assert about['Scaling'] == 'cohort-means'
     assert any('1 parcels have no usable statistics' in w for w in about['Warnings'])
     file.write_text(
-        json.dumps(stats | {'Statistic': 'series', 'Lower': [-1] * 424, 'Upper': [1] * 424})
-    )
+        json.dumps(
+            stats | {'Statistic': 'series', 'FormatVersion': 1, 'Lower': [-1] * 424}
+            | {'Upper': [1] * 424}
+        )
+    )  # fmt: skip
     assert app(long_runs, tmp_path / 'other', *arguments) == 2
     assert 'temporal mean' in capsys.readouterr().err
+    file.write_text(json.dumps(stats | {'FormatVersion': 1}))
+    assert app(long_runs, tmp_path / 'other', *arguments) == 2
+    assert f'{file} are of format 1, without a grand mean' in capsys.readouterr().err
 
 
 def test_statistics_of_several_atlases(tmp_path):
@@ -324,7 +332,7 @@ def test_statistics_of_several_atlases(tmp_path):
     from bids_brainfm.errors import BrainfmError
     from bids_brainfm.workflows.resolve import _stats_of
 
-    means = {'Statistic': 'temporal mean', 'Median': [0.0], 'IQR': [1.0]}
+    means = {'Statistic': 'temporal mean', 'FormatVersion': 2, 'Median': [0.0], 'IQR': [1.0]}
     series = {'Median': [0.0], 'IQR': [1.0], 'Lower': [-1.0], 'Upper': [1.0]}
     files = []
     for name, stats in (

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from bids_brainfm.config import PRECISIONS
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models import files, weights
 from bids_brainfm.models.brainlm_vitmae import (
@@ -25,10 +26,10 @@ from bids_brainfm.models.encoder import (
     ascending_y,
     encode_runs,
     resolve_device,
-    resolve_precision,
     set_positions,
 )
 from bids_brainfm.models.masking import keep_lowest, keep_visible, masked_loss, masked_tokens
+from bids_brainfm.models.precision import PrecisionCheck, products_in, resolve_precision
 
 SHARED = Path(__file__).parents[1].parent / 'shared'
 
@@ -543,15 +544,88 @@ def test_ascending_y_order_of_a424():
     assert len(set(xyz[:, 1])) == 77
 
 
-def test_device_and_precision():
+def test_precision_is_what_the_device_has(monkeypatch):
+    """TF32 on a GPU of the Ampere generation or later; float32 elsewhere, unless asked for."""
+    cpu, gpu = torch.device('cpu'), torch.device('cuda')
+    monkeypatch.setattr(torch.version, 'cuda', '12.8')
+    for capability, default in (((9, 0), 'tf32'), ((8, 0), 'tf32'), ((7, 5), 'float32')):
+        monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda _, c=capability: c)
+        assert resolve_precision(None, gpu) == default
+        assert resolve_precision('bfloat16', gpu) == 'bfloat16'
+        assert resolve_precision('float32', gpu) == 'float32'
+    with pytest.raises(BrainfmError, match='tf32 needs an NVIDIA GPU of the Ampere generation'):
+        resolve_precision('tf32', gpu)
+    assert resolve_precision(None, cpu) == 'float32'
+    assert resolve_precision('bfloat16', cpu) == 'bfloat16'
+    with pytest.raises(BrainfmError, match='runs on cpu without it: choose float32'):
+        resolve_precision('tf32', cpu)
+    with pytest.raises(BrainfmError, match='float16'):
+        resolve_precision('float16', cpu)
+
+
+def allowed():
+    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize('precision', PRECISIONS)
+@pytest.mark.parametrize('before', [True, False])
+def test_only_tf32_is_tf32(xyz, monkeypatch, precision, before):
+    """Convolutions, for which PyTorch takes TF32 by itself, are in float32 unless asked."""
+    encoder, seen = encoder_of('vit16', xyz, precision), []
+
+    def watch(function):
+        def watched(*args, **more):
+            seen.append(allowed())
+            return function(*args, **more)
+
+        return watched
+
+    for name in ('encode', 'decode'):
+        monkeypatch.setattr(encoder.network, name, watch(getattr(encoder.network, name)))
+    with products_in('tf32' if before else 'float32'):
+        encoder.encode(windows_of(1))
+        encoder.reconstruct(windows_of(1), torch.arange(0, encoder.network.tokens, 2))
+        assert allowed() == (before, before)
+    assert seen == [(precision == 'tf32',) * 2] * 3
+
+
+def test_precision_is_checked_against_float32(xyz):
+    """The error of each dimension in SD over the windows so far, by its definition."""
+    coarse, exact = encoder_of('vit16', xyz, 'bfloat16'), encoder_of('vit16', xyz)
+    runs = [(key, windows_of(2, seed)) for seed, key in enumerate('abc')]
+    asked = []
+    check = PrecisionCheck('bfloat16', lambda: asked.append(1) or exact)
+    every = np.concatenate([windows for _, windows in runs])
+    given, wanted = (e.encode(every).summary.astype(float) for e in (coarse, exact))
+    for count, _ in zip((4, 4, 6), encode_runs(coarse, runs, 4, check=check), strict=True):
+        found = check.found()
+        error = np.sqrt(((given - wanted)[:4] ** 2).mean(0)) / given[:count].std(0, ddof=1)
+        assert found['RelativeError'] == pytest.approx(np.sqrt((error**2).mean()), rel=1e-6)
+        assert found['LargestOfDimensions'] == pytest.approx(error.max(), rel=1e-6)
+        assert (found['WindowsCompared'], found['WindowsEncoded']) == (4, count)
+    assert len(asked) == 4  # the windows of the first batch, and no other
+    assert found['RelativeError'] > 0.05
+    assert f'off by {found["RelativeError"]:.1%}' in found['Warning']
+
+
+def test_precision_that_cannot_be_checked(xyz):
+    """One window has no SD; neither have windows that are all the same."""
+    exact = encoder_of('vit16', xyz)
+    check = PrecisionCheck('tf32', lambda: exact)
+    for _ in range(3):
+        check.add(windows_of(1), exact.encode(windows_of(1)).summary)
+        found = check.found()
+        assert found['RelativeError'] is found['LargestOfDimensions'] is found['Warning'] is None
+    summary = exact.encode(windows_of(1, 1)).summary
+    check.add(windows_of(1, 1), summary)
+    assert check.found()['RelativeError'] == 0
+    assert check.found()['Warning'] is None
+
+
+def test_devices():
     cpu = resolve_device('cpu')
     assert cpu.type == 'cpu'
     assert resolve_device('auto').type in ('cpu', 'cuda')
-    assert resolve_precision(None, cpu) == 'float32'
-    assert resolve_precision(None, torch.device('cuda')) == 'bfloat16'
-    assert resolve_precision('bfloat16', cpu) == 'bfloat16'
-    with pytest.raises(BrainfmError, match='float16'):
-        resolve_precision('float16', cpu)
     with pytest.raises(BrainfmError, match='tpu'):
         resolve_device('tpu')
     if not torch.cuda.is_available():

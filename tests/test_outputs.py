@@ -15,6 +15,7 @@ from bids_brainfm.analyses.scores import score
 from bids_brainfm.atlases.atlas import load_atlas
 from bids_brainfm.bids.files import read_matrix
 from bids_brainfm.resources import home
+from bids_brainfm.signals.sampling import make_sampler
 
 SPACE = 'MNI152NLin2009cAsym'
 STEM = f'sub-01_task-rest_space-{SPACE}_atlas-Demo424'
@@ -629,6 +630,69 @@ def test_the_group_level_takes_our_outputs_only(simulated, tmp_path):
     run = command(simulated, tmp_path / 'out', level='group')
     assert run.returncode == 2
     assert '--contrast WHAT A B' in run.stderr
+
+
+def test_time_of_the_first_volume_reaches_every_output(dataset, tmp_path, app):
+    """Onsets count from StartTime of the input, plus the volumes that were dropped."""
+    folder, dropped, tr = dataset / 'sub-01' / 'func', 3, 0.735
+    sidecar = next(folder.glob('*_bold.json'))
+    timing = {'StartTime': 0.3675, 'SliceTimingCorrected': True}
+    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | timing))
+    table = next(folder.glob('*_desc-confounds_timeseries.tsv'))
+    confounds = pd.read_csv(table, sep='\t')
+    for i in range(dropped):
+        confounds[f'non_steady_state_outlier{i:02d}'] = (confounds.index == i).astype(int)
+    confounds.to_csv(table, sep='\t', index=False, na_rep='n/a')
+    out, start = tmp_path / 'out', 0.3675 + dropped * tr
+    options = ('--outputs', 'reconstruction', 'forecast', '--write-bold', '--stride', '5')
+    assert app(dataset, out, '--participant-label', '01', *options) == 0
+
+    series = about(out, 'stat-mean_timeseries')
+    assert (series['InputStartTime'], series['SliceTimingCorrected']) == (0.3675, True)
+    reconstructed = next(out.glob(f'sub-01/func/*_desc-{DEMO}_bold.json'))
+    for found in (
+        series,
+        about(out, f'desc-{DEMO}_timeseries'),
+        about(out, f'stat-forecast_desc-{DEMO}_timeseries'),
+        json.loads(reconstructed.read_text()),
+    ):
+        assert found['StartTime'] == pytest.approx(start)
+    for name, windows in ((f'desc-{DEMO}_embedding.tsv', 2), ('desc-connectome_embedding.tsv', 1)):
+        onset = pd.read_csv(func(out, name), sep='\t')['onset']
+        np.testing.assert_allclose(onset, start + 5 * tr * np.arange(windows), atol=1e-3)
+
+    coverage = pd.read_csv(func(out, 'stat-coverage_bold.tsv'), sep='\t')
+    assert list(coverage) == ['Node', 'coverage', 'mean', 'tsnr']
+    assert about(out, 'stat-coverage_bold')['NumberOfVolumesLeftOut'] == dropped
+    rows, _ = read_matrix(func(out, 'stat-mean_timeseries.tsv'))
+    np.testing.assert_allclose(coverage['mean'], rows.mean(axis=0), rtol=1e-2)
+
+
+@pytest.mark.parametrize('voxels', ['mask', 'all'])
+def test_a_parcel_outside_the_brain_mask_is_na_in_every_table(dataset, tmp_path, app, voxels):
+    """Whatever the voxels of the means, its coverage is 0, and it has a level only from all."""
+    atlas = load_atlas('Demo424', home())
+    mask = next((dataset / 'sub-01' / 'func').glob('*_desc-brain_mask.nii.gz'))
+    image = nib.load(mask)
+    labels = nib.load(atlas.image_for(SPACE, 4).path)
+    sampler = make_sampler(labels, 424, image.shape, image.affine)
+    inside = np.asarray(image.dataobj).ravel(order='F').copy()
+    inside[sampler.voxels[sampler.parcel == 9]] = 0
+    inside = inside.reshape(image.shape, order='F')
+    nib.save(nib.Nifti1Image(inside, image.affine, image.header), mask)
+    out, name = tmp_path / 'out', atlas.names[9]
+    options = ('--participant-label', '01', '--stop-after', 'timeseries')
+    assert app(dataset, out, *options, '--parcel-voxels', voxels) == 0
+    coverage = pd.read_csv(func(out, 'stat-coverage_bold.tsv'), sep='\t', index_col='Node')
+    assert coverage['coverage'][name] == 0
+    assert coverage['tsnr'].isna().sum() == coverage['mean'].isna().sum() == (voxels == 'mask')
+    sidecar = about(out, 'stat-mean_timeseries')
+    assert sidecar['ParcelsBelowMinimumCoverage'] == [name]
+    assert sidecar['ParcelVoxels'] == about(out, 'stat-coverage_bold')['ParcelVoxels'] == voxels
+    record = json.loads((out / 'logs' / 'settings' / 'atlas-Demo424.json').read_text())
+    assert record['parcel_voxels'] == voxels
+    assert 'InputStartTime' not in sidecar  # unknown
+    assert sidecar['StartTime'] == 0
 
 
 def test_parcels_that_were_filled_have_no_features(tmp_path):

@@ -12,7 +12,8 @@ from bids_brainfm.atlases.atlas import load_atlas
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.resources import home
 from bids_brainfm.signals.paint import COLOURS, colour, paint_labels, paint_map, paint_series
-from bids_brainfm.signals.parcellate import make_sampler, parcellate
+from bids_brainfm.signals.parcellate import parcellate
+from bids_brainfm.signals.sampling import make_sampler
 
 P, T, TR = 4, 9, 0.735
 AFFINE = np.array([[2.0, 0, 0, -8], [0, 2, 0, -9], [0, 0, 2, -7], [0, 0, 0, 1]])

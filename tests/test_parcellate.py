@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.signals.parcellate import make_sampler, parcellate
+from bids_brainfm.signals.parcellate import parcellate
+from bids_brainfm.signals.sampling import make_sampler
 from bids_brainfm.signals.stream import frames, open_bold
 
 SHARED = Path(__file__).parents[1].parent / 'shared'
@@ -166,6 +167,89 @@ def test_voxels_without_variance_are_outside_the_field_of_view(case):
     np.testing.assert_allclose(found.data[:, 1], data[seen].mean(0, dtype=float), atol=1e-3)
 
 
+def masked(case, inside):
+    """Path of a brain mask (X, Y, Z)."""
+    return save(case['dir'] / 'mask.nii.gz', inside.astype(np.uint8))
+
+
+def test_a_parcel_outside_the_brain_mask_is_not_covered(case):
+    """Noise at 0.5 % of the brain's level varies, too, but is no signal of a parcel."""
+    outside = case['labels'] == 5
+    data = case['data'].copy()
+    data[outside] *= 0.005
+    bold, mask = save(case['dir'] / 'noise.nii.gz', data), masked(case, ~outside)
+    found = parcellate(bold, case['atlas'], P, mask)
+    assert found.coverage.tolist() == [1, 1, 1, 1, 0, 1]
+    assert found.voxels == 'mask'
+    for values in (found.data[:, 4], found.level[4], found.tsnr[4]):
+        assert np.isnan(values).all()
+    others = [0, 1, 2, 3, 5]
+    np.testing.assert_allclose(found.data[:, others], case['truth'][:, others], atol=1e-3)
+    whole = parcellate(bold, case['atlas'], P, mask, 'all')
+    assert (whole.voxels, whole.coverage.tolist()) == ('all', found.coverage.tolist())
+    np.testing.assert_allclose(whole.data[:, 4], 0.005 * case['truth'][:, 4], rtol=1e-5)
+
+
+def test_parcel_means_are_over_the_brain_mask_unless_over_all_voxels(case):
+    inside = np.ones(SHAPE, bool)
+    inside[1, 3:5] = False  # a third of parcel 2
+    data = case['data'].copy()
+    data[1, 3:5] /= 10
+    data[2, 3:5, :2] = 7  # constant, a fifth of the rest
+    bold, mask = save(case['dir'] / 'part.nii.gz', data), masked(case, inside)
+    expected = [1, 2 / 3 * 5 / 7 / 2 + 1 / 3, 1, 1, 1, 1]
+    chosen = (case['labels'] == 2) & (data.std(axis=3) > 0)
+    for voxels, used in (('mask', chosen & inside), ('all', chosen)):
+        found = parcellate(bold, case['atlas'], P, mask, voxels)
+        np.testing.assert_allclose(found.coverage, expected, rtol=1e-6)
+        truth = data[used].mean(axis=0, dtype=float)
+        np.testing.assert_allclose(found.data[:, 1], truth, atol=1e-3)
+    without = parcellate(bold, case['atlas'], P)
+    assert without.voxels == 'all'
+    np.testing.assert_array_equal(without.data, found.data)
+    np.testing.assert_allclose(without.coverage[1], np.mean(chosen[case['labels'] == 2]))
+    with pytest.raises(BrainfmError, match="voxels='brain' is unknown: choose mask or all"):
+        parcellate(bold, case['atlas'], P, mask, 'brain')
+
+
+def test_an_atlas_outside_the_mask_is_refused(case):
+    mask = masked(case, case['labels'] == 0)
+    refused(
+        'No parcel of the atlas lies inside the brain mask', case['bold'], case['atlas'], P, mask
+    )
+
+
+@pytest.mark.parametrize('slope', [1.0, -0.5])
+@pytest.mark.parametrize('dtype', ['<f4', '>i2'])
+def test_level_and_temporal_signal_to_noise_ratio(case, dtype, slope):
+    """As computed voxel by voxel in float64, of values 200 SD from zero and a bright start."""
+    rng = np.random.default_rng(2)
+    data = np.rint(1e4 + 50 * rng.standard_normal((*SHAPE, 300))).astype(np.float32)
+    data[..., :3] = np.rint(1.3 * data[..., :3])  # not in steady state
+    data[1, 1:3] = 5  # constant, a third of parcel 1
+    data[1:4, 3:5] = 5  # the whole of parcel 2
+    path = case['dir'] / 'level.nii'
+    save(path, data.astype(dtype))
+    raw = bytearray(path.read_bytes())
+    raw[112:120] = np.array([slope, 30], '<f4').tobytes()
+    path.write_bytes(raw)
+    inside = np.ones(SHAPE, bool)
+    inside[3, 5:8] = False  # a third of parcel 3
+    for skip in (0, 3):
+        found = parcellate(path, case['atlas'], P, masked(case, inside), skip=skip)
+        values = slope * data[..., skip:].astype(float) + 30
+        spread = values.std(axis=3)
+        with np.errstate(divide='ignore'):
+            ratio = values.mean(axis=3) / spread
+        for parcel in (1, 3, 4, 5, 6):
+            used = (case['labels'] == parcel) & inside & (spread > 0)
+            assert found.level[parcel - 1] == pytest.approx(values[used].mean(), rel=1e-5)
+            assert found.tsnr[parcel - 1] == pytest.approx(np.median(ratio[used]), rel=1e-5)
+        assert np.isnan([found.level[1], found.tsnr[1]]).all()
+    if slope == 1:
+        assert 190 < found.tsnr[0] < 210  # and 33 with the bright volumes
+
+
 def test_a_voxel_that_changes_once_counts(case):
     data = case['data'].copy()
     data[1:4, 1:3] = 5.0
@@ -232,7 +316,17 @@ def test_cifti_takes_the_same_way(tmp_path, monkeypatch):
     assert np.isnan(found.data[:, 3]).all()
     np.testing.assert_allclose(found.coverage, [13 / 14, 27 / 28, 1, 0], rtol=1e-6)
     assert found.brain_mean == pytest.approx(data[:, keep].mean(dtype=float), rel=1e-6)
-    assert (found.sampling, found.n_nonfinite) == ('grayordinates', 1)
+    assert (found.sampling, found.voxels) == ('grayordinates', 'grayordinates')
+    assert found.n_nonfinite == 1
+    steady = parcellate(*paths, 4, skip=2)
+    values = data[2:].astype(float)
+    with np.errstate(divide='ignore', invalid='ignore'):
+        ratio = values.mean(axis=0) / values.std(axis=0)
+    for parcel in (1, 2, 3):
+        used = keep & (labels == parcel)
+        assert steady.level[parcel - 1] == pytest.approx(values[:, used].mean(), rel=1e-5)
+        assert steady.tsnr[parcel - 1] == pytest.approx(np.median(ratio[used]), rel=1e-5)
+    assert np.isnan([steady.level[3], steady.tsnr[3]]).all()
     assert found.header_tr == pytest.approx(0.8)
 
 
@@ -380,10 +474,25 @@ def test_painted_trees_give_the_painted_series(tmp_path, space, atlas, options):
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason='the shared test material is absent')
-def test_real_coarse_runs_keep_all_parcels():
-    atlas = SHARED / 'atlases' / TREES[1][1]
+@pytest.mark.parametrize(
+    ('atlas', 'n_parcels', 'low'),
+    [
+        (TREES[1][1], 424, [1, 4, 0]),
+        ('tpl-MNI152NLin2009cAsym_res-02_*Schaefer2018Tian2020*', 450, [0, 9, 2]),
+    ],
+)
+def test_coverage_of_real_coarse_runs_counts_the_brain_mask(atlas, n_parcels, low):
+    """Some parcels at the edge of the brain are less than half inside the mask of a run."""
+    (path,), found = (SHARED / 'atlases').glob(atlas), []
     for bold in sorted((SHARED / 'data/fmriprep_lowres').glob('sub-*/func/*_bold.nii.gz')):
-        found = parcellate(bold, atlas, 424, str(bold).replace('preproc_bold', 'brain_mask'))
-        assert found.sampling == 'run-to-atlas'
-        assert np.isfinite(found.data).all()
-        assert found.coverage.min() > 0.9
+        mask = Path(str(bold).replace('preproc_bold', 'brain_mask'))
+        found.append(parcellate(bold, path, n_parcels, mask))
+        assert found[-1].sampling == 'run-to-atlas'
+        for values in (found[-1].data, found[-1].level, found[-1].tsnr):
+            assert (values > 0).all()
+        without = parcellate(bold, path, n_parcels)
+        assert without.coverage.min() > 0.9
+        np.testing.assert_array_equal(
+            parcellate(bold, path, n_parcels, mask, 'all').data, without.data
+        )
+    assert [int((one.coverage < 0.5).sum()) for one in found] == low

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.signals.cohort_stats import CohortFit
 from bids_brainfm.signals.scale import (
     METHODS,
     STATISTICS,
@@ -15,6 +16,7 @@ from bids_brainfm.signals.scale import (
     kind_of,
     load_scale_stats,
     static_proportion,
+    static_warning,
     unusable,
 )
 
@@ -106,10 +108,53 @@ def test_cohort_means_keep_the_level():
     u = np.random.default_rng(4).standard_normal((250, 6))
     u[0, 0] = 60.0  # not clipped
     for shift in (0.0, 1.0, np.arange(6) - 2.5):
-        found = scale(stats.median + stats.iqr * (shift + u), 'cohort-means', 123.0, stats=stats)
+        found = scale(stats.median + stats.iqr * (shift + u), 'cohort-means', 10_000, stats=stats)
         np.testing.assert_allclose(found, shift + u, atol=1e-4)
-    found = scale(stats.median + stats.iqr * u, 'cohort-means', 123.0, 2.0, stats)
+    found = scale(stats.median + stats.iqr * u, 'cohort-means', 10_000, 2.0, stats)
     np.testing.assert_allclose(found, u / 2, atol=1e-4)
+
+
+def between_person_variance(gain_sd, brain_means=None, people=200, parcels=100, volumes=60):
+    """Between-person variance of what the model is given, and what one number explains of it.
+
+    Parcels differ between people by a third of 20 %, receivers by `gain_sd`. The number is the
+    mean over parcels, by which each parcel is predicted.
+    """
+    rng, fit, runs = np.random.default_rng(1), CohortFit('A'), []
+    pattern = rng.uniform(7000, 12000, parcels)
+    for person in range(people):
+        own = pattern * (1 + 0.2 / 3 * rng.standard_normal(parcels))
+        data = own * (1 + 0.01 * rng.standard_normal((volumes, parcels)))
+        data *= 1 + gain_sd * np.clip(rng.standard_normal(), -2.5, 2.5)
+        level = data.mean() if brain_means is None else brain_means
+        fit.add(f'{person:03d}', data, level)
+        runs.append((data, level))
+    stats = fit.temporal_means()
+    given = np.array([scale(x, 'cohort-means', level, 1, stats).mean(0) for x, level in runs])
+    given = given - given.mean(axis=0)
+    number = given.mean(axis=1)
+    explained = np.outer(number, number @ given / (number @ number))
+    return given, float((explained**2).sum() / (given**2).sum())
+
+
+def test_one_number_does_not_drown_the_differences_between_people():
+    """A gain SD of 20 % between receivers is nearly all that differed; it cancels now."""
+    _, without_grand_mean = between_person_variance(0.2, brain_means=10_000)
+    assert without_grand_mean == pytest.approx(0.9, abs=0.02)
+    given, found = between_person_variance(0.2)
+    other, without_gain = between_person_variance(0.0)
+    assert found == pytest.approx(without_gain, abs=1e-3)
+    assert found < 0.03
+    np.testing.assert_allclose(given, other, atol=0.01)
+
+
+def test_cohort_means_come_back():
+    """Scaling and its inverse, at a receiver gain of 1.2."""
+    stats, data = cohort_means(), 1.2 * run()
+    scaling = fit_scaling(data, 'cohort-means', 12_000, 2.0, stats)
+    np.testing.assert_allclose(scaling.undo(scaling.apply(data)), data, rtol=1e-5)
+    expected = fit_scaling(data / 1.2, 'cohort-means', 10_000, 2.0, stats).apply(data / 1.2)
+    np.testing.assert_allclose(scaling.apply(data), expected, atol=1e-5)
 
 
 @pytest.mark.filterwarnings('error')
@@ -172,11 +217,15 @@ def test_parcels_without_usable_statistics_are_zero(wrong):
         scale(run(), 'cohort-means', 9000, stats=stats)
 
 
-def test_statistics_in_other_units_are_refused():
-    """A run of another scanner's units would be one large constant."""
-    scale(run(), 'cohort-means', 9000, stats=cohort_means())
+def test_units_cancel_and_those_that_contradict_are_refused():
+    """Units do not matter, unless the brain mean is in other ones than the parcels."""
+    once = scale(run(), 'cohort-means', 9000, stats=cohort_means())
+    again = scale(100 * run(), 'cohort-means', 900_000, stats=cohort_means())
+    np.testing.assert_allclose(again, once, atol=1e-5)
     with pytest.raises(BrainfmError, match=r'interquartile ranges .* in other units'):
         scale(100 * run(), 'cohort-means', 9000, stats=cohort_means())
+    with pytest.raises(BrainfmError, match='not a BOLD level'):
+        scale(run(), 'cohort-means', 0.0, stats=cohort_means())
 
 
 def test_series_that_were_demeaned_are_no_levels():
@@ -209,6 +258,24 @@ def test_static_proportion():
     assert static_proportion(np.insert(z, 3, np.nan, axis=1)) == pytest.approx(
         static_proportion(z)
     )
+
+
+def test_a_static_input_is_warned_of():
+    """UK Biobank-like series are 99.7 % static after global-z; half static is no reason."""
+    data = uk_biobank_like()
+    found = static_warning(static_proportion(scale(data, 'global-z', 9000)), 'global-z')
+    assert found.startswith('After --scale global-z, 99.7% of the variance')
+    assert 'coil, field strength and acquisition' in found
+    assert '--scale parcel-z' in found
+    assert '--scale cohort' in found
+    rng = np.random.default_rng(2)
+    even = rng.normal(9000, 80, 450) + rng.normal(0, 80, (490, 450))
+    proportion = static_proportion(scale(even, 'global-z', 9000))
+    assert proportion == pytest.approx(0.5, abs=0.05)
+    assert static_warning(proportion, 'global-z') is None
+    assert static_warning(0.9, 'global-z') is None
+    assert static_warning(0.901, 'global-z') is not None
+    assert static_warning(0.997, 'cohort-means') is None
 
 
 def test_scaling_refusals():
@@ -260,6 +327,7 @@ def test_scale_stats_of_temporal_means(tmp_path):
     content = {
         'Atlas': 'Schaefer2018Tian2020',
         'Statistic': 'temporal mean',
+        'FormatVersion': 2,
         'Median': [9100.0, None],
         'IQR': [700, 800],
         'Participants': 12,
@@ -272,6 +340,24 @@ def test_scale_stats_of_temporal_means(tmp_path):
     path.write_text(json.dumps(content | {'Statistic': 'mode'}))
     with pytest.raises(BrainfmError, match=r"of 'mode'.*series, temporal mean"):
         load_scale_stats(path, 'Schaefer2018Tian2020', 2)
+
+
+def test_temporal_means_in_bold_units_are_refused_by_name(tmp_path):
+    """They were fitted before the grand mean was brought to 10 000; series are as they were."""
+    path = tmp_path / 'old_scale.json'
+    old = {'Atlas': 'A', 'Statistic': 'temporal mean', 'Median': [9100.0], 'IQR': [700]}
+    for version in ({}, {'FormatVersion': 1}):
+        path.write_text(json.dumps(old | version))
+        with pytest.raises(
+            BrainfmError, match=r'old_scale.json are of format 1.*fit them again.*--scale-stats'
+        ):
+            load_scale_stats(path, 'A', 1)
+    path.write_text(json.dumps(old | {'FormatVersion': 3}))
+    with pytest.raises(BrainfmError, match=r'format 3.*update bids_brainfm'):
+        kind_of(path)
+    series = old | {'Statistic': 'series', 'Lower': [-3], 'Upper': [3], 'FormatVersion': 1}
+    path.write_text(json.dumps(series))
+    assert load_scale_stats(path, 'A', 1).median == [9100]
 
 
 @pytest.mark.parametrize('upper', [-4, -3])

@@ -265,6 +265,7 @@ def test_what_pretraining_writes(mae, cohort, tmp_path, capsys):
         spec.card.training['held_out']['loss'] < spec.card.training['held_out_untrained']['loss']
     )
     assert spec.card.config['mask_ratio'] == 0.5
+    assert spec.card.training['precision'] == 'float32'
     people = pd.read_csv(out / 'participants.tsv', sep='\t')
     assert dict(people['part'].value_counts()) == {'train': 10, 'validation': 2}
     assert list((out / 'tensorboard' / 'train').glob('events*'))
@@ -383,6 +384,7 @@ def refused(capsys, *arguments) -> str:
         (('--target', 'sex', '--problem', 'regression'), 'cannot be regressed'),
         (('--target', 'trait', '--test-share', '0.05'), 'too few to split'),
         (('--target', 'trait', '--recipe', 'none'), 'There is no recipe none'),
+        (('--target', 'trait', '--device', 'cpu', '--precision', 'tf32'), 'needs an NVIDIA GPU'),
         (('--target', 'trait', '--batch-size', '6', '--micro-batch-size', '4'), 'does not divide'),
     ],
 )

@@ -4,12 +4,13 @@ Brain-JEPA locates parcels by these coordinates. A network needs the very table 
 trained with; this makes one for another parcellation, from the connectivity of the training set.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.signals.connectome import mean_connectome
 
 
 def brain_gradients(
@@ -103,10 +104,18 @@ def _check_links(fc: np.ndarray, kept: np.ndarray) -> None:
 def group_fc(paths: Iterable[str | Path]) -> np.ndarray:
     """Mean connectivity over runs (P, P) float64, from the app's ``*_relmat.tsv`` of one atlas.
 
-    Each correlation is averaged over the runs that have it, NaN where none has; one table at a
-    time is in memory. Raises BrainfmError where there is no file, one cannot be read, or they are
-    not of the same parcels.
+    Each correlation is averaged through Fisher z over the runs that have it, NaN where none has;
+    one table at a time is in memory. Raises BrainfmError where there is no file, one cannot be
+    read, or they are not of the same parcels.
     """
+    mean = mean_connectome(_tables(paths))
+    if not mean.ndim:
+        raise BrainfmError('There is no connectivity to average: give *_relmat.tsv files.')
+    return mean
+
+
+def _tables(paths: Iterable[str | Path]) -> Iterator[np.ndarray]:
+    """Tables of connectivity of the same parcels, one after the other."""
     import pandas as pd
 
     first = None
@@ -123,15 +132,9 @@ def group_fc(paths: Iterable[str | Path]) -> np.ndarray:
             ) from None
         if first is None:
             first, parcels = path, list(frame.columns)
-            total, count = np.zeros((2, *relmat.shape))
         if list(frame.columns) != parcels:
             raise BrainfmError(
                 f'{path} and {first} are not of the same parcels in the same order: average '
                 'matrices of one atlas.'
             )
-        known = np.isfinite(relmat)
-        total[known] += relmat[known]
-        count += known
-    if first is None:
-        raise BrainfmError('There is no connectivity to average: give *_relmat.tsv files.')
-    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+        yield relmat

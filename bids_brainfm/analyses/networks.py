@@ -6,16 +6,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.signals.connectome import fisher_z
 
 # Numbers of clusters that are tried when none is given; 7 and 17 are the usual ones.
 TRIED = range(4, 21)
 
 
-def fisher_z(relmat: np.ndarray) -> np.ndarray:
+def fc_rows(relmat: np.ndarray) -> np.ndarray:
     """Fisher z of correlations (P, P); NaN where one is missing, and of a parcel with itself."""
     relmat = np.array(relmat, float)
     np.fill_diagonal(relmat, np.nan)
-    return np.arctanh(np.clip(relmat, -0.999999, 0.999999))  # of the same series: not infinite
+    return fisher_z(relmat)
 
 
 def fill_gaps(features: np.ndarray) -> np.ndarray:
@@ -29,7 +30,7 @@ def fc_features(relmat: np.ndarray) -> np.ndarray:
 
     The row of a parcel without any correlation to others is NaN.
     """
-    return fill_gaps(fisher_z(relmat))
+    return fill_gaps(fc_rows(relmat))
 
 
 @dataclass(frozen=True)

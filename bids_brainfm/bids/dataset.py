@@ -19,6 +19,7 @@ from bids_brainfm.bids.naming import OUTPUT_ENTITIES, join_name, parse_name
 from bids_brainfm.errors import BrainfmError
 
 LOGGER = logging.getLogger('bids_brainfm')
+VERSION = 'results_version'  # key of the settings records
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,16 @@ def find_records(root: Path, suffix: str, **wanted: Any) -> list[Record]:
 
 
 def find_whole(
-    root: Path, suffix: str, filters: dict[str, tuple[str, ...]], **entities: Labels
-) -> list[Record]:
-    """Find whole outputs of a dataset that this program wrote; a warning names the others.
+    root: Path, suffix: str, filters: dict[str, tuple[str, ...]], version: int,
+    **entities: Labels,
+) -> list[Record]:  # fmt: skip
+    """Find the outputs of a dataset that group results are made from; warnings name the others.
 
+    They are whole, of this `version` of the results, and not excluded for their flagged volumes.
     `filters` are the labels of an entity to take, all where empty; for the rest see
     :func:`iterate_records`. Raises BrainfmError where the dataset was not written by this
-    program, or lacks a participant that was asked for.
+    program, lacks a participant that was asked for, or has outputs of one model that were
+    computed in different precisions, which no statistic over participants may mix.
     """
     makers = [program.get('Name') for program in generators(read_description(root))]
     if 'bids_brainfm' not in makers:
@@ -95,13 +99,81 @@ def find_whole(
     check_participants({'outputs': root}, subjects)
     asked = {name: labels for name, labels in filters.items() if labels and name != 'sub'}
     records = find_records(root, suffix, subjects=subjects, **(asked | entities))
+    kept = []
     for record in records:
+        sidecar = record.sidecar or {}
         if not record.whole:
-            LOGGER.warning(
-                '%s is left out, since it or its sidecar (.json) is not whole: run the '
-                'participant level on it again.', record.path,
-            )  # fmt: skip
-    return [record for record in records if record.whole]
+            reason = 'it or its sidecar (.json) is not whole: run the participant level again'
+        elif sidecar.get('ResultsVersion') != version:
+            reason = 'another version of bids_brainfm wrote it, with other numbers: run the '
+            reason += 'participant level again with --recompute'
+        elif sidecar.get('Excluded'):
+            reason = 'more of its volumes are flagged than --max-flagged allows'
+        else:
+            kept.append(record)
+            continue
+        LOGGER.warning('%s is left out, since %s.', record.path, reason)
+    _check_precision(kept)
+    return kept
+
+
+def _check_precision(records: Iterable[Record]) -> None:
+    """Raise BrainfmError where outputs of one model were computed in different precisions."""
+    first: dict[str | None, Record] = {}
+    for record in records:
+        other = first.setdefault(record.entities.get('desc'), record)
+        one, two = (
+            (each.sidecar or {}).get('Precision', 'an unknown precision')
+            for each in (other, record)
+        )
+        if one != two:
+            raise BrainfmError(
+                f'{other.path.name} was computed in {one} and {record.path.name} in {two}: a '
+                f'difference between these could be one of precision; run the participant level '
+                f'with one --precision on all participants, in another output folder.'
+            )
+
+
+def select_participants(dataset: Path, path: Path, part: str | None) -> tuple[str, ...]:
+    """Labels (``01``) of the participants of a dataset that a table lists, or of a part of them.
+
+    The table is a TSV with the column ``participant_id``, and ``part`` where one is asked for, as
+    a training writes it; a warning says how many of it the dataset lacks. Raises BrainfmError
+    where there is no such column or part, or the dataset has none of them.
+    """
+    import pandas as pd
+
+    try:
+        frame = pd.read_csv(path, sep='\t', dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise BrainfmError(f'--participants-file {path} cannot be read ({error}).') from None
+    for column in ('participant_id', 'part')[: 1 if part is None else 2]:
+        if column not in frame:
+            raise BrainfmError(
+                f'--participants-file {path} has no column {column}; its columns are '
+                f'{", ".join(frame)}.'
+            )
+    if part is not None:
+        known = sorted(set(frame['part']))
+        if part not in known:
+            raise BrainfmError(
+                f'--part {part}: {path} lists nobody of this part; its parts are '
+                f'{", ".join(known) or "none"}.'
+            )
+        frame = frame[frame['part'] == part]
+    listed = dict.fromkeys(frame['participant_id'].str.removeprefix('sub-'))
+    found = tuple(label for label in listed if (dataset / f'sub-{label}').is_dir())
+    if not found:
+        raise BrainfmError(
+            f'{dataset} has none of the {len(listed)} participants that --participants-file '
+            f'{path} lists{f" as {part}" if part else ""}: give a table of this dataset.'
+        )
+    if len(found) < len(listed):
+        LOGGER.warning(
+            '%s has %d of the %d participants that %s lists.', dataset, len(found), len(listed),
+            path,
+        )  # fmt: skip
+    return found
 
 
 def describe_filters(filters: dict[str, tuple[str, ...]]) -> str:
@@ -154,13 +226,16 @@ def read_column(dataset: Path, column: str) -> dict[str, str]:
 
 
 def claim_settings(
-    output: Path, name: str, settings: Mapping[str, Any], records: Iterable[Record]
-) -> None:
+    output: Path, name: str, settings: Mapping[str, Any], records: Iterable[Record],
+    recompute: bool = False,
+) -> None:  # fmt: skip
     """Record the settings behind one kind of output, or check that they are the recorded ones.
 
     The first process to write the record wins; all others must agree with it, as long as there
     are outputs of this kind, the `records`, read only where settings differ. The `name` says what
-    the settings are for, e.g. ``atlas-A424`` or ``desc-brainlm111m``.
+    the settings are for, e.g. ``atlas-A424`` or ``desc-brainlm111m``. Their ``results_version``
+    says which version of the results the outputs are of; with `recompute`, a record of another
+    version is replaced.
 
     Raises
     ------
@@ -184,7 +259,15 @@ def claim_settings(
     ]
     if not differences:
         return
-    if next(iter(records), None) is not None:
+    outdated = known is not None and recorded.get(VERSION) != wanted.get(VERSION)
+    if not (outdated and recompute) and next(iter(records), None) is not None:
+        if outdated:
+            raise BrainfmError(
+                f'{output} holds outputs of {name} by another version of bids_brainfm, whose '
+                f'numbers differ (results version {recorded.get(VERSION, 1)}, now '
+                f'{wanted.get(VERSION)}): add --recompute to make them again, or use another '
+                f'output folder.'
+            )
         if known is None:
             raise BrainfmError(
                 f'{path} is damaged, and says no longer with which settings the outputs of {name} '

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import time
@@ -103,14 +104,31 @@ def write_text(path: Path, text: str) -> Path:
 
 
 def write_json(path: Path, content: dict) -> Path:
-    """Write a sidecar; entries that are None are left out."""
+    """Write a sidecar; entries that are None are left out, and numbers that are not finite null."""
     known = {key: value for key, value in content.items() if value is not None}
-    return write_text(path, json.dumps(known, indent=2, default=as_plain) + '\n')
+    return write_text(path, json.dumps(_finite(known), indent=2, allow_nan=False) + '\n')
 
 
 def as_plain(value: Any) -> Any:
     """What JSON cannot write by itself."""
     return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else str(value)
+
+
+def _finite(value: Any) -> Any:
+    """Convert a value to what JSON can write, with None for NaN and infinity.
+
+    >>> _finite({'a': np.array([1.0, np.nan]), 'b': Path('x')})
+    {'a': [1.0, None], 'b': 'x'}
+    """
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, int)):
+        return value
+    return _finite(as_plain(value))
 
 
 def write_table(path: Path, columns: dict) -> Path:

@@ -1,7 +1,7 @@
 """Whether an output is whole and still fits the inputs that it was made from.
 
-A sidecar records the size and time of change of every input, and the size of the data files that
-share it.
+A sidecar records the size and time of change of every input, the size of the data files that share
+it, and the version of the results: outputs of an earlier version, whose numbers differ, do not fit.
 """
 
 import json
@@ -57,9 +57,10 @@ def _extension(data: Path) -> str:
     return data.name.removeprefix(sidecar_path(data).stem)
 
 
-def is_current(data: Path, inputs: dict[str, dict]) -> bool:
-    """Whether an output is whole and was made from the inputs as they are now."""
-    return is_whole(data, inputs)
+def is_current(data: Path, inputs: dict[str, dict], version: int) -> bool:
+    """Whether an output is whole, of this version, and was made from the inputs as they are now."""
+    sidecar = read_sidecar(sidecar_path(data)) or {}
+    return sidecar.get('ResultsVersion') == version and is_whole(data, inputs)
 
 
 def is_whole(data: Path, inputs: dict[str, dict] | None = None) -> bool:

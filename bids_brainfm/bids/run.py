@@ -1,8 +1,10 @@
 """One preprocessed run: what the rooms above know of the input."""
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.validation import MAX_TR, is_number
@@ -26,7 +28,6 @@ class BoldRun:
     metrics: Path | None = None
     pipeline: str = ''  # the adapter that found it, a module of bids_brainfm.bids.inputs
     denoised: bool = False  # by the pipeline, so that nothing is regressed out again
-    start: float = 0.0  # time of the first volume in seconds
 
     def __str__(self) -> str:
         """Return the run's name, for messages."""
@@ -60,36 +61,59 @@ class BoldRun:
         return f'bids:{self.dataset}:{path.relative_to(self.root).as_posix()}'
 
 
+def metadata(run: BoldRun) -> dict[str, Any]:
+    """Content of the run's sidecar; BrainfmError where there is none or it cannot be read."""
+    if run.sidecar is None:
+        raise BrainfmError(
+            f'{run.name}: {run.bold.name} has no JSON sidecar, which must give the '
+            f'RepetitionTime: copy it from the fMRIPrep output.'
+        )
+    try:
+        return dict(json.loads(run.sidecar.read_text()))
+    except (ValueError, TypeError) as error:
+        raise BrainfmError(
+            f'{run.name}: {run.sidecar.name} is not readable JSON ({error}): restore the file.'
+        ) from None
+
+
 def repetition_time(run: BoldRun) -> float:
     """Repetition time in seconds, from the run's sidecar.
 
     Raises BrainfmError where there is no sidecar, none in it, or it cannot be in seconds.
     """
-    if run.sidecar is None:
+    content = metadata(run)
+    tr: Any = content.get('RepetitionTime')
+    name = cast('Path', run.sidecar).name
+    if tr is None and 'VolumeTiming' in content:
         raise BrainfmError(
-            f'{run.name}: {run.bold.name} has no JSON sidecar beside it, which must give the '
-            f'RepetitionTime: copy it from the fMRIPrep output.'
-        )
-    try:
-        metadata = json.loads(run.sidecar.read_text())
-        tr = metadata.get('RepetitionTime')
-    except (ValueError, AttributeError) as error:
-        raise BrainfmError(
-            f'{run.name}: {run.sidecar.name} is not readable JSON ({error}): restore the file.'
-        ) from None
-    if tr is None and 'VolumeTiming' in metadata:
-        raise BrainfmError(
-            f'{run.name}: {run.sidecar.name} gives VolumeTiming instead of RepetitionTime, and '
+            f'{run.name}: {name} gives VolumeTiming instead of RepetitionTime, and '
             f'unevenly spaced volumes cannot be windowed: leave this run out.'
         )
     if not (is_number(tr) and tr > 0):
         found = 'no RepetitionTime' if tr is None else f'RepetitionTime {tr!r}'
         raise BrainfmError(
-            f'{run.name}: {run.sidecar.name} has {found}: write the repetition time in seconds.'
+            f'{run.name}: {name} has {found}: write the repetition time in seconds.'
         )
     if tr > MAX_TR:
         raise BrainfmError(
-            f'{run.name}: RepetitionTime {tr:g} in {run.sidecar.name} looks like milliseconds: '
+            f'{run.name}: RepetitionTime {tr:g} in {name} looks like milliseconds: '
             f'write it in seconds ({tr / 1000:g}).'
         )
     return float(tr)
+
+
+def start_time(run: BoldRun) -> float | None:
+    """Time of the first volume in seconds, from the run's sidecar; None where unknown.
+
+    fMRIPrep writes as ``StartTime`` the time within the volume that slices were aligned to. BIDS
+    allows times below 0. Raises BrainfmError where it is not a finite number.
+    """
+    start = metadata(run).get('StartTime')
+    if start is None:
+        return None
+    if not (is_number(start) and math.isfinite(start)):
+        raise BrainfmError(
+            f'{run.name}: {cast("Path", run.sidecar).name} has StartTime {start!r}: write the '
+            f'time of the first volume in seconds, or leave StartTime out.'
+        )
+    return float(start)

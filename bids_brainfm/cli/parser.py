@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from bids_brainfm.arguments import label, memory_gb, positive, proportion, seed
-from bids_brainfm.config import Settings, read_toml
+from bids_brainfm.config import PRECISIONS, Settings, read_toml
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.outputs.registry import (
     ALL,
@@ -56,6 +56,12 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group('Options for filtering BIDS queries').add_argument
     add('--participant-label', '--participant_label', nargs='+', type=label('sub'),
         metavar='LABEL', help='participants, with or without sub- (default: all)')
+    add('--participants-file', '--participants_file', type=Path, metavar='TSV',
+        help='at the group level, only the participants that this table lists (column '
+        'participant_id), such as the participants.tsv of a training')
+    add('--part', metavar='NAME',
+        help='of these, only those of one part (column part), such as train: statistics of a '
+        'cohort must not see the participants that a model is tested on')
     add('--session-label', '--session_label', '--session-id', '--session_id', nargs='+',
         type=label('ses'), metavar='LABEL', help='sessions (default: all)')
     add('-t', '--task-id', '--task_id', nargs='+', type=label('task'), metavar='LABEL',
@@ -76,9 +82,16 @@ def get_parser() -> argparse.ArgumentParser:
     add('-m', '--model', nargs='+', metavar='NAME[=PATH]',
         help='model cards to run (see bids_brainfm_models list) or paths to cards of your own; '
         'PATH is a local checkpoint, its folder or its file (default: brainlm-111m)')
-    add('--min-coverage', '--min_coverage', type=proportion, metavar='SHARE',
-        help='least share of a parcel inside the field of view; below it the parcel is n/a '
-        '(default: 0.5)')
+    add('--max-flagged', '--max_flagged', type=proportion, metavar='PROPORTION',
+        help='proportion of flagged volumes above which a window, or all windows of a run, are '
+        'marked as excluded: they stay in the tables, and summaries and the group level leave '
+        'them out (default: 1, no limit)')
+    add('--min-coverage', '--min_coverage', type=proportion, metavar='PROPORTION',
+        help="least proportion of a parcel's voxels that are inside the brain mask and vary over "
+        'the run; below it the parcel is n/a (default: 0.5)')
+    add('--parcel-voxels', '--parcel_voxels', choices=['mask', 'all'],
+        help='voxels that parcel means are taken over: those inside the brain mask, or all; '
+        'constant voxels are left out of both, and grayordinates have no mask (default: mask)')
     add('--scale', choices=SCALINGS,
         help='scaling of the parcel series before the encoder; none leaves the values as they are '
         '(default: what the model card says)')
@@ -124,8 +137,9 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group('Options to handle performance').add_argument
     add('--device', choices=['auto', 'cpu', 'cuda'],
         help='where the encoder runs (default: auto, the GPU if there is one)')
-    add('--precision', choices=['float32', 'bfloat16'],
-        help='precision of the encoder (default: float32 on CPU, bfloat16 on GPU)')
+    add('--precision', choices=PRECISIONS,
+        help='precision of matrix products in the encoder (default: float32 on CPU, tf32 on GPU); '
+        'below float32, the error is measured on the first windows')
     add('--batch-size', '--batch_size', type=positive(int), metavar='WINDOWS',
         help='windows encoded at once (default: 8)')
     add('--nprocs', '--nthreads', '--n-cpus', '--n_cpus', type=positive(int), metavar='N',
@@ -150,6 +164,9 @@ def get_parser() -> argparse.ArgumentParser:
     add('--stop-after', '--stop_after', choices=['timeseries'],
         help='stop when the parcel series are written: that needs neither weights nor a GPU, and '
         'the same command without it goes on from there')
+    add('--recompute', **switch,
+        help='make outputs again that an earlier version of the program wrote with other numbers '
+        '(default: refuse to add to them)')
     add('--reports-only', '--reports_only', **switch,
         help='only write the reports again, from the output folder')
     add('--boilerplate-only', '--boilerplate_only', **switch, help='only write the methods text')
@@ -236,7 +253,8 @@ def _check(settings: Settings) -> None:
     """See that the settings go together and that the files they name exist."""
     group, contrast = settings.analysis_level == 'group', bool(settings.options.get('contrast'))
     stats, cohort = settings.scale_stats, settings.scale == 'cohort'
-    fits = stats == ()
+    fits, listed, part = stats == (), settings.participants_file is not None, settings.part
+    twice = listed and settings.participant_label
     refused = {
         'The group level does one of two things: bids_brainfm OUT OUT group --scale-stats fits '
         'statistics (name no file), and bids_brainfm OUT OUT group --contrast WHAT A B subtracts '
@@ -248,6 +266,10 @@ def _check(settings: Settings) -> None:
         '--scale cohort needs the fitted statistics: add --scale-stats FILE (made by '
         'bids_brainfm OUT OUT group --scale-stats).': not group and cohort and not stats,
         '--scale-stats is used by --scale cohort only: add --scale cohort.': stats and not cohort,
+        '--participants-file is an option of the group level: name participants with '
+        '--participant-label.': not group and listed,
+        '--participants-file and --participant-label both name participants: use one.': twice,
+        '--part is of a table of participants: add --participants-file TSV.': part and not listed,
     }
     for sentence, holds in refused.items():
         if holds:
@@ -268,6 +290,7 @@ def named_files(settings: Settings) -> list[tuple[str, Path]]:
     given = {option.flag: settings.options.get(name) for name, option in options().items()}
     given |= {
         '--scale-stats': settings.scale_stats,
+        '--participants-file': settings.participants_file,
         '--bids-filter-file': settings.bids_filter_file,
         '--use-plugin': settings.use_plugin,
     }

@@ -137,14 +137,18 @@ def run_group(settings: Settings, name: str) -> int:
     """Make the product of the group level that is asked for."""
     from importlib.metadata import version
 
+    from bids_brainfm.bids.dataset import select_participants
     from bids_brainfm.outputs.products import group_modules
 
     dataset = settings.bids_dir
     if dataset.resolve() != settings.output_dir.resolve():
         command = f'bids_brainfm {dataset} {dataset} group'
         raise BrainfmError(f'The group level writes into the dataset that it reads: {command}.')
+    people = settings.participant_label
+    if settings.participants_file is not None:
+        people = select_participants(dataset, settings.participants_file, settings.part)
     filters = {
-        'sub': settings.participant_label, 'ses': settings.session_label,
+        'sub': people, 'ses': settings.session_label,
         'task': settings.task_id, 'run': settings.run_id,
         'space': (settings.space,) if settings.space else (),
     }  # fmt: skip

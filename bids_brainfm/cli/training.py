@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from bids_brainfm.arguments import number, positive, proportion, ratio, seed
-from bids_brainfm.config import absolute, available_cpus
+from bids_brainfm.config import PRECISIONS, absolute, available_cpus
 from bids_brainfm.errors import BrainfmError
 
 path = lambda text: Path(text).absolute()
@@ -104,7 +104,7 @@ def _add_common(parser: argparse.ArgumentParser, what: str, explained: str) -> N
         help='checkpoint to go on from (default: the latest in OUT/checkpoints)')
     add = parser.add_argument_group('machine').add_argument
     add('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
-    add('--precision', choices=('float32', 'bfloat16'),
+    add('--precision', choices=PRECISIONS,
         help='default: float32 on the CPU, bfloat16 on a GPU')
     add('--nthreads', '--n-cpus', '--n_cpus', dest='nthreads', type=positive(int),
         help='CPU threads of a process (default: those at hand, shared by the processes here)')

@@ -11,8 +11,10 @@ from torch import nn
 
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.masking import spatiotemporal_block
+from bids_brainfm.models.precision import products_in
 
 if TYPE_CHECKING:
+    from bids_brainfm.models.precision import PrecisionCheck
     from bids_brainfm.models.protocol import LatentPredicting, Network, Reconstructing
 
 Key = TypeVar('Key', bound=Hashable)
@@ -71,7 +73,9 @@ class Encoder:
         With weights and, where needed, positions (:func:`set_positions`). It is moved to `device`
         and its matrices to `precision`: the encoder takes it over.
     order : (P,) int, optional; row i of the model's input is parcel ``order[i]`` of the atlas
-    precision : {'float32', 'bfloat16'}, of matrix products; all else is float32 always
+    precision : {'float32', 'tf32', 'bfloat16'}
+        Of matrix products, see :func:`bids_brainfm.models.precision.resolve_precision`; all else
+        is float32 always.
     name : str, for messages
     block : str, optional
         Of each window to predict from the rest, for families that predict latents; see
@@ -131,7 +135,8 @@ class Encoder:
         self.check(windows)
         step = 1 if self.device.type == 'cpu' else len(windows)
         starts = range(0, len(windows), step)
-        parts = [self._pass(windows[i : i + step], tokens, attention) for i in starts]
+        with products_in(self.precision):
+            parts = [self._pass(windows[i : i + step], tokens, attention) for i in starts]
         return Encoding.join(parts)
 
     def check(self, windows: np.ndarray, run: Hashable = None) -> None:
@@ -167,9 +172,10 @@ class Encoder:
         step, found = 1 if self.device.type == 'cpu' else batch_size, []
         for i in range(0, len(windows), step):
             signal, seen = self._signal(windows[i : i + step]), keep[i : i + step].to(self.device)
-            with self._autocast():
-                hidden, _ = network.encode(signal, seen, blank)
-            made = network.decode(hidden.float(), seen)
+            with products_in(self.precision):
+                with self._autocast():
+                    hidden, _ = network.encode(signal, seen, blank)
+                made = network.decode(hidden.float(), seen)
             found.append(self._atlas_order(made).cpu().numpy())
         return np.concatenate(found)
 
@@ -244,14 +250,15 @@ def encode_runs(
     tokens: bool = False,
     attention: bool = False,
     progress: Callable[[int], None] | None = None,
+    check: 'PrecisionCheck | None' = None,
 ) -> Iterator[tuple[Key, Encoding]]:
     """Encode the windows of many runs, in batches that cross from one run to the next.
 
     Runs, each a key and windows (W, P, T), are taken one by one as batches of `batch_size` windows
     need them, so they may come from a generator that reads files; each is given back as soon as
     its last window is encoded. Memory holds one batch and the runs it touches. `progress` is
-    called after each batch with the number of windows done so far; for `tokens` and `attention`
-    see :meth:`Encoder.encode`.
+    called after each batch with the number of windows done so far, and `check` is given each
+    batch; for `tokens` and `attention` see :meth:`Encoder.encode`.
 
     Raises BrainfmError: windows of a run do not have the model's shape.
     """
@@ -265,7 +272,10 @@ def encode_runs(
     waiting, done = windows_of_runs(), 0
     parts: list[Encoding] = []  # of the run whose windows are not all encoded yet
     while batch := list(islice(waiting, batch_size)):
-        encoded = encoder.encode(np.stack([window for *_, window in batch]), tokens, attention)
+        windows = np.stack([window for *_, window in batch])
+        encoded = encoder.encode(windows, tokens, attention)
+        if check is not None:
+            check.add(windows, encoded.summary)
         for i, (key, is_last, _) in enumerate(batch):
             parts.append(encoded.part(i, i + 1))
             if is_last:
@@ -316,12 +326,3 @@ def resolve_device(name: str) -> torch.device:
             'auto, or install a PyTorch built for your GPU.'
         )
     return torch.device('cuda' if present and name != 'cpu' else 'cpu')
-
-
-def resolve_precision(name: str | None, device: torch.device) -> str:
-    """Return the precision to compute in: float32 on the CPU, bfloat16 on a GPU by default."""
-    if name is None:
-        return 'float32' if device.type == 'cpu' else 'bfloat16'
-    if name not in ('float32', 'bfloat16'):
-        raise BrainfmError(f'The precision {name!r} is not known; choose float32 or bfloat16.')
-    return name

@@ -1,5 +1,6 @@
 """A loaded model, parcel series in, embeddings out: the same for the command and notebooks."""
 
+import copy
 import math
 import warnings
 from dataclasses import dataclass, replace
@@ -38,6 +39,7 @@ class Embedding:
     duration: np.ndarray  # (W,) seconds of recorded signal
     real: np.ndarray  # (W,) proportion of samples that were recorded
     flagged: np.ndarray  # (W,) proportion of these from flagged volumes
+    excluded: np.ndarray  # (W,) bool, above the limit max_flagged
     donors: np.ndarray  # (P,) parcel that each was filled from, -1 where it has its own series
 
 
@@ -74,10 +76,14 @@ class Model:
 
     @cached_property
     def exact(self) -> 'Encoder':
-        """The encoder in float32."""
+        """The encoder in float32, of the same weights in memory where these are float32."""
+        if self.precision == 'bfloat16':
+            return replace(self, precision='float32').encoder
         if self.precision == 'float32':
             return self.encoder
-        return replace(self, precision='float32').encoder
+        exact = copy.copy(self.encoder)
+        exact.precision = 'float32'
+        return exact
 
     @cached_property
     def gradients(self) -> np.ndarray | None:
@@ -144,7 +150,8 @@ class Model:
         ((_, encoding),) = encode_runs(self.encoder, [(None, windows.data)], BATCH_SIZE, tokens)
         names = ('summary', 'parcels', 'tokens', 'prediction')
         of_network = {n: getattr(encoding, n) for n in names}
-        of_run = {n: getattr(windows, n) for n in ('onset', 'duration', 'real', 'flagged')}
+        times = ('onset', 'duration', 'real', 'flagged', 'excluded')
+        of_run = {name: getattr(windows, name) for name in times}
         return Embedding(**of_network, **of_run, donors=data.donors)
 
     def _columns(self, series: ArrayLike) -> np.ndarray:
@@ -181,7 +188,7 @@ def check_fit(spec: ModelSpec, atlas: Atlas, contract: Contract) -> None:
 def contract_of(
     card: ModelCard, scale: str = 'card', scale_stats: str | Path | None = None,
     stride: int | None = None, short_runs: str = 'refuse', temporal: str = 'resample',
-    min_coverage: float = 0.5,
+    min_coverage: float = 0.5, max_flagged: float = 1.0,
 ) -> Contract:  # fmt: skip
     """What a model expects of its input, and what is asked for instead, see ``Contract``."""
     names = ('tr', 'window', 'divide_by', 'official_volumes', 'min_real')
@@ -190,6 +197,7 @@ def contract_of(
         scaling={'card': card.scaling, 'cohort': card.cohort_scaling}.get(scale, scale),
         stats=None if scale_stats is None else Path(scale_stats),
         stride=stride, short_runs=short_runs, temporal=temporal, min_coverage=min_coverage,
+        max_flagged=max_flagged,
     )  # fmt: skip
 
 

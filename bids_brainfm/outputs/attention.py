@@ -39,7 +39,7 @@ def compute(context: Context) -> np.ndarray:
     """Proportion of attention on each parcel and time patch, (P, K), mean over windows."""
     profile = context.encoding.attention_profile
     assert profile is not None  # asked for with this product
-    return context.own(profile.mean(axis=0))
+    return context.own(context.mean_of_windows(profile))
 
 
 def write(context: Context, result: np.ndarray) -> None:

@@ -12,11 +12,12 @@ from bids_brainfm.outputs.series import SeriesContext
 from bids_brainfm.outputs.tasks import Place, SeriesTask
 from bids_brainfm.outputs.words import WINDOW_COLUMNS, dimension_names, window_rows
 from bids_brainfm.reports.report import Figure
-from bids_brainfm.signals.connectome import LABEL, connectome, connectome_vector
+from bids_brainfm.signals.connectome import LABEL, connectome_vector
 
 FIGURES = {'connectivity': Figure('Functional connectivity',
-    'Pearson correlation of the denoised parcel series, the baseline that stands beside '
-    'every embedding. The dashed line in the histogram is the median over pairs of parcels.')
+    'Pearson correlation of the denoised parcel series over the volumes that are not flagged, the '
+    'baseline that every embedding is to be compared with. The dashed line in the histogram is '
+    'the median over pairs of parcels.')
 }  # fmt: skip
 
 
@@ -27,7 +28,7 @@ def companions(run: BoldRun, place: Place, task: SeriesTask | None = None) -> li
 
 def compute(context: SeriesContext) -> np.ndarray:
     """Pearson correlations between parcels, (P, P) float32; NaN for parcels that are n/a."""
-    return connectome(context.series.data)
+    return context.relmat
 
 
 def write(context: SeriesContext, result: np.ndarray) -> None:
@@ -39,7 +40,8 @@ def write(context: SeriesContext, result: np.ndarray) -> None:
     names, vector = list(atlas.names), connectome_vector(result)
     write_matrix(table, result, ['Node', *names], names)
     flagged = series.flagged.mean() if context.assessed else np.nan
-    rows = window_rows([series.start], [len(series.data) * series.tr], [1.0], [flagged])
+    length = len(series.data) * series.tr
+    rows = window_rows([series.start], [length], [1.0], [flagged], [context.excluded])
     header = [*WINDOW_COLUMNS, *dimension_names(len(vector))]
     write_matrix(embedding, vector[None], header, rows)
     order, label = display_order(atlas.xyz)
@@ -57,5 +59,6 @@ def write(context: SeriesContext, result: np.ndarray) -> None:
         'Description': 'Functional connectivity between parcels.',
         'RelationshipMeasure': 'Pearson correlation', 'Weighted': True, 'Directed': False,
         'ValidDiagonal': True, 'StorageFormat': 'Full',
+        'NumberOfSamples': np.count_nonzero(~series.flagged), 'Excluded': context.excluded,
     }  # fmt: skip
     context.write_sidecar(table, content)

@@ -52,7 +52,8 @@ def find(dataset: Path, filters: Filters, settings: Settings) -> list[GroupMap]:
 
     attention = BY_NAME['attention']
     found: dict[tuple[str, ...], list[Record]] = {}
-    for record in find_whole(dataset, attention.suffix, filters, stat=attention.stat):
+    version = attention.results_version
+    for record in find_whole(dataset, attention.suffix, filters, version, stat=attention.stat):
         key = tuple(record.entities[name] for name in ('space', 'atlas', 'desc'))
         found.setdefault(key, []).append(record)
     if not found:

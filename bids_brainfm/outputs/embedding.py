@@ -21,7 +21,12 @@ from bids_brainfm.resources import sha256_of
 from bids_brainfm.signals import order
 from bids_brainfm.signals.contract import Contract
 from bids_brainfm.signals.resample import same_rate
-from bids_brainfm.signals.scale import load_scale_stats, static_proportion, unusable
+from bids_brainfm.signals.scale import (
+    load_scale_stats,
+    static_proportion,
+    static_warning,
+    unusable,
+)  # fmt: skip
 
 FIGURES = {
     'windows': Figure('Windows',
@@ -66,7 +71,10 @@ def methods(task: ModelTask) -> str:
     """Sentences on the model, its input and its embedding."""
     spec, card = task.spec, task.spec.card
     weights = '' if spec.trained else ' with random, untrained weights'
-    placed = predicting = ''
+    placed = predicting = reduced = ''
+    if task.precision != 'float32':
+        reduced = f' Matrix products were computed in {task.precision}, and the embeddings of the '
+        reduced += 'first windows were compared with float32.'
     if table := spec.gradients:
         placed = f' Parcels were placed by the brain gradients {table.path.name} '
         placed += f'(sha256 {table.sha256[:12]}).'
@@ -76,7 +84,8 @@ def methods(task: ModelTask) -> str:
         f'For {card.name} ({card.description}), parcels without signal were filled with '
         f'{FILL_RULE}. Series {_windows_text(task.contract)} Every window was encoded '
         f'without masking by {card.name}{weights}; its embedding is the '
-        f'{spec.capabilities.pooling} after the last normalisation.{predicting}{placed}\n\n'
+        f'{spec.capabilities.pooling} after the last normalisation.{reduced}{predicting}{placed}'
+        '\n\n'
     )
 
 
@@ -89,8 +98,8 @@ def _scaling_text(contract: Contract) -> str:
         'global-z': 'were standardised with one mean and standard deviation for the whole run',
         'parcel-z': 'were standardised for each parcel',
         'cohort': 'were scaled by statistics fitted on a cohort',
-        'cohort-means': 'were scaled for each parcel by the median and interquartile range of its '
-        'temporal mean over a cohort',
+        'cohort-means': 'were scaled for each run (whole-brain mean to 10000) and then for each '
+        'parcel by the median and interquartile range of its temporal mean over a cohort',
     }[contract.scaling]
     divided = contract.scaling != 'none' and contract.divide_by != 1
     return f'{text} and divided by {contract.divide_by:g}' if divided else text
@@ -175,12 +184,15 @@ def write_arrays(path: Path, context: Context) -> None:
 
     with atomic(path) as temporary, h5py.File(temporary, 'w') as file:
         file['onset'], file['parcel_names'] = context.windows.onset, list(context.atlas.names)
+        file['excluded'] = context.windows.excluded
         for name in ('parcels', 'tokens', 'attention'):
             if (values := getattr(context.encoding, name)) is not None:
                 file.create_dataset(name, data=values, compression='gzip', compression_opts=1)
 
 
-def _warnings(context: Context, filled: dict[str, str], checked: dict[str, Any]) -> list[str]:
+def _warnings(
+    context: Context, filled: dict[str, str], checked: dict[str, Any], static: float
+) -> list[str]:
     """What is out of the ordinary with the windows of a run, one sentence each."""
     spec, contract, windows = context.task.spec, context.task.contract, context.windows
     atlas, warnings = context.atlas, []
@@ -201,6 +213,10 @@ def _warnings(context: Context, filled: dict[str, str], checked: dict[str, Any])
             f'The official frame sampling gave {spec.label} one sample in {windows.tr:.4g} s '
             f'where it was trained with {spec.card.tr:g} s: leave out --temporal official.'
         )
+    if mostly := static_warning(static, contract.scaling):
+        warnings.append(f'{spec.label}: {mostly}')
+    if inexact := (context.precision_check or {}).get('Warning'):
+        warnings.append(f'{spec.label}: {inexact}')
     if filled:
         warnings.append(f'{len(filled)} parcels were filled before encoding with {FILL_RULE}.')
     if contract.stats is not None:
@@ -211,6 +227,12 @@ def _warnings(context: Context, filled: dict[str, str], checked: dict[str, Any])
                 f'{lost.size} parcels have no usable statistics in {contract.stats.name} and are '
                 f'zero: {names}.'
             )
+    if n_excluded := np.count_nonzero(windows.excluded):
+        warnings.append(
+            f'{n_excluded} of {len(windows.data)} windows of {spec.label} are excluded from '
+            f'summaries, since more of their volumes, or of those of the run, are flagged than '
+            f'--max-flagged {contract.max_flagged:g} allows.'
+        )
     if (left := windows.left_over) > 0:
         warnings.append(f'The last {left:.1f} s of the run are in no window of {spec.label}.')
     if (windows.real < 1).any():
@@ -231,6 +253,7 @@ def _describe(context: Context, checked: dict[str, Any]) -> dict[str, Any]:
     official = contract.temporal == 'official'
     resampled = not official and not same_rate(source['RepetitionTime'], card.tr)
     method = 'polyphase with anti-aliasing filter' if resampled else None
+    static = static_proportion(np.concatenate(windows.data, axis=1).T)
     table = spec.gradients
     # Official windows follow one another by whole volumes, a sample each volume that is picked
     sample = windows.tr
@@ -258,13 +281,15 @@ def _describe(context: Context, checked: dict[str, Any]) -> dict[str, Any]:
         'DividedBy': contract.divide_by if contract.scaling != 'none' else None,
         'ScaleStatistics': contract.stats
         and {'Name': contract.stats.name, 'SHA256': sha256_of(contract.stats)},
-        'StaticVariance': static_proportion(np.concatenate(windows.data, axis=1).T),
+        'StaticVariance': static,
         'ShortRuns': contract.short_runs, 'LeftOver': windows.left_over,
         'Denoising': source['Denoising'],
         'ShareFlagged': windows.flagged if 'NumberOfVolumesFlagged' in source else None,
+        'MaxFlagged': contract.max_flagged, 'WindowsExcluded': np.flatnonzero(windows.excluded),
         'ShareReal': windows.real, 'FilledParcels': filled, 'FillRule': FILL_RULE,
-        'Precision': task.precision, 'Device': task.device, 'Space': source['Space'],
-        'Atlas': source['Atlas'], 'Warnings': _warnings(context, filled, checked),
+        'Precision': task.precision, 'PrecisionCheck': context.precision_check,
+        'Device': task.device, 'Space': source['Space'], 'Atlas': source['Atlas'],
+        'Warnings': _warnings(context, filled, checked, static),
     } | WINDOW_COLUMNS  # fmt: skip
 
 
@@ -279,12 +304,20 @@ def facts(sidecar: dict[str, Any]) -> dict[str, Any]:
         'Input': f'{sidecar["WindowSamples"]} samples ({sidecar["WindowLength"]:g} s) a window'
         + resampled,
         'Scaling': sidecar['Scaling'] + (f', divided by {divided:g}' if divided != 1 else ''),
-        'Static share': f'{sidecar["StaticVariance"]:.1%} of the variance that the model is '
-        f'given does not change over time',
+        'Static variance': f'{sidecar["StaticVariance"]:.1%} of the variance that the model is '
+        f'given is constant over time',
         'Embedding': f'{sidecar["EmbeddingSize"]} dimensions ({sidecar["Pooling"]})',
         'Filled parcels': len(sidecar['FilledParcels']),
         'Ran on': f'{sidecar["Device"]}, {sidecar["Precision"]}',
     }
+    if check := sidecar.get('PrecisionCheck'):
+        error, compared = check['RelativeError'], check['WindowsCompared']
+        lines['Error by precision'] = (
+            'could not be assessed: no two windows to take a standard deviation over'
+            if error is None
+            else f'{error:.2%} of the standard deviation between windows ({compared} compared '
+            f'with float32, standard deviation over {check["WindowsEncoded"]})'
+        )
     if table := sidecar['Model'].get('GradientTable'):
         found, *others = sidecar['OrderCheck']['Correlation'].items()
         wrong = ', '.join(f'{r:.2f} ({name})' for name, r in others)

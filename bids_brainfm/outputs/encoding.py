@@ -92,8 +92,12 @@ def _encode(
 ) -> Iterator[tuple[BoldRun, Context | Exception]]:
     """Yield each run with what its products are made from, or with what was wrong."""
     from bids_brainfm.models.encoder import encode_runs
+    from bids_brainfm.models.precision import PrecisionCheck
 
     model = load(task)
+    check = None
+    if task.precision != 'float32':
+        check = PrecisionCheck(task.precision, lambda: model.exact)
     failed: list[tuple[BoldRun, Exception]] = []
     prepared = {}
 
@@ -112,11 +116,12 @@ def _encode(
 
     attention = 'attention' in task.parameters
     encodings = encode_runs(
-        model.encoder, windows_of_runs(), task.batch_size, task.tokens, attention, progress
+        model.encoder, windows_of_runs(), task.batch_size, task.tokens, attention, progress, check
     )
     for run, encoding in encodings:
         data, windows = prepared.pop(run)
-        yield run, Context(run, task, model, data, windows, encoding)
+        found = None if check is None else check.found()
+        yield run, Context(run, task, model, data, windows, encoding, found)
         while failed:
             yield failed.pop(0)
     yield from failed

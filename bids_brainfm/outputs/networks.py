@@ -105,6 +105,11 @@ class NetworksTask:
         whose = '' if 'task' in of.entities else f'-{of.space}'
         return f'atlas-{self.place.atlas}_networks{whose}_desc-{self.place.label}'
 
+    @property
+    def feature_product(self) -> str:
+        """Name of the product that features are read from."""
+        return 'embedding' if self.kind == 'parcels' else self.kind
+
     def features_file(self, run: BoldRun) -> Path:
         """File that features of a run are read from."""
         if self.kind == 'parcels':
@@ -130,11 +135,15 @@ class Member:
 def members_of(runs: Sequence[BoldRun], place: Place) -> list[tuple[BoldRun, list[Member]]]:
     """List what networks are found of: each run, and each participant's runs in a space.
 
-    A participant's runs are all that the output holds, also those of other commands.
+    A participant's runs are all that the output holds, also those of other commands. Runs that are
+    excluded, since too many of their volumes are flagged, have no networks and add to none.
     """
-    live = {(run.name, run.space): Member(run, freshness.input_fingerprints(run)) for run in runs}
-    found = [(run, [live[run.name, run.space]]) for run in runs]
     connectome = BY_NAME['connectome']
+    excluded = lambda run: (freshness.read_sidecar(
+        freshness.sidecar_path(place.of_series.table(run, connectome.name))
+    ) or {}).get('Excluded')  # fmt: skip
+    live = {(run.name, run.space): Member(run, freshness.input_fingerprints(run)) for run in runs}
+    found = [(run, [live[run.name, run.space]] * (not excluded(run))) for run in runs]
     for space, run in {run.space: run for run in reversed(runs)}.items():
         records = iterate_records(
             place.output, connectome.suffix, subjects=[run.subject], space=space,
@@ -142,7 +151,7 @@ def members_of(runs: Sequence[BoldRun], place: Place) -> list[tuple[BoldRun, lis
         )  # fmt: skip
         members = []
         for record in records:
-            if record.sidecar is not None:
+            if record.sidecar is not None and not record.sidecar.get('Excluded'):
                 other = dataclasses.replace(run, name=record.name, entities=record.entities)
                 stored = Member(other, record.sidecar['InputFiles'])
                 members.append(live.get((record.name, space), stored))
@@ -157,7 +166,9 @@ def sources(
     for of, members in members_of(runs, tasks[0].place):
         for task in tasks:
             file = task.features_file
-            yield of, task, [m for m in members if freshness.is_current(file(m.run), m.inputs)]
+            version = BY_NAME[task.feature_product].results_version
+            current = [m for m in members if freshness.is_current(file(m.run), m.inputs, version)]
+            yield of, task, current
 
 
 def features_of(run: BoldRun, task: NetworksTask) -> np.ndarray:
@@ -168,11 +179,12 @@ def features_of(run: BoldRun, task: NetworksTask) -> np.ndarray:
     file = task.features_file(run)
     if task.kind == 'attention':
         return pd.read_csv(file, sep='\t', na_values='n/a').filter(like='patch').to_numpy(float)
-    connectivity = analysis.fisher_z(read_relmat(task.place.of_series.table(run, 'connectome')))
+    connectivity = analysis.fc_rows(read_relmat(task.place.of_series.table(run, 'connectome')))
     if task.kind == CONNECTOME:
         return connectivity
     with h5py.File(file) as arrays:
-        features = arrays['parcels'][:].mean(axis=0).astype(float)
+        kept = ~arrays['excluded'][:]
+        features = arrays['parcels'][:][kept].mean(axis=0).astype(float)
     features[np.isnan(connectivity).all(axis=1)] = np.nan  # these were filled from others
     return features
 
@@ -273,8 +285,10 @@ def remove_stale(run: BoldRun, place: Place) -> None:
             stat=PRODUCT.stat, space=run.space, atlas=place.atlas,
         )  # fmt: skip
         for record in [record for record in records if record.name == of.name]:
-            inputs = (freshness.read_sidecar(record.path) or {}).get('InputFiles', {})
-            if any(inputs.get(uri, state) != state for uri, state in live.items()):
+            sidecar = freshness.read_sidecar(record.path) or {}
+            inputs, version = sidecar.get('InputFiles', {}), sidecar.get('ResultsVersion')
+            changed = any(inputs.get(uri, state) != state for uri, state in live.items())
+            if changed or version != PRODUCT.results_version:
                 remove(PRODUCT, of, dataclasses.replace(place, label=record.entities['desc']))
 
 
@@ -327,6 +341,7 @@ def write_networks(
     common = {
         'Features': FEATURES[task.kind], 'Runs': [member.run.name for member in used],
         'Seed': task.search.seed, 'InputFiles': _inputs(used), 'SoftwareVersion': task.version,
+        'ResultsVersion': PRODUCT.results_version,
         'Sources': [own_uri(task.place.output, task.features_file(m.run)) for m in used],
     }  # fmt: skip
     clusters, names, knn = found.clusters, found.names, found.knn

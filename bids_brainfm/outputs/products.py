@@ -6,7 +6,7 @@ functions, :class:`ProductModule`. Everything that follows from these is here, o
 
 import importlib
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -108,7 +108,7 @@ def product_current(
     """Whether all files of a product are whole and made from `inputs` (by default the run's)."""
     table = task.place.table(run, product.name)
     inputs = freshness.input_fingerprints(run) if inputs is None else inputs
-    if not freshness.is_current(table, inputs):
+    if not freshness.is_current(table, inputs, product.results_version):
         return False
     written = (freshness.read_sidecar(freshness.sidecar_path(table)) or {}).get('Arrays')
     files = companions(product, run, task.place, None if written else task)
@@ -133,7 +133,8 @@ def write_products(
             remove(product, run, task.place)
             if product.name in wanted:
                 module = module_of(product)
-                module.write(context, module.compute(context))
+                own = replace(context, results_version=product.results_version)
+                module.write(own, module.compute(own))
 
 
 def record_name(product: Product, place: Place) -> str:
@@ -153,8 +154,12 @@ def records_of(product: Product, place: Place) -> Iterable[Record]:
     return iterate_records(place.output, product.suffix, **entities)
 
 
-def claim(product: Product, task: Task) -> None:
-    """Hold the outputs of a product in one folder to one set of settings, or refuse to mix."""
+def claim(product: Product, task: Task, recompute: bool = False) -> None:
+    """Hold the outputs of a product in one folder to one set of settings, or refuse to mix.
+
+    With `recompute`, the record of an earlier version of the results is replaced; its outputs are
+    out of date, and are made again.
+    """
     if not product.record:
         return
     place, module, settings = task.place, module_of(product), {}
@@ -163,7 +168,8 @@ def claim(product: Product, task: Task) -> None:
     elif asked := cast(ModelTask | SeriesTask, task).parameters[product.name]:
         settings = asdict(asked)
     name = record_name(product, place)
-    claim_settings(place.output, name, settings, records_of(product, place))
+    settings = settings | {'results_version': product.results_version}
+    claim_settings(place.output, name, settings, records_of(product, place), recompute)
 
 
 def save_figure(figure: 'mpl.Figure', path: Path) -> None:
@@ -183,6 +189,9 @@ class Context:
     data: ModelInput  # the run in the model's units
     windows: Windows  # what was encoded
     encoding: 'Encoding'
+    # what PrecisionCheck found so far; None where the encoder computes in float32
+    precision_check: dict[str, Any] | None = None
+    results_version: int | None = None  # of the product that is being made
 
     @property
     def atlas(self) -> Atlas:
@@ -202,7 +211,8 @@ class Context:
         series = own_uri(place.output, place.of_series.table(self.run, 'series'))
         return {
             'InputFiles': source['InputFiles'], 'SoftwareVersion': self.task.version,
-            'Sources': [series, *source['Sources']],
+            'ResultsVersion': self.results_version, 'Sources': [series, *source['Sources']],
+            'Excluded': bool(self.windows.excluded.all()),
         }  # fmt: skip
 
     @property
@@ -217,6 +227,11 @@ class Context:
         from bids_brainfm.signals.bold import voxel_size
 
         return self.atlas.image_for(self.run.space, voxel_size(self.run.bold)).path
+
+    def mean_of_windows(self, values: np.ndarray) -> np.ndarray:
+        """Mean of values (W, ...) over the windows that are not excluded, NaN without any."""
+        kept = values[~self.windows.excluded]
+        return kept.mean(axis=0) if len(kept) else np.full(values.shape[1:], np.nan)
 
     @property
     def scored(self) -> np.ndarray:

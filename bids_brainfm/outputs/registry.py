@@ -70,6 +70,16 @@ class Product:
     needs: str = 'model'
     options: tuple[Option, ...] = ()
     image: bool = False  # whether there is an image of its table, a map
+    desc: str = ''  # its ``desc`` entity, where that is not the label of a model
+    # Raised whenever its numbers change: outputs of an earlier version are never used again
+    version: int = 1
+    reads: tuple[str, ...] = ()  # products whose files a product that needs ``outputs`` reads
+
+    @property
+    def results_version(self) -> int:
+        """A number that rises with its own version and those of what it is made from."""
+        made_from = {'bold': (), 'outputs': self.reads}.get(self.needs, ('series',))
+        return self.version + sum(BY_NAME[name].results_version for name in made_from)
 
 
 # Why models that lack a capability are refused
@@ -125,8 +135,10 @@ DENOISING = (
 )  # fmt: skip
 
 PRODUCTS = (
-    Product('series', 'run', 'series', 'timeseries', 'mean', 'atlas-{atlas}', needs='bold'),
+    Product('series', 'run', 'series', 'timeseries', 'mean', 'atlas-{atlas}', needs='bold',
+            version=2),
     Product('connectome', 'run', 'connectome', 'relmat', 'pearsoncorrelation', needs='series'),
+    Product('quality', 'run', 'quality', 'bold', needs='series', desc='quality'),
     Product('embedding', 'run', 'embedding', 'embedding', record='desc-{label}'),
     Product('prediction', 'run', 'prediction', 'prediction', needs='head'),
     Product(
@@ -165,7 +177,8 @@ PRODUCTS = (
     Product(
         'networks', 'participant', 'networks', 'boldmap', 'network',
         record='atlas-{atlas}_networks', output='networks',
-        about='functional networks (all models, and connectivity)', needs='outputs', options=(
+        about='functional networks (all models, and connectivity)', needs='outputs',
+        reads=('connectome', 'attention', 'embedding'), options=(
             Option('network_clusters', 'number of networks to find; auto: that with the best '
                    'silhouette (default: as many as there are reference networks, else auto)',
                    type=clusters, metavar='{N,auto}'),
@@ -184,9 +197,9 @@ PRODUCTS = (
                    '(default: 2)', type=finite, metavar='K'),
         ),
     ),
-    Product('scale_stats', 'group', 'scale_stats', needs='outputs'),
+    Product('scale_stats', 'group', 'scale_stats', needs='outputs', reads=('series',)),
     Product(
-        'contrast', 'group', 'contrast', needs='outputs', options=(
+        'contrast', 'group', 'contrast', needs='outputs', reads=('attention',), options=(
             Option('contrast', 'at the group level, attention maps of A minus those of B, where '
                    'WHAT is an entity of the runs (task nback rest) or a column of '
                    'participants.tsv (sex F M)', metavar=('WHAT', 'A', 'B'), nargs=3),

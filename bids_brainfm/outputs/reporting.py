@@ -1,5 +1,6 @@
 """From the derivatives of a participant to the report: everything is read back from disk."""
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,11 @@ from bids_brainfm.reports.methods import read_methods
 from bids_brainfm.reports.report import write_report
 from bids_brainfm.signals.connectome import LABEL as CONNECTOME
 
+LOGGER = logging.getLogger('bids_brainfm')
+OUTDATED = (
+    'the outputs were written by another version of bids_brainfm, with other numbers: run it again '
+    'with --recompute.'
+)
 EMBEDDING = BY_NAME['embedding']
 NEXT_TO_SERIES = tuple(product for product in OF_SERIES if product.name != 'series')
 # Products that belong to an embedding, and have lines in the report next to its own
@@ -25,8 +31,14 @@ NEXT_TO_EMBEDDING = tuple(
 
 
 def report(output: Path, subject: str, software: dict[str, str]) -> Path:
-    """Write the report of one participant, from what is in the output folder."""
+    """Write the report of one participant, from what is in the output folder.
+
+    The warnings of all sidecars that it shows go to the log as well.
+    """
     runs, methods = collect_runs(output, subject), read_methods(output)
+    for run in runs:
+        for sentence in run.warnings:
+            LOGGER.warning('%s: %s', run.name, sentence)
     return write_report(output, subject, runs, report_figures(), methods, software)
 
 
@@ -37,17 +49,21 @@ def collect_runs(output: Path, subject: str) -> list[RunFacts]:
     series = BY_NAME['series']
     for record in find_records(output, series.suffix, stat=series.stat, **sidecars):
         sidecar, name = read_sidecar(record.path), parcels_name(record.path.name)
-        if sidecar is not None:
+        if sidecar is not None and sidecar.get('ResultsVersion') != series.results_version:
+            runs[name] = RunFacts(name, failures=[OUTDATED])
+        elif sidecar is not None:
             atlas, warnings = sidecar['Atlas'], list(sidecar['Warnings'])
             source = Source(atlas['Name'], atlas['License'], atlas['Citation'])
             inputs = facts(series, sidecar) | _lines(NEXT_TO_SERIES, record, sidecar, warnings)
             runs[name] = RunFacts(name, inputs, atlas=source, warnings=warnings)
     for record in find_records(output, EMBEDDING.suffix, **sidecars):
         sidecar, run = read_sidecar(record.path), runs.get(parcels_name(record.path.name))
-        if sidecar is None or run is None:
+        connectivity = record.entities['desc'] == CONNECTOME
+        version = (BY_NAME[CONNECTOME] if connectivity else EMBEDDING).results_version
+        if sidecar is None or run is None or sidecar.get('ResultsVersion') != version:
             continue
         lines = _lines(NEXT_TO_EMBEDDING, record, sidecar, run.warnings)
-        if record.entities['desc'] == CONNECTOME:
+        if connectivity:
             run.inputs.update({name: str(line) for name, line in lines.items()})
         else:
             run.models.append(_model_facts(record.entities['desc'], sidecar, lines))
@@ -63,7 +79,8 @@ def _lines(
     lines: dict[str, Any] = {}
     for product in products:
         content = read_sidecar(_sidecar_of(product, record))
-        if content and content['InputFiles'] == sidecar['InputFiles']:
+        current = content is not None and content.get('ResultsVersion') == product.results_version
+        if content and current and content['InputFiles'] == sidecar['InputFiles']:
             lines |= facts(product, content)
             warnings.extend(content.get('Warnings', []))
     return lines

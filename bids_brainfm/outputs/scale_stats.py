@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from bids_brainfm.bids.dataset import Record, describe_filters, find_whole
@@ -15,6 +16,7 @@ from bids_brainfm.bids.naming import own_uri, parcels_name
 from bids_brainfm.config import Settings
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.outputs.registry import BY_NAME
+from bids_brainfm.resources import sha256_of
 from bids_brainfm.signals.cohort_stats import CohortFit
 from bids_brainfm.signals.scale import ScaleStats, check_stats, stats_content, unusable
 
@@ -24,8 +26,8 @@ FEW = 20
 WHAT = {
     'cohort': 'median and interquartile range of all samples of runs with the grand mean at 10000 '
     "and the parcel's own mean taken out, and bounds at -3.6 and 3.7 SD, in interquartile ranges",
-    'cohort-means': 'median and interquartile range over participants of the mean over time, in '
-    'BOLD units',
+    'cohort-means': 'median and interquartile range over participants of the mean over time, with '
+    'the grand mean of each run at 10000',
 }
 Filters = dict[str, tuple[str, ...]]
 
@@ -44,7 +46,8 @@ def find(dataset: Path, filters: Filters, settings: Settings) -> dict[str, list[
     series = BY_NAME['series']
     found: dict[str, list[Record]] = {}
     first: dict[tuple[str, str], Record] = {}
-    for record in find_whole(dataset, series.suffix, filters, stat=series.stat):
+    version = series.results_version
+    for record in find_whole(dataset, series.suffix, filters, version, stat=series.stat):
         atlas = record.entities['atlas']
         found.setdefault(atlas, []).append(record)
         other = first.setdefault((record.name, atlas), record)
@@ -84,16 +87,21 @@ def write(
                     f'The sidecar (.json) of {record.path} lacks the BrainMean or the Denoising: '
                     f'remove both and run the participant level again.'
                 )
+            # flagged volumes hold interpolated values
+            data = np.delete(data, sidecar.get('FlaggedVolumes', []), axis=0)
             try:
                 fit.add(record.entities['sub'], data, level)
             except BrainfmError as error:
                 raise BrainfmError(f'{record.path.name}: {error}') from None
             denoising.add(cleaning['Name'])
             lengths.append(len(data))
+        path, part = settings.participants_file, settings.part
+        selection = path and {'Name': path.name, 'SHA256': sha256_of(path), 'Part': part}
         people = {record.entities['sub'] for record in records}
         facts = {
             'NumberOfRuns': len(records), 'NumberOfParticipants': len(people),
-            'Denoising': sorted(denoising), 'SoftwareVersion': version, 'Node': names,
+            'ParticipantsFile': selection, 'Denoising': sorted(denoising),
+            'SoftwareVersion': version, 'Node': names,
         }  # fmt: skip
         if len(people) < FEW:
             LOGGER.warning(
@@ -101,7 +109,7 @@ def write(
                 'more of these people than of a cohort.', atlas, len(people), FEW,
             )  # fmt: skip
         runs = [parcels_name(record.path.name) for record in records]
-        table = {'run': runs, 'volumes': lengths}
+        table = {'run': runs, 'unflagged_volumes': lengths}
         fitted = {'cohort': fit.series(), 'cohort-means': fit.temporal_means()}
         for method, stats in fitted.items():
             try:
@@ -109,8 +117,8 @@ def write(
             except BrainfmError as error:
                 LOGGER.warning('Not written, for %s: %s', method, error)
                 continue
-            written.append(path := _write_stats(dataset, method, stats, facts, table))
-            LOGGER.info('Statistics for models scaled by %s: %s', method, path)
+            written.append(_write_stats(dataset, method, stats, facts, table))
+            LOGGER.info('Statistics for models scaled by %s: %s', method, written[-1])
     if not written:
         raise BrainfmError(
             f'The parcel series of {dataset} give no statistics that a model could be scaled by '

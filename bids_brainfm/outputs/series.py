@@ -13,19 +13,22 @@ from bids_brainfm.atlases.export import export_atlas
 from bids_brainfm.bids.files import write_matrix, write_table
 from bids_brainfm.bids.freshness import input_fingerprints, write_sidecar
 from bids_brainfm.bids.naming import own_uri
-from bids_brainfm.bids.run import BoldRun, repetition_time
+from bids_brainfm.bids.run import BoldRun, metadata, repetition_time, start_time
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.outputs import products
+from bids_brainfm.outputs import products, quality
 from bids_brainfm.outputs.outcome import Outcome, attempt
 from bids_brainfm.outputs.registry import BY_NAME, OF_SERIES
 from bids_brainfm.outputs.tasks import Place, SeriesTask
 from bids_brainfm.reports.report import Figure
+from bids_brainfm.signals.connectome import connectome
 from bids_brainfm.signals.series import coverage_path
 from bids_brainfm.signals.strategy import describe
 
 if TYPE_CHECKING:
     from bids_brainfm.signals.bold import BoldSeries
 
+# Field of the sidecar: volumes left out at the start, by whom
+DISCARDED, BY = 'NumberOfVolumesDiscardedBy', ('NonsteadyStatesDetector', 'User')
 FILL_RULE = (
     'the series of the nearest parcel (by centroid, and of the same structure where the atlas '
     'tells cortex from subcortex) with enough coverage'
@@ -38,9 +41,10 @@ FIGURES = {
         "square over parcels of the change from volume to volume, in percent of the parcel's "
         'mean.'),
     'coverage': Figure('Coverage of the atlas',
-        "Share of each parcel's voxels that lie in the field of view and vary over time, at the "
-        "parcel's centroid. Ringed parcels are below the limit (dashed line): they are n/a in "
-        'the series and are filled before the encoder. Left is left.'),
+        "Proportion of each parcel's voxels that are inside the brain mask and vary over time, "
+        "at the parcel's centroid; grayordinates have no mask and need only vary. Ringed parcels "
+        'are below the limit (dashed line): they are n/a in the series and are filled before the '
+        'encoder. Left is left.'),
 }  # fmt: skip
 
 
@@ -52,6 +56,7 @@ class SeriesContext:
     task: SeriesTask
     atlas: Atlas
     series: 'BoldSeries'  # denoised; NaN for parcels without enough coverage
+    results_version: int | None = None  # of the product that is being made
 
     @property
     def assessed(self) -> bool:
@@ -59,10 +64,32 @@ class SeriesContext:
         return bool(self.task.strategy.outliers)
 
     @property
+    def excluded(self) -> bool:
+        """Whether a larger proportion of the volumes is flagged than allowed."""
+        return bool(self.series.flagged.mean() > self.task.max_flagged)
+
+    @cached_property
+    def relmat(self) -> np.ndarray:
+        """Correlations between parcels over unflagged volumes, (P, P) float32."""
+        return connectome(self.series.data, self.series.flagged)
+
+    @cached_property
+    def quality(self) -> dict[str, float]:
+        """Quality metrics by name, see :mod:`bids_brainfm.outputs.quality`."""
+        return quality.metrics(self)
+
+    @property
     def uncovered(self) -> list[str]:
         """Names of the parcels that are n/a."""
         missing = np.flatnonzero(np.isnan(self.series.data).all(axis=0))
         return [self.atlas.names[i] for i in missing]
+
+    @property
+    def voxels(self) -> str:
+        """What coverage counts, for sentences."""
+        if self.run.is_cifti:
+            return 'grayordinates varying over the run'
+        return 'voxels inside the brain mask and varying over the run'
 
     @property
     def warnings(self) -> list[str]:
@@ -81,8 +108,14 @@ class SeriesContext:
             more = f' and {len(names) - 5} more' * (len(names) > 5)
             sentences.append(
                 f'{len(names)} of {self.atlas.n_parcels} parcels have less than '
-                f'{self.task.min_coverage:.0%} of their volume in the field of view, or none, and '
-                f'are n/a: {", ".join(names[:5])}{more}.'
+                f'{self.task.min_coverage:.0%} of their {self.voxels}, or none, and are n/a: '
+                f'{", ".join(names[:5])}{more}.'
+            )
+        if self.excluded:
+            sentences.append(
+                f'{self.series.flagged.mean():.0%} of the volumes are flagged, more than '
+                f'--max-flagged {self.task.max_flagged:g} allows: the run is excluded from '
+                f'summaries and from the group level.'
             )
         if dummy := self.series.dummy:
             what = 'non-steady-state volumes' if self.task.strategy.finds_dummies else 'volumes'
@@ -104,6 +137,7 @@ class SeriesContext:
             'Sources': own * from_series + self.sources,
             'InputFiles': input_fingerprints(self.run),
             'SoftwareVersion': self.task.version,
+            'ResultsVersion': self.results_version,
         }
         write_sidecar(path, content | common)
 
@@ -113,7 +147,7 @@ def compute_series(run: BoldRun, task: SeriesTask) -> SeriesContext:
     from bids_brainfm.signals.bold import clean_series, parcellate
     from bids_brainfm.signals.confounds import Tables
 
-    tr, strategy = repetition_time(run), task.strategy
+    tr, start, strategy = repetition_time(run), start_time(run), task.strategy
     if run.mask is None and not run.is_cifti:
         raise BrainfmError(
             f'{run.name}: the brain mask of {run.bold.name} (desc-brain_mask) is missing: copy it '
@@ -131,10 +165,11 @@ def compute_series(run: BoldRun, task: SeriesTask) -> SeriesContext:
             'this run out.'
         )
     atlas = load_atlas(task.card, task.home)
-    raw = parcellate(run.bold, atlas, run.mask, run.space, tr)
-    placed = dataclasses.replace(raw, start=run.start)
+    raw = parcellate(
+        run.bold, atlas, run.mask, run.space, tr, start or 0.0, task.parcel_voxels, run.confounds
+    )
     tables = Tables(run.confounds, run.confounds_json, run.custom, run.mixing, run.metrics)
-    series, _ = clean_series(placed, tables, strategy)
+    series, _ = clean_series(raw, tables, strategy)
     covered = (series.coverage >= task.min_coverage) & np.isfinite(series.data).all(axis=0)
     data = np.where(covered, series.data, np.nan).astype(np.float32)
     return SeriesContext(run, task, atlas, dataclasses.replace(series, data=data))
@@ -156,18 +191,21 @@ def make_series(run: BoldRun, task: SeriesTask, stop: bool = False) -> Outcome:
 
 
 def companions(run: BoldRun, place: Place, task: SeriesTask | None = None) -> list[Path]:
-    """The table of coverage."""
+    """The table of coverage, mean level and tSNR."""
     return [coverage_path(place.table(run, 'series'))]
 
 
 def settings(task: SeriesTask) -> dict[str, Any]:
-    """Denoising and limit of coverage.
+    """Denoising, voxels of the parcels, and limit of coverage.
 
     What does not change values is left out: the wording, and limits below which a run fails.
     """
     rules = dataclasses.asdict(task.strategy)
     aside = ('name', 'description', 'min_dof', 'min_minutes')
-    found = {'denoise': rules['name'], 'min_coverage': task.min_coverage}
+    found = {
+        'denoise': rules['name'], 'min_coverage': task.min_coverage,
+        'parcel_voxels': task.parcel_voxels, 'max_flagged': task.max_flagged,
+    }  # fmt: skip
     found |= {f'denoise_{key}': v for key, v in rules.items() if v and key not in aside}
     found |= {'custom_confounds': True} if task.custom_confounds else {}
     return found | ({'denoised_by_pipeline': True} if task.denoised else {})
@@ -190,13 +228,17 @@ def methods(task: SeriesTask) -> str:
     dropped = steady if task.strategy.finds_dummies else ''
     if number := task.strategy.dummy_scans:
         dropped = f'The first {number} volumes of each run were left out. '
+    inside = ' and lie inside the brain mask' if task.parcel_voxels == 'mask' else ''
     return (
         f'The mean BOLD signal of each parcel of the {task.place.atlas} atlas was computed over '
-        'the voxels (or grayordinates) of the parcel that vary over the run. Atlas and data were '
-        'matched by their affines: each voxel took the label nearest to it or, where the data are '
-        'too coarse for that, each voxel of the atlas took the voxel of the data nearest to it. '
-        f'Parcels with less than {task.min_coverage:.0%} of their volume in the field of view '
-        f'were set to n/a. {dropped}{_denoising(task)} Functional connectivity (Pearson '
+        f'the voxels of the parcel that vary over the run{inside}, or over its grayordinates that '
+        'vary, which have no mask. Atlas and data were matched by their affines: each voxel took '
+        'the label nearest to it or, where the data are too coarse for that, each voxel of the '
+        'atlas took the voxel of the data nearest to it. Parcels of which less than '
+        f'{task.min_coverage:.0%} of the voxels lie inside the brain mask and vary were set to '
+        'n/a. The temporal signal-to-noise ratio (mean by standard deviation over time) was '
+        'computed for each voxel of the preprocessed series and its median taken over each parcel '
+        f'(Esteban et al. 2017). {dropped}{_denoising(task)} Functional connectivity (Pearson '
         'correlation between the denoised parcel series) was computed as the baseline to compare '
         'embeddings with.\n\n'
     )
@@ -213,7 +255,8 @@ def write(context: SeriesContext, result: 'BoldSeries') -> None:
 
     run, place, atlas, series = context.run, context.task.place, context.atlas, result
     table, (coverage,) = place.table(run, 'series'), companions(run, place)
-    write_table(coverage, {'Node': list(atlas.names), 'coverage': series.coverage})
+    columns = {'coverage': series.coverage, 'mean': series.level, 'tsnr': series.tsnr}
+    write_table(coverage, {'Node': list(atlas.names)} | columns)
     write_matrix(table, series.data, list(atlas.names))
     order, label = products.display_order(atlas.xyz)
     carpet = figures.carpet(
@@ -224,9 +267,22 @@ def write(context: SeriesContext, result: 'BoldSeries') -> None:
     drawn = figures.coverage(atlas.xyz, series.coverage, context.task.min_coverage)
     products.save_figure(drawn, place.figure(run, 'coverage'))
     content = {
-        'Description': 'Share of each parcel inside the field of view of this run.',
+        'Description': 'Coverage, mean level and temporal signal-to-noise ratio of each parcel, '
+        'from the preprocessed series before denoising.',
+        'ParcelVoxels': series.found.voxels,
+        'NumberOfVolumesLeftOut': series.found.skip,
         'Node': {'Description': f'Parcel of {atlas.name}'},
-        'coverage': {'Description': 'Share of the parcel with signal', 'Units': 'arbitrary'},
+        'coverage': {'Description': f'Proportion of {context.voxels}', 'Units': 'arbitrary'},
+        'mean': {
+            'Description': 'Mean over the voxels of the parcel series and over volumes',
+            'Units': 'arbitrary',
+        },
+        'tsnr': {
+            'LongName': 'Temporal signal-to-noise ratio',
+            'Description': 'Mean by standard deviation over time of each voxel of the parcel '
+            'series; median over voxels',
+            'Units': 'arbitrary',
+        },
     }
     context.write_sidecar(coverage, content, from_series=False)
     context.write_sidecar(table, _describe(context), from_series=False)
@@ -235,14 +291,17 @@ def write(context: SeriesContext, result: 'BoldSeries') -> None:
 def _describe(context: SeriesContext) -> dict[str, Any]:
     """Sidecar of the series."""
     atlas, series, strategy = context.atlas, context.series, context.task.strategy
-    by = 'NonsteadyStatesDetector' if strategy.finds_dummies else 'User'
+    by = BY[0] if strategy.finds_dummies else BY[1]
     return {
         'Description': f'Mean BOLD signal of each parcel of {atlas.name}, in BOLD units.',
         'RepetitionTime': series.tr, 'SamplingFrequency': 1 / series.tr, 'StartTime': series.start,
+        'InputStartTime': start_time(context.run),
+        'SliceTimingCorrected': metadata(context.run).get('SliceTimingCorrected'),
         'NumberOfVolumes': len(series.found.data),
-        f'NumberOfVolumesDiscardedBy{by}': series.dummy,
+        f'{DISCARDED}{by}': series.dummy,
         'NumberOfVolumesFlagged': int(series.flagged.sum()) if context.assessed else None,
         'FlaggedVolumes': np.flatnonzero(series.flagged),
+        'MaxFlagged': context.task.max_flagged, 'Excluded': context.excluded,
         'FlaggedVolumesInterpolated': context.assessed,
         'Denoising': _describe_denoising(context),
         'Atlas': {
@@ -251,7 +310,8 @@ def _describe(context: SeriesContext) -> dict[str, Any]:
             'Citation': ' '.join(atlas.citation),
         },
         'Space': context.run.space, 'Resolution': context.run.entities.get('res'),
-        'Sampling': series.found.sampling, 'BrainMean': series.found.brain_mean,
+        'Sampling': series.found.sampling, 'ParcelVoxels': series.found.voxels,
+        'BrainMean': series.found.brain_mean, 'Quality': context.quality,
         'MinimumCoverage': context.task.min_coverage,
         'ParcelsBelowMinimumCoverage': context.uncovered, 'Warnings': context.warnings,
     }  # fmt: skip
@@ -283,12 +343,14 @@ def _describe_denoising(context: SeriesContext) -> dict[str, Any]:
 def facts(sidecar: dict[str, Any]) -> dict[str, Any]:
     """What was read and what was done to it."""
     denoising = sidecar['Denoising']
+    dropped = next(sidecar[f'{DISCARDED}{by}'] for by in BY if f'{DISCARDED}{by}' in sidecar)
     found = {
         'BOLD': sidecar['Sources'][0],
         'Space': f'{sidecar["Space"]}, atlas image: {sidecar["Atlas"]["Provenance"]}',
         'Volumes': f'{sidecar["NumberOfVolumes"]} at a repetition time of '
         f'{sidecar["RepetitionTime"]:g} s',
-        'Left out at the start': f'{sidecar["StartTime"]:g} s',
+        'Left out at the start': f'{dropped} volumes',
+        'First row at': f'{sidecar["StartTime"]:g} s',
         'Flagged volumes': f'{sidecar["NumberOfVolumesFlagged"]} (interpolated)'
         if sidecar['FlaggedVolumesInterpolated']
         else 'not assessed',
@@ -297,7 +359,7 @@ def facts(sidecar: dict[str, Any]) -> dict[str, Any]:
         'Mean brain signal': f'{sidecar["BrainMean"]:.1f} (BOLD units)',
         'Parcels below coverage': f'{len(sidecar["ParcelsBelowMinimumCoverage"])} '
         f'(limit {sidecar["MinimumCoverage"]:g})',
-    }
+    } | quality.lines(sidecar['Quality'])
     if 'DegreesOfFreedom' not in denoising:  # written before these were counted
         return found
     return found | {

@@ -33,16 +33,19 @@ class Place:
         return f'atlas-{self.atlas}' + (f'_desc-{self.label}' if self.label else '')
 
     def path(
-        self, run: BoldRun, suffix: str, stat: str | None = None, extension: str = '.tsv'
-    ) -> Path:
-        """Path of an output of a run."""
+        self, run: BoldRun, suffix: str, stat: str | None = None, extension: str = '.tsv',
+        desc: str | None = None,
+    ) -> Path:  # fmt: skip
+        """Path of an output of a run; its ``desc`` is the label of the model where not given."""
+        label = desc or self.label
         return derivative_path(
-            self.output, run, suffix, extension, atlas=self.atlas, stat=stat, desc=self.label
+            self.output, run, suffix, extension, atlas=self.atlas, stat=stat, desc=label
         )
 
     def table(self, run: BoldRun, product: str) -> Path:
         """Path of the table of a product, whose sidecar is written last."""
-        return self.path(run, BY_NAME[product].suffix, BY_NAME[product].stat)
+        found = BY_NAME[product]
+        return self.path(run, found.suffix, found.stat, desc=found.desc)
 
     def image(self, run: BoldRun, table: Path) -> Path:
         """Path of the image of a map, next to its table."""
@@ -73,9 +76,11 @@ class SeriesTask:
     home: Path  # where fetched atlases are kept
     strategy: Strategy = field(hash=False)  # of denoising
     min_coverage: float  # proportion of a parcel below which it is n/a
+    max_flagged: float  # proportion of flagged volumes above which a run is excluded
     version: str
     custom_confounds: Path | None = None  # folder of further confounds
     denoised: bool = False  # whether the pipeline that wrote the runs had denoised them
+    parcel_voxels: str = 'mask'  # that parcel means are taken over, of signals.parcellate.VOXELS
     # ``Parameters`` by the name of each product asked for; None for a product without options
     parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
@@ -89,7 +94,7 @@ class ModelTask:
     contract: Contract
     home: Path  # where fetched atlases are kept
     device: str  # as resolved: cpu or cuda
-    precision: str  # as resolved: float32 or bfloat16
+    precision: str  # as resolved: float32, tf32 or bfloat16
     batch_size: int  # windows at once
     threads: int
     tokens: bool  # whether to write token embeddings

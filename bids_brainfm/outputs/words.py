@@ -17,18 +17,21 @@ def described(columns: Mapping[str, str] | None = None, /, **more: str) -> dict[
 # First columns of tables with one row per window
 WINDOW_COLUMNS = {
     'window': {'Description': 'Number of the window, from 0'},
-    'onset': {'Description': "Start of the window since the run's start", 'Units': 's'},
+    'onset': {'Description': 'Start of the window, on the time axis of StartTime', 'Units': 's'},
     'duration': {'Description': 'Recorded signal in the window', 'Units': 's'},
-    'real': {'Description': 'Share of samples that were recorded'},
-    'flagged': {'Description': 'Share of recorded samples from flagged volumes'},
+    'real': {'Description': 'Proportion of samples that were recorded'},
+    'flagged': {'Description': 'Proportion of recorded samples from flagged volumes'},
+    'excluded': {
+        'Description': 'Whether the window has more flagged volumes than allowed (1) or not (0)'
+    },
 }
 
 
 def window_rows(*columns: Iterable[float]) -> list[str]:
     """Values of `WINDOW_COLUMNS`, from onset on, as the first columns of a table.
 
-    >>> window_rows([0.0], [147.0], [1.0], [0.05])
-    ['0\\t0\\t147\\t1\\t0.05']
+    >>> window_rows([0.0], [147.0], [1.0], [0.05], [False])
+    ['0\\t0\\t147\\t1\\t0.05\\t0']
     """
     text = lambda value: 'n/a' if np.isnan(value) else f'{value:.7g}'
     rows = enumerate(zip(*columns, strict=True))
@@ -39,7 +42,8 @@ def rows_of(windows: Windows, source: dict[str, Any]) -> list[str]:
     """First columns for windows; flagged is n/a where the run's sidecar does not assess it."""
     assessed = 'NumberOfVolumesFlagged' in source
     flagged = windows.flagged if assessed else np.full(len(windows.data), np.nan)
-    return window_rows(windows.onset, windows.duration, windows.real, flagged)
+    times = windows.onset, windows.duration, windows.real
+    return window_rows(*times, flagged, windows.excluded)
 
 
 def dimension_names(size: int) -> list[str]:

@@ -13,7 +13,7 @@ from bids_brainfm.atlases.atlas import Atlas, AtlasImage
 from bids_brainfm.bids.tables import ica_tables
 from bids_brainfm.signals import denoise as denoising
 from bids_brainfm.signals import parcellate as averaging
-from bids_brainfm.signals.confounds import Tables, read_confounds
+from bids_brainfm.signals.confounds import Tables, count_dummy, read_confounds
 from bids_brainfm.signals.denoise import Freedom
 from bids_brainfm.signals.parcellate import Parcellation
 from bids_brainfm.signals.series import ParcelSeries, check_tr
@@ -41,23 +41,40 @@ class BoldSeries(ParcelSeries):
         """Volumes left out at the start."""
         return self.denoised.dummy if self.denoised else 0
 
+    @property
+    def level(self) -> np.ndarray:
+        """Mean of each parcel over time before denoising, (P,) float32 in BOLD units."""
+        return self.found.level
+
+    @property
+    def tsnr(self) -> np.ndarray:
+        """Temporal signal-to-noise ratio of each parcel before denoising, (P,) float32."""
+        return self.found.tsnr
+
 
 def parcellate(
-    bold: Path, atlas: Atlas, mask: Path | None, space: str, tr: float | None = None
-) -> BoldSeries:
-    """As :func:`bids_brainfm.parcellate`, but nothing is looked up next to the file."""
+    bold: Path, atlas: Atlas, mask: Path | None, space: str, tr: float | None = None,
+    start: float = 0.0, voxels: str = 'mask', confounds: Path | None = None,
+) -> BoldSeries:  # fmt: skip
+    """As :func:`bids_brainfm.parcellate`, but nothing is looked up next to the file.
+
+    `start` is the time of the first volume in seconds; `confounds` is the table that says which
+    volumes at the start are not in steady state, and are left out of level and tSNR.
+    """
     image, header = atlas.image_for(space, voxel_size(bold)), open_bold(bold)
     if mask is None and not header.is_cifti:
         warnings.warn(
-            f'{bold.name} comes without a brain mask, so the mean of the brain is taken over the '
-            'whole atlas: give the desc-brain_mask of the run as mask=.',
+            f'{bold.name} comes without a brain mask, so parcels and coverage include voxels '
+            'outside the brain, and the mean of the brain is taken over the whole atlas: give the '
+            'desc-brain_mask of the run as mask=.',
             stacklevel=3,
         )
     tr = check_tr(header.tr, f' in the header of {bold.name}') if tr is None else check_tr(tr)
-    found = averaging.parcellate(bold, image.path, atlas.n_parcels, mask)
+    skip = 0 if confounds is None else count_dummy(confounds, header.n_volumes)
+    found = averaging.parcellate(bold, image.path, atlas.n_parcels, mask, voxels, skip)
     return BoldSeries(
         data=found.data, tr=tr, coverage=found.coverage, flagged=np.zeros(len(found.data), bool),
-        brain_mean=found.brain_mean, image=image, found=found,
+        brain_mean=found.brain_mean, start=start, image=image, found=found,
     )  # fmt: skip
 
 

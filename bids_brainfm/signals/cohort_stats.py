@@ -13,7 +13,7 @@ class Sketch:
 
     Memory does not grow with the values, and the order of runs does not matter. As in DDSketch
     (Masson et al. 2019, Proceedings of the VLDB Endowment 12:2195-2205) the error is a proportion
-    of the value; values smaller than `unit` are counted as if they were this large.
+    of the value; that of values smaller than 1 is as of 1.
 
     >>> sketch = Sketch(1)
     >>> for part in (np.arange(0, 500.0), np.arange(500, 1001.0)):
@@ -22,8 +22,7 @@ class Sketch:
     (array([250.]), array([1001]))
     """
 
-    def __init__(self, n_parcels: int, unit: float = 1.0) -> None:
-        self.unit = unit
+    def __init__(self, n_parcels: int) -> None:
         self._middle = int(np.arcsinh(_REACH) / _RELATIVE_WIDTH)
         # Rows are touched only where there are values, and memory is taken only there
         self._counts = np.zeros((n_parcels, 2 * self._middle + 1), np.uint32)
@@ -38,7 +37,7 @@ class Sketch:
         """Count values (N, P); NaN is left out."""
         values = np.asarray(values, float)
         known = np.isfinite(values)
-        bins = np.arcsinh(np.where(known, values, 0) / self.unit) / _RELATIVE_WIDTH
+        bins = np.arcsinh(np.where(known, values, 0)) / _RELATIVE_WIDTH
         bins = np.clip(np.rint(bins), -self._middle, self._middle).astype(int) + self._middle
         parcels = np.broadcast_to(np.arange(values.shape[1]), values.shape)
         np.add.at(self._counts, (parcels[known], bins[known]), 1)
@@ -59,7 +58,7 @@ class Sketch:
             inside = counts[filled[at]]
             within = (ranks - (until[at] - inside) + 0.5) / inside - 0.5
             places = (filled[at] - self._middle + within) * _RELATIVE_WIDTH
-            values = self.unit * np.sinh(places)
+            values = np.sinh(places)
             # so that a parcel that is always the same has a range of zero
             values = np.clip(values, self._least[parcel], self._most[parcel])
             found[parcel] = values[0] + (rank - ranks[0]) * (values[1] - values[0])
@@ -89,13 +88,12 @@ class CohortFit:
 
         NaN for parcels to be left out; a `brain_mean` that is no BOLD level is refused.
         """
-        series, level = np.asarray(data, float), brain_level(brain_mean)
+        series, level = np.array(data, float), brain_level(brain_mean)
+        series *= GRAND_MEAN / level
         mean = series.mean(axis=0)
-        values = (series - mean) * (GRAND_MEAN / level)
+        values = series - mean
         if self._participant is None:
-            self._samples = Sketch(len(mean))
-            # Data may be in any units; people differ by far more than this part of their level
-            self._people = Sketch(len(mean), unit=1e-4 * level)
+            self._samples, self._people = Sketch(len(mean)), Sketch(len(mean))
         self._samples.add(values)
         self._squares = self._squares + np.nan_to_num(values**2).sum(axis=0)
         if participant != self._participant:
@@ -128,7 +126,8 @@ class CohortFit:
     def temporal_means(self) -> ScaleStats:
         """Statistics of ``'cohort-means'``, which Brain-JEPA was pretrained with.
 
-        Over participants, of the mean over their runs and over time; no more runs can follow.
+        Over participants, of the mean over their runs and over time, with the grand mean of each
+        run at 10 000; no more runs can follow.
         """
         self._close_participant()
         median, iqr = _median_iqr(self._people)

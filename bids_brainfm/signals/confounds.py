@@ -98,11 +98,10 @@ def _find_outliers(
 ) -> tuple[int, np.ndarray]:
     """Volumes to drop at the start, and (T,) bool the flagged ones."""
     n_volumes = len(table)
-    columns = [c for c in table if c.startswith('non_steady_state_outlier')]
-    non_steady = _numbers(table, columns, tsv).any(axis=1) & (not strategy.keep_nonsteady)
-    dummy = strategy.dummy_scans
-    if dummy is None:
-        dummy = n_volumes if non_steady.all() else int(np.argmin(non_steady))
+    non_steady, dummy = _non_steady(table, tsv)
+    if strategy.keep_nonsteady:
+        non_steady, dummy = np.zeros_like(non_steady), 0
+    dummy = dummy if strategy.dummy_scans is None else strategy.dummy_scans
     if dummy >= n_volumes:
         raise BrainfmError(
             f'All {n_volumes} volumes would be dropped at the start of the run: check '
@@ -121,6 +120,19 @@ def _find_outliers(
     if strategy.scrub:
         flagged[dummy:] = flag_short_segments(flagged[dummy:], strategy.scrub)
     return dummy, flagged
+
+
+def count_dummy(tsv: Path, n_volumes: int) -> int:
+    """Volumes at the start of a run that are not in steady state, from its confounds table."""
+    return _non_steady(_read_table(tsv, n_volumes), tsv)[1]
+
+
+def _non_steady(table: 'pd.DataFrame', tsv: Path | None) -> tuple[np.ndarray, int]:
+    """(T,) bool, volumes that are not in steady state; how many of these are at the start."""
+    columns = [c for c in table if c.startswith('non_steady_state_outlier')]
+    non_steady = np.asarray(_numbers(table, columns, tsv).any(axis=1))
+    dummy = len(table) if non_steady.all() else int(np.argmin(non_steady))
+    return non_steady, dummy
 
 
 def _read_table(tsv: Path, n_volumes: int) -> 'pd.DataFrame':

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 
 LABEL = 'connectome'
-_LARGEST_R = 1 - 1e-7  # Fisher z of the same series twice would be infinite
+_LARGEST_R = 0.999999  # Fisher z of the same series twice would be infinite
 
 
 def connectome(data: np.ndarray, flagged: np.ndarray | None = None) -> np.ndarray:
@@ -34,7 +34,7 @@ def connectome(data: np.ndarray, flagged: np.ndarray | None = None) -> np.ndarra
 
 
 def fisher_z(correlations: np.ndarray) -> np.ndarray:
-    """Fisher z of correlations, finite for those of 1 and -1; NaN stays NaN."""
+    """Fisher z of correlations, finite also for 1 and -1; NaN stays NaN."""
     return np.arctanh(np.clip(np.asarray(correlations, float), -_LARGEST_R, _LARGEST_R))
 
 

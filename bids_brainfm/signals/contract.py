@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ class Contract:
     stride: int | None = None  # samples between the starts of windows, `window` if None
     short_runs: str = 'refuse'  # or 'pad' or 'tile': what to do with less than one window of data
     min_coverage: float = 0.5  # proportion of a parcel below which its series is replaced
+    max_flagged: float = 1.0  # proportion of flagged volumes above which windows are excluded
     stats: Path | None = None  # fitted statistics of cohort and cohort-means scaling
     # 'resample' to `tr`, or 'official': scale at the run's own, pick the official code's frames
     temporal: str = 'resample'
@@ -37,8 +38,10 @@ class Contract:
     def __post_init__(self) -> None:
         check_method(self.scaling, self.stats)
         check_cut(self.stride, self.short_runs)
-        if not (is_number(self.min_coverage) and 0 <= self.min_coverage <= 1):
-            raise BrainfmError(f'--min-coverage is a share from 0 to 1, not {self.min_coverage}.')
+        limits = {'--min-coverage': self.min_coverage, '--max-flagged': self.max_flagged}
+        for flag, value in limits.items():
+            if not (is_number(value) and 0 <= value <= 1):
+                raise BrainfmError(f'{flag} is a proportion from 0 to 1, not {value}.')
         if self.temporal not in TEMPORAL:
             names = ', '.join(TEMPORAL)
             raise BrainfmError(f'--temporal is one of {names}, not {self.temporal!r}.')
@@ -105,7 +108,11 @@ def prepare_input(
 
 
 def windows_of(run: ModelInput, contract: Contract) -> Windows:
-    """Cut one run into the windows that are embedded; one that is too short is refused."""
+    """Cut one run into the windows that are embedded; one that is too short is refused.
+
+    Windows with more flagged volumes than the contract allows are excluded, and all windows of a
+    run with more.
+    """
     span = contract.official_volumes if contract.temporal == 'official' else None
     windows = cut(
         run.data, run.flagged, run.tr, contract.window, contract.stride, contract.short_runs,
@@ -113,7 +120,8 @@ def windows_of(run: ModelInput, contract: Contract) -> Windows:
     )  # fmt: skip
     if not len(windows.data):
         raise BrainfmError(_too_short(len(run.series.data), run.series.tr, contract))
-    return windows
+    flagged = np.maximum(windows.flagged, run.series.flagged.mean())
+    return replace(windows, excluded=flagged > contract.max_flagged)
 
 
 def _too_short(n_volumes: int, tr: float, contract: Contract) -> str:

@@ -5,6 +5,8 @@ each parcel is taken for another, which nothing in a network can notice, but tha
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -107,17 +109,29 @@ def _better(found: Mapping[str, float], as_read: float) -> str | None:
     return best if best is not None and found[best] > as_read + MARGIN else None
 
 
-def misordered(
-    data: np.ndarray, xyz: np.ndarray, misorders: Mapping[str, np.ndarray]
-) -> str | None:
-    """Say that the columns of a run seem to be in another order than their coordinates.
+@dataclass(frozen=True)
+class Nearness:
+    """How far connectivity goes with closeness in the brain, Pearson r over pairs of parcels."""
 
-    Parcels that lie close together fluctuate alike, once drifts and the global signal are out. A
-    known wrong order is reported where it fits this clearly better; an unknown one only where
-    connectivity is the same in both halves of the run and yet has nothing to do with closeness.
+    as_read: float  # in the order as read
+    misordered: dict[str, float]  # in known wrong orders
+    reliability: float  # of connectivity in one half of the run with that in the other
 
-    `data` (T, P) are parcel series; `xyz` (P, 3) are parcel centres in mm, in the order that the
-    columns should have; in a known wrong order column i would be parcel ``misorders[name][i]``.
+
+def nearness(
+    data: np.ndarray, xyz: np.ndarray, misorders: Mapping[str, np.ndarray] = MappingProxyType({})
+) -> Nearness | None:
+    """Relate the connectivity of a run to where its parcels lie, drifts and global signal out.
+
+    Parameters
+    ----------
+    data : (T, P) float, parcel series; NaN columns are left out
+    xyz : (P, 3) float, parcel centres in mm, in the order that the columns should have
+    misorders : (P,) int by name: in a wrong order, column i is parcel ``misorders[name][i]``
+
+    Returns
+    -------
+    Nearness, or None for fewer than 8 volumes or 20 parcels that vary
     """
     from scipy.spatial.distance import pdist
 
@@ -133,25 +147,42 @@ def misordered(
     clean = clean - drift @ np.linalg.lstsq(drift, clean, rcond=None)[0]
     connectivity = connectome_vector(connectome(clean))
 
-    def nearness(rows: np.ndarray) -> float:
+    def correlate(rows: np.ndarray) -> float:
         distance = pdist(xyz[rows][usable])
         close = np.exp(-0.5 * (distance / np.quantile(distance, 0.05)) ** 2)
         return float(np.corrcoef(close, connectivity)[0, 1])
 
-    as_read = nearness(np.arange(len(xyz)))
-    found = {name: nearness(rows) for name, rows in misorders.items()}
-    if best := _better(found, as_read):
+    halves = [connectome_vector(connectome(half)) for half in np.array_split(clean, 2)]
+    return Nearness(
+        as_read=correlate(np.arange(len(xyz))),
+        misordered={name: correlate(rows) for name, rows in misorders.items()},
+        reliability=float(np.corrcoef(halves)[0, 1]),
+    )
+
+
+def misordered(
+    data: np.ndarray, xyz: np.ndarray, misorders: Mapping[str, np.ndarray]
+) -> str | None:
+    """Say that the columns of a run seem to be in another order than their coordinates.
+
+    Parcels that lie close together fluctuate alike, once drifts and the global signal are out. A
+    known wrong order is reported where it fits this clearly better; an unknown one only where
+    connectivity is the same in both halves of the run and yet has nothing to do with closeness.
+    Arguments are those of :func:`nearness`.
+    """
+    found = nearness(data, xyz, misorders)
+    if found is None:
+        return None
+    if best := _better(found.misordered, found.as_read):
         return (
             f'The columns fit the coordinates of the parcels better in the order {best} '
-            f'(r = {found[best]:.2f}) than in that of the atlas ({as_read:.2f}): they must be in '
-            'the order of the atlas.'
+            f'(r = {found.misordered[best]:.2f}) than in that of the atlas '
+            f'({found.as_read:.2f}): they must be in the order of the atlas.'
         )
-    halves = [connectome_vector(connectome(half)) for half in np.array_split(clean, 2)]
-    reliability = np.corrcoef(halves)[0, 1]
-    if as_read < LEAST_NEARNESS and reliability > RELIABLE:
+    if found.as_read < LEAST_NEARNESS and found.reliability > RELIABLE:
         return (
             f'Columns of parcels that lie close to each other are no more alike than others '
-            f'(r = {as_read:.2f}), though connectivity is alike in both halves of the run '
-            f'(r = {reliability:.2f}): check that they are in the order of the atlas.'
+            f'(r = {found.as_read:.2f}), though connectivity is alike in both halves of the run '
+            f'(r = {found.reliability:.2f}): check that they are in the order of the atlas.'
         )
     return None

@@ -17,7 +17,7 @@ from scipy.sparse import csr_array
 
 from bids_brainfm.bids.files import atomic
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.signals.parcellate import Sampler, labels_of, matching_labels, sampler_of
+from bids_brainfm.signals.sampling import Sampler, labels_of, matching_labels, sampler_of
 from bids_brainfm.signals.stream import Image, load_image, open_bold
 
 # Okabe and Ito's colours (https://jfly.uni-koeln.de/color/), then Tol's muted ones
@@ -190,8 +190,7 @@ def _fill(series: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _voxel_weights(sampler: Sampler, present: np.ndarray) -> tuple[np.ndarray, csr_array]:
     """Flat indices (N,) of the voxels of `present` parcels, and how often each counts (N, P)."""
-    size = np.diff(sampler.starts, append=sampler.voxels.size)
-    parcel = np.repeat(sampler.parcels, size)
+    parcel = sampler.parcel
     painted = present[parcel]
     voxels, row = np.unique(sampler.voxels[painted], return_inverse=True)
     ones = np.ones(row.size)  # equal places are added up

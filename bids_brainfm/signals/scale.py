@@ -13,24 +13,28 @@ METHODS = ('none', 'run-robust', 'global-z', 'parcel-z', 'cohort', 'cohort-means
 # What the statistics that a method needs are fitted on.
 STATISTICS = {'cohort': 'series', 'cohort-means': 'temporal mean'}
 
-# BrainLM's recipe: the grand mean of a recording at 10 000 (UK Biobank's convention), parcels in
-# units of their interquartile range, clipped at about these multiples of their SD.
+# UK Biobank brings the grand mean of every recording to this value, and both models were
+# pretrained on its data; fMRIPrep does not.
 GRAND_MEAN = 10_000
+# BrainLM's recipe: parcels in units of their interquartile range, clipped at about these
+# multiples of their SD.
 CLIP_SD = (-3.6, 3.7)
 _SD_PER_IQR = 0.79
-# Of the files of statistics; one of a later format is refused.
-FORMAT_VERSION = 1
+# Formats of the files of statistics. In format 1 temporal means were in BOLD units.
+FORMAT_VERSIONS = {'series': 1, 'temporal mean': 2}
 _NO_SPREAD = 1e-6  # a smaller proportion of the values is rounding of single precision
-# Half of a cohort lies within one range of its median; a run this far off is in other units.
+# Half of a cohort lies within one range of its median; a run this far off is no member of it.
 _FAR_IQR = 20
+# Proportion of variance that is constant in time, above which there is a warning
+_MOSTLY_STATIC = 0.9
 
 
 @dataclass(frozen=True)
 class ScaleStats:
     """Statistics of each parcel over a cohort, for :func:`fit_scaling`."""
 
-    # (P,) float64. 'series': over all samples, with the grand mean at 10 000 and the run's parcel
-    # mean taken out. 'temporal mean': over participants, of the mean over time in BOLD units.
+    # (P,) float64, with the grand mean of each run at 10 000. 'series': over all samples, the
+    # run's parcel mean taken out. 'temporal mean': over participants, of the mean over time.
     median: np.ndarray
     iqr: np.ndarray
     atlas: str
@@ -51,8 +55,9 @@ def load_scale_stats(path: Path, atlas: str, n_parcels: int) -> ScaleStats:
     """Read cohort statistics for the parcels of an atlas from a JSON file.
 
     Its keys are ``Atlas`` (name), ``Median`` and ``IQR`` (lists, one value per parcel), and either
-    ``Lower`` and ``Upper`` (such lists) or ``Statistic`` with the value ``temporal mean``; others
-    are provenance. Unreadable or incomplete files, and those of another atlas, are refused.
+    ``Lower`` and ``Upper`` (such lists) or ``Statistic`` with the value ``temporal mean`` and
+    ``FormatVersion`` 2; others are provenance. Unreadable, outdated or incomplete files, and
+    those of another atlas, are refused.
     """
     stats = _read(path)
     if stats.atlas != atlas:
@@ -81,7 +86,7 @@ def stats_content(stats: ScaleStats) -> dict[str, Any]:
     """What a JSON file holds from which :func:`load_scale_stats` reads these statistics."""
     plain = lambda values: [float(f'{v:.9g}') if np.isfinite(v) else None for v in values]
     return {
-        'FormatVersion': FORMAT_VERSION,
+        'FormatVersion': FORMAT_VERSIONS[stats.statistic],
         'Atlas': stats.atlas,
         'Statistic': stats.statistic,
         **stats.provenance,
@@ -112,16 +117,20 @@ def _read(path: Path) -> ScaleStats:
         ) from None
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise BrainfmError(f'The scale statistics {path} cannot be read ({error}).') from error
-    version = content.pop('FormatVersion', FORMAT_VERSION)
-    if version != FORMAT_VERSION:
-        raise BrainfmError(
-            f'The scale statistics {path} are of format {version}, and this bids_brainfm reads '
-            f'{FORMAT_VERSION}: update it, or fit them again.'
-        )
     if statistic not in STATISTICS.values():
         raise BrainfmError(
             f'The scale statistics {path} are of {statistic!r}, but Statistic is one of '
             f'{", ".join(STATISTICS.values())}; fit them again.'
+        )
+    version, readable = content.pop('FormatVersion', 1), FORMAT_VERSIONS[statistic]
+    if version != readable:
+        outdated = version == 1  # of temporal means
+        raise BrainfmError(
+            f'The scale statistics {path} are of format {version}'
+            + f', without a grand mean of {GRAND_MEAN}' * outdated
+            + f', and this bids_brainfm reads format {readable} of the {statistic}: '
+            + 'update bids_brainfm, or ' * (not outdated)
+            + 'fit them again with bids_brainfm OUT OUT group --scale-stats.'
         )
     median, iqr, *bounds = columns
     lower, upper = bounds or (None, None)
@@ -204,8 +213,9 @@ def fit_scaling(
         - ``'parcel-z'``: each parcel by its own mean and SD.
         - ``'cohort'``: grand mean to 10 000, parcel mean taken out, then median, interquartile
           range and bounds of a cohort.
-        - ``'cohort-means'``: median taken out and divided by the interquartile range, both over
-          the temporal means of a cohort; the parcel's own level stays.
+        - ``'cohort-means'``: grand mean to 10 000, then median taken out and divided by the
+          interquartile range, both over the temporal means of a cohort; the level of a parcel
+          relative to the brain stays.
     brain_mean : mean over the brain and all volumes, in BOLD units
     divide_by : constant of the model's card, applied last by all methods but ``'none'``
     stats : for ``'cohort'`` and ``'cohort-means'``, of the kind that :data:`STATISTICS` names
@@ -218,14 +228,16 @@ def fit_scaling(
     Raises
     ------
     BrainfmError : unknown method, no fitting statistics, a run that is constant, a brain mean that
-        is no BOLD level (``'cohort'``), or parcels without their level (``'cohort-means'``)
+        is no BOLD level (``'cohort'``, ``'cohort-means'``), or parcels without their level or far
+        from those of the cohort (``'cohort-means'``)
 
     Notes
     -----
     SDs are unbiased. BrainLM's full-corpus statistics were never released; ``'run-robust'`` brings
     a run near the range of its training data (``Voxelwise_RobustScaler_Normalized_Recording``)
     and ``'cohort'`` is its formula with fitted statistics. Brain-JEPA was pretrained with
-    ``'cohort-means'``; its authors use ``'global-z'`` downstream.
+    ``'cohort-means'`` on recordings whose grand mean UK Biobank had brought to 10 000; its authors
+    use ``'global-z'`` downstream.
     """
     check_method(method)
     series = np.asarray(data, dtype=float)
@@ -268,7 +280,8 @@ def fit_scaling(
                 'large constant; give series that were not demeaned, or choose another --scale '
                 "such as 'global-z'."
             )
-        offset, spread, varies = stats.median, stats.iqr, ~np.isnan(mean)
+        to_run = brain_level(brain_mean) / GRAND_MEAN
+        offset, spread, varies = stats.median * to_run, stats.iqr * to_run, ~np.isnan(mean)
     if stats is not None and method in STATISTICS:
         varies = varies & ~np.isin(np.arange(n_parcels), unusable(stats))
     gain = np.divide(1, spread, out=np.zeros(n_parcels), where=varies)
@@ -276,10 +289,11 @@ def fit_scaling(
         typical = np.nanmedian(np.abs(((mean - offset) * gain)[varies]))
         if typical > _FAR_IQR:
             raise BrainfmError(
-                f'The parcels of this run lie {typical:.3g} interquartile ranges (median) from '
-                "the cohort's medians, where people of one cohort lie about one: the statistics "
-                'were fitted on data in other units; fit them on your own, or choose --scale '
-                "'global-z'."
+                f'With the mean of the brain ({brain_mean:.4g}) at {GRAND_MEAN}, the parcels of '
+                f"this run lie {typical:.3g} interquartile ranges (median) from the cohort's "
+                'medians, where people of one cohort lie about one: the mean of the brain is in '
+                'other units than the parcels, or the statistics were fitted on unlike data; fit '
+                "them on your own, or choose --scale 'global-z'."
             )
     return Scaling(
         np.where(varies, offset, mean),
@@ -300,6 +314,22 @@ def static_proportion(scaled: np.ndarray) -> float:
     """
     scaled = np.asarray(scaled, dtype=float)
     return float(np.nanvar(scaled.mean(axis=0)) / np.nanvar(scaled))
+
+
+def static_warning(proportion: float, method: str) -> str | None:
+    """Sentence on a run that is mostly static (:func:`static_proportion`) after ``'global-z'``.
+
+    None for other methods: ``'cohort-means'`` keeps each parcel's level on purpose, and the
+    others take it out or leave the values as they are.
+    """
+    if method != 'global-z' or proportion <= _MOSTLY_STATIC:
+        return None
+    return (
+        f'After --scale global-z, {proportion:.1%} of the variance that the model is given is '
+        'constant over time: most of what it sees is how bright each parcel is, which differs '
+        'with coil, field strength and acquisition; compare with --scale parcel-z, which removes '
+        'the level of each parcel, or with --scale cohort, as Brain-JEPA was pretrained.'
+    )
 
 
 def brain_level(brain_mean: float) -> float:

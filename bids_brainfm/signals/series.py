@@ -22,10 +22,10 @@ class ParcelSeries:
     # without one usable voxel is NaN throughout
     data: np.ndarray
     tr: float  # repetition time in seconds
-    coverage: np.ndarray  # (P,) float32, proportion of each parcel that has signal in this run
+    coverage: np.ndarray  # (P,) float32, proportion inside the brain mask (if any) and varying
     flagged: np.ndarray  # (T,) bool, volumes marked as outliers (motion)
     brain_mean: float  # over voxels of the brain mask and all volumes, in BOLD units
-    start: float = 0.0  # seconds from the run's first volume to the first row
+    start: float = 0.0  # time of the first row in seconds since the run's start
 
     def __post_init__(self) -> None:
         check_tr(self.tr)
@@ -43,10 +43,11 @@ class Windows:
     """One run cut to a model's length."""
 
     data: np.ndarray  # (W, P, T) float32, scaled, parcels in atlas order
-    onset: np.ndarray  # (W,) seconds since the run's first volume
+    onset: np.ndarray  # (W,) seconds since the run's start
     duration: np.ndarray  # (W,) seconds of recorded signal, less than its length where completed
     real: np.ndarray  # (W,) proportion of samples that were recorded, not filled in or repeated
     flagged: np.ndarray  # (W,) proportion of the recorded samples from flagged volumes
+    excluded: np.ndarray  # (W,) bool, windows that summaries of the run leave out
     tr: float  # seconds between samples (on average, where frames were picked)
     left_over: float = 0.0  # seconds at the end of the run that are in no window
 

@@ -30,7 +30,7 @@ def cut(
     short : ``'refuse'`` leaves an incomplete window out; ``'pad'`` continues with each parcel's
         mean over the run (with `span` by the run's last row, as the official code does);
         ``'tile'`` repeats the run from its start
-    start : seconds from the run's first volume to the first row
+    start : time of the first row in seconds since the run's start
     min_real : proportion of recorded samples from which ``'refuse'`` too does as ``'pad'``
     span : rows that a window spans, of which it takes `length` by
         :func:`bids_brainfm.signals.resample.official_frames`; `length` rows on end if left out
@@ -76,7 +76,8 @@ def cut(
     windows = np.ascontiguousarray(cut_out.transpose(0, 2, 1))
     onset, duration = start + starts * tr, np.minimum(n_spanned, n_rows - starts) * tr
     marked = (recorded & flagged[rows]).sum(axis=1) / recorded.sum(axis=1)
-    return Windows(windows, onset, duration, real, marked, spacing, (n_rows - covered) * tr)
+    excluded, left_over = np.zeros(len(starts), bool), (n_rows - covered) * tr
+    return Windows(windows, onset, duration, real, marked, excluded, spacing, left_over)
 
 
 def check_cut(stride: int | None, short: str) -> None:

@@ -38,7 +38,7 @@ def publish(session: Session, facts: dict[str, Any], how: str) -> Path:
         'seed': settings.seed,
         'recipe': plain(dataclasses.asdict(session.recipe)),
         'steps': session.recipe.steps(runs),
-        'precision': {'bf16': 'bfloat16'}.get(session.accelerator.mixed_precision, 'float32'),
+        'precision': session.precision,
         'processes': session.accelerator.num_processes,
         'torch': f'{torch.__version__}, Python {platform.python_version()}',
     } | facts

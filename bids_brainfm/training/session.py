@@ -24,6 +24,7 @@ from bids_brainfm.config import split_name
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models import encoder
 from bids_brainfm.models.model import Model, contract_of
+from bids_brainfm.models.precision import resolve_precision, set_products
 from bids_brainfm.models.protocol import Network
 from bids_brainfm.models.spec import ModelSpec, resolve_model
 from bids_brainfm.models.weights import build, initialise, load_checkpoint
@@ -222,6 +223,7 @@ class Session:
     network: Network
     order: np.ndarray | None
     micro_batch: int
+    precision: str
 
     def windows(self, part: str, most: int | None = None) -> list[tuple[StoredRun, int]]:
         """Windows of a part of the split, the first one of each run before the second."""
@@ -275,7 +277,9 @@ def start(
     )
     model = Model(spec, atlas, contract)
     device = encoder.resolve_device(settings.device)
-    precision = encoder.resolve_precision(settings.precision, device)
+    precision = settings.precision or ('float32' if device.type == 'cpu' else 'bfloat16')
+    precision = resolve_precision(precision, device)
+    set_products(precision)
     accelerator = Accelerator(
         cpu=device.type == 'cpu', mixed_precision='bf16' if precision == 'bfloat16' else 'no',
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
@@ -314,7 +318,9 @@ def start(
     if accelerator.is_main_process:
         parts = count_parts(cohort.parts)
         print(f'{card.name}: {parts} participants, {len(store.runs)} runs', flush=True)
-    session = Session(settings, recipe, spec, accelerator, store, network, order, micro_batch)
+    session = Session(
+        settings, recipe, spec, accelerator, store, network, order, micro_batch, precision
+    )
     return session, cohort
 
 

@@ -217,9 +217,9 @@ def _plan_atlas(
             )
         strategy = override(load_strategy('none'), keep_nonsteady=True)
     series = SeriesTask(
-        place, card, home, strategy, settings.min_coverage, version,
+        place, card, home, strategy, settings.min_coverage, settings.max_flagged, version,
+        denoised=any(run.denoised for run in runs), parcel_voxels=settings.parcel_voxels,
         custom_confounds=settings.options.get('custom_confounds'),
-        denoised=any(run.denoised for run in runs),
         parameters=resolve.parameters(OF_SERIES, settings, None, atlas),
     )  # fmt: skip
     runs = [_with_tables(run, series) for run in runs]
@@ -233,14 +233,14 @@ def _plan_atlas(
     every: list[SeriesTask | ModelTask] = [series, *tasks]
     for asked in every:
         for name in asked.parameters:
-            claim(BY_NAME[name], asked)
+            claim(BY_NAME[name], asked, settings.recompute)
     todo = [run for run in runs if not series_current(run, series)]
     remade = {run.name for run in todo}
     to_encode = lambda run, task: run.name in remade or not run_current(run, task)
     models = [ModelPlan(task, [r for r in runs if to_encode(r, task)]) for task in tasks]
     sources = resolve.networks_tasks(settings, version, home, card, tasks)
     if sources:
-        claim(BY_NAME['networks'], sources[0])
+        claim(BY_NAME['networks'], sources[0], settings.recompute)
         remade = remade.union(*({run.name for run in model.todo} for model in models))
     by_subject: dict[str, list[BoldRun]] = {}
     for run in runs if sources else ():

@@ -70,7 +70,8 @@ def find_resources(settings: Settings, home: Path) -> list[ModelCard]:
 
 def resolve_models(settings: Settings, home: Path, version: str) -> list[ModelTask]:
     """Settle how each model is run; raises BrainfmError where one cannot do what is asked."""
-    from bids_brainfm.models.encoder import resolve_device, resolve_precision
+    from bids_brainfm.models.encoder import resolve_device
+    from bids_brainfm.models.precision import resolve_precision
 
     device = resolve_device(settings.device)
     tasks = []
@@ -81,7 +82,7 @@ def resolve_models(settings: Settings, home: Path, version: str) -> list[ModelTa
         task = ModelTask(
             place=Place(settings.output_dir, atlas.name, spec.label), spec=spec,
             contract=_contract(settings, spec.card, atlas.name), home=home, device=str(device),
-            precision=str(resolve_precision(settings.precision, device)),
+            precision=resolve_precision(settings.precision, device),
             batch_size=settings.batch_size, threads=settings.omp_nthreads or 1,
             tokens=settings.tokens, version=version,
             parameters=parameters(OF_MODELS, settings, spec, atlas),
@@ -178,6 +179,7 @@ def _contract(settings: Settings, card: ModelCard, atlas: str) -> Contract:
     contract = contract_of(
         card, settings.scale, stride=settings.stride, short_runs=settings.short_runs,
         temporal='official' if official else 'resample', min_coverage=settings.min_coverage,
+        max_flagged=settings.max_flagged,
     )  # fmt: skip
     return replace(contract, stats=_stats_of(settings.scale_stats or (), atlas, contract.scaling))
 

@@ -99,11 +99,11 @@ def _silhouette(axes: Axes, points: np.ndarray) -> None:
 
 @style.look()
 def coverage(xyz: np.ndarray, coverage: np.ndarray, min_coverage: float) -> Figure:
-    """Proportion of each parcel with signal, at the parcels' centroids and as a histogram.
+    """Proportion of each parcel inside the mask and varying, at centroids and as a histogram.
 
     Parameters
     ----------
-    coverage : (P,) float, proportion of the parcel's voxels with signal, 0 to 1
+    coverage : (P,) float, proportion of voxels inside the brain mask and varying, 0 to 1
     min_coverage : float, parcels below are ringed: they are missing downstream
     """
     low = coverage < min_coverage

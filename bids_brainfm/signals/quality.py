@@ -1,0 +1,41 @@
+"""Measures of the quality of a run, for its table of quality metrics."""
+
+from pathlib import Path
+
+import numpy as np
+
+from bids_brainfm.signals.connectome import connectome_vector, fisher_z
+
+
+def motion(confounds: Path | None) -> dict[str, float]:
+    """Framewise displacement and standardised DVARS of a run, NaN where the table has none.
+
+    `confounds` is fMRIPrep's table. Framewise displacement is in mm, as fMRIPrep computes it
+    (Power et al. 2012, doi:10.1016/j.neuroimage.2011.10.018), over all volumes but the first.
+    """
+    import pandas as pd
+
+    names = 'framewise_displacement', 'std_dvars'
+    table = pd.DataFrame() if confounds is None else pd.read_csv(
+        confounds, sep='\t', na_values='n/a', usecols=lambda name: name in names
+    )  # fmt: skip
+    fd, dvars = (table.get(name, pd.Series([], dtype=float)) for name in names)
+    return {
+        'mean_fd': fd.mean(), 'median_fd': fd.median(), 'max_fd': fd.max(),
+        'mean_std_dvars': dvars.mean(),
+    }  # fmt: skip
+
+
+def distance_dependence(relmat: np.ndarray, xyz: np.ndarray) -> float:
+    """Pearson r, over pairs of parcels, of connectivity (Fisher z) with distance.
+
+    `relmat` (P, P) are correlations, `xyz` (P, 3) parcel centres in mm. Motion makes near parcels
+    more alike than far ones (Power et al. 2012). NaN where fewer than two pairs have a value.
+    """
+    from scipy.spatial.distance import pdist
+
+    z = fisher_z(connectome_vector(relmat))
+    known = np.isfinite(z)
+    if known.sum() < 2 or np.ptp(z[known]) == 0:
+        return float('nan')
+    return float(np.corrcoef(z[known], pdist(xyz)[known])[0, 1])
