@@ -372,7 +372,10 @@ def test_options_of_denoising(dataset, tmp_path, app, capfd):
     mine = pd.DataFrame({'pulse': np.random.default_rng(0).standard_normal(210)})
     mine.to_csv(folder / path.name, sep='\t', index=False)
     config = tmp_path / 'mine.toml'
-    config.write_text('bandpass = [0.01, 0]\nscrub = 2\ndummy_scans = 3\nmin_minutes = 1.5\n')
+    config.write_text(
+        'bandpass = [0.01, 0]\nscrub = 2\ndummy_scans = 3\nmin_minutes = 1.5\n'
+        'motion_filter_type = "notch"\nband_stop_min = 12\nband_stop_max = 18.5\n'
+    )
     asked = ('--config-file', config, '--denoise', 'simple+gsr', '--stop-after', 'timeseries')
     asked += ('--custom-confounds', folder)
     one = ('--participant-label', '01')
@@ -388,6 +391,13 @@ def test_options_of_denoising(dataset, tmp_path, app, capfd):
     assert (found['BandPassFilter'], found['ShortestSegment']) == ([0.01, None], 2)
     assert sidecar['NumberOfVolumesDiscardedByUser'] == 3
     assert str(folder / path.name) in json.dumps(sidecar['InputFiles'])
+    table = pd.read_csv(next(out.glob('sub-01/func/*_desc-quality_bold.tsv')), sep='\t')
+    assert table['degrees_of_freedom'][0] == left
+    assert table['num_regressors'][0] == 28
+    assert found['MotionFilter']['band_stop_max'] == 18.5
+    assert 0 < found['MeanFramewiseDisplacement'] < table['mean_fd'][0]
+    written = next(out.glob('logs/*/bids_brainfm.toml'))
+    assert app(dataset, out, '--config-file', written) == 0  # and is read back
     assert f'{left} (regressors of rank' in (out / 'sub-01.html').read_text()
 
     assert app(dataset, out, *asked, *one, '--min-dof', '25') == 0  # a limit changes no value

@@ -655,6 +655,7 @@ def test_breathing_is_filtered_from_motion(tmp_path, options):
     arcs = 50 * np.abs(np.diff([get(f'rot_{a}') for a in 'xyz']))
     np.testing.assert_allclose(found.displacement[1:], steps.sum(0) + arcs.sum(0))
     assert np.array_equal(get('csf'), get('csf', raw))
+    assert np.nanmean(found.displacement) < np.abs(np.diff(get('trans_y', raw))).mean() / 2
     assert 'Motion parameters were filtered' in describe(strategy)
 
 

@@ -322,12 +322,15 @@ def _describe_denoising(context: SeriesContext) -> dict[str, Any]:
     strategy, done = context.task.strategy, context.series.denoised
     assert done is not None
     freedom = done.freedom
+    moved = done.displacement if strategy.motion_filter or strategy.head_radius else None
     found = {
         'Name': strategy.name, 'Description': _denoising(context.task),
         'ConfoundRegressors': done.names,
         'MeanAddedBack': strategy.regresses or bool(done.names),
         'BandPassFilter': strategy.bandpass,
         'MotionFilter': strategy.motion_filter and dataclasses.asdict(strategy.motion_filter),
+        # as computed anew from the motion parameters
+        'MeanFramewiseDisplacement': None if moved is None else np.nanmean(moved),
         'OutlierThresholds': strategy.outliers or None,
         'ShortestSegment': strategy.scrub or None,
         'NumberOfVolumesUnflagged': freedom.unflagged, 'MinutesUnflagged': freedom.minutes,

@@ -158,9 +158,7 @@ class Denoised:
     warnings: tuple[str, ...]  # sentences
     names: tuple[str, ...]  # confounds that were regressed out
     dummy: int  # volumes left out at the start
-    # (T,) without the dummy volumes, None where the confounds have no such column
-    displacement: np.ndarray | None  # framewise displacement in mm, NaN at the start of the run
-    std_dvars: np.ndarray | None
+    displacement: np.ndarray | None  # of `Confounds`, without the dummy volumes
 
 
 def clean_series(series: Series, tables: Tables, strategy: Strategy) -> tuple[Series, Denoised]:
@@ -176,11 +174,9 @@ def clean_series(series: Series, tables: Tables, strategy: Strategy) -> tuple[Se
             'There is no confounds table, so volumes before the steady state could not be found, '
             'and none was left out.'
         )
-    cut = lambda values: None if values is None else values[found.dummy :]
-    done = Denoised(
-        freedom, tuple(sentences), found.names + found.noise_names, found.dummy,
-        cut(found.displacement), cut(found.std_dvars),
-    )  # fmt: skip
+    moved = None if found.displacement is None else found.displacement[found.dummy :]
+    names = found.names + found.noise_names
+    done = Denoised(freedom, tuple(sentences), names, found.dummy, moved)
     clean = dataclasses.replace(
         series, data=data, flagged=(found.flagged | marked)[found.dummy :],
         start=series.start + found.dummy * series.tr,

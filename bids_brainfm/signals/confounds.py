@@ -11,7 +11,7 @@ import numpy as np
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.signals.ica import read_components
 from bids_brainfm.signals.motion import flag_short_segments, with_own_motion
-from bids_brainfm.signals.strategy import DVARS, FD, CompCor, Strategy
+from bids_brainfm.signals.strategy import FD, CompCor, Strategy
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,8 +31,8 @@ class Confounds:
     noise: np.ndarray
     signal: np.ndarray
     noise_names: tuple[str, ...] = ()
-    displacement: np.ndarray | None = None  # (T,) framewise displacement in mm, NaN at the start
-    std_dvars: np.ndarray | None = None  # (T,) standardised DVARS
+    # (T,) framewise displacement in mm that outliers are found with, NaN at the start
+    displacement: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def read_confounds(tables: Tables, strategy: Strategy, n_volumes: int, tr: float
     dummy, flagged = _find_outliers(table, strategy, tsv)
     return Confounds(
         regressors, tuple(names), flagged, dummy, noise, signal, noise_names,
-        displacement=_optional(table, FD), std_dvars=_optional(table, DVARS),
+        table[FD].to_numpy(dtype=float) if FD in table else None,
     )  # fmt: skip
 
 
@@ -241,8 +241,3 @@ def _numbers(
             'use the confounds table as fMRIPrep wrote it.'
         )
     return values
-
-
-def _optional(table: 'pd.DataFrame', name: str) -> np.ndarray | None:
-    """Values (T,) of a column, None where there is none."""
-    return table[name].to_numpy(dtype=float) if name in table else None
