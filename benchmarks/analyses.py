@@ -60,7 +60,9 @@ def measure(size: str, samples: int, shams: int, repeats: int, device: torch.dev
         'reconstruction': lambda: reconstruct(encoder, data, ratio),
         'gain check': lambda: gain_check(encoder, window, ratio),
         'forecast': lambda: forecast(encoder, data, 20),
-        'perturbation': lambda: perturb(encoder, window, target, mean, sd, 2, ratio, shams=shams),
+        'perturbation': lambda: perturb(
+            encoder, window, target, mean, sd, xyz, 1, ratio, shams=shams
+        ),
     }
     encode = statistics.median(seconds(lambda: encoder.encode(window[None])) for _ in range(3))
     print(f'{size}: encoding a window {encode:.2f} s')

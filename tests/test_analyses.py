@@ -5,7 +5,15 @@ import pytest
 import torch
 
 from bids_brainfm.analyses.forecast import autoregress, forecast
-from bids_brainfm.analyses.perturb import perturb, sham_targets
+from bids_brainfm.analyses.perturb import (
+    Perturbation,
+    departure,
+    matched_null,
+    perturb,
+    sham_targets,
+    stimuli,
+    stimulus_times,
+)
 from bids_brainfm.analyses.reconstruct import (
     combine,
     gain_check,
@@ -54,9 +62,10 @@ def encoder_of(network, order=None, xyz=None, precision='float32'):
     return Encoder(network, order=order, precision=precision)
 
 
-def double(family, answer):
+def double(family, answer, **sizes):
     """A network that answers ``answer(signal)`` (B, P, T), whatever it is shown."""
     kind, config = FAMILIES[family]
+    config = config | sizes
 
     class Double(kind):
         def encode(self, signal, keep=None, blank=None, return_attention=False):
@@ -442,36 +451,222 @@ def test_forecasts_that_leave_nothing_to_see():
 # --- perturbation ----------------------------------------------------------------------------
 
 
-def neighbour(family, reach=1):
-    """A network in which every parcel follows the one before it."""
-    return double(family, lambda x: x.roll(reach, 1))
+XYZ = np.random.default_rng(3).normal(0, 30, (P, 3))
 
 
-def test_a_clamped_parcel_moves_its_follower_alone():
+def neighbour(family, reach=1, lag=0):
+    """A network in which every parcel follows the one before it, `lag` points later."""
+    return double(family, lambda x: x.roll((reach, lag), (1, 2)))
+
+
+def perturbed(encoder, window, target, k_sd=2.0, ratio=0.5, **options):
+    return perturb(
+        encoder, window, target, window.mean(1), window.std(1), XYZ, k_sd, ratio, **options
+    )
+
+
+@pytest.mark.parametrize('mode', ['pulse', 'clamp'])
+@pytest.mark.parametrize('k_sd', [1.0, -3.0])
+def test_only_the_follower_of_a_perturbed_parcel_changes(mode, k_sd):
     window = run_of().T
-    mean, sd = window.mean(1), window.std(1)
+    sd = window.std(1)
     target = np.arange(P) == 6
-    for k_sd in (2.0, -3.0):
-        found = perturb(neighbour('legacy'), window, target, mean, sd, k_sd, 0.2)
-        expected = np.zeros(P)
-        expected[7] = k_sd * sd[6] / sd[7]  # what was there had the window's mean
-        expected[6] = np.nan
-        np.testing.assert_allclose(found.change, expected, atol=1e-5)
-        assert found.p[7] <= 2 / 23  # a sham may be the parcel itself
-        assert (found.p[[3, 15]] == 1).all()
-        assert np.isnan(found.p[6])
-    assert found.null.shape == (P - 1, P)  # the demo has no more parcels to move to
-    assert (found.n_shams >= 19).all()
-    assert np.isnan(found.null).sum(axis=0)[3] == 1  # where the sham was the parcel itself
+    found = perturbed(neighbour('legacy'), window, target, k_sd, 0.2, mode=mode)
+    expected = np.zeros(P)
+    expected[7] = k_sd * sd[6] / sd[7]
+    expected[6] = np.nan
+    np.testing.assert_allclose(found.change, expected, atol=1e-5)
+    assert (found.p[[3, 15]] == 1).all()
+    assert np.isnan(found.p[6])
+    assert len(found.null) == 19
+    assert np.isfinite(found.null).all()
 
 
-def test_parcels_that_share_a_token_are_told_apart_from_those_that_do_not_change():
-    """In a vision transformer the rows of a token stand or fall together."""
+def test_pulses_last_one_token_and_are_spread_over_the_window():
+    """The grid of a vision transformer does not begin with the window: its tokens are used."""
+    everything, late = np.ones(T, bool), np.arange(T) >= 11
+    vit, legacy = (encoder_of(network_of(family)) for family in ('vit', 'legacy'))
+    for encoder, recorded, onsets, points in (
+        (legacy, everything, [5, 15, 25, 35], 5),
+        (vit, everything, [4, 12, 20, 28], 8),  # the padding at the left is 4
+        (legacy, late, [15, 20, 30, 35], 5),
+        (legacy, np.arange(T) < 7, [0], 5),
+    ):
+        times = stimulus_times(encoder, recorded, 'pulse')
+        assert times.argmax(axis=1).tolist() == onsets
+        assert (times.sum(axis=1) == points).all()
+        for span in times:
+            tokens = encoder.covering((np.arange(P) == 6)[:, None] & span)
+            assert tokens.sum() == 1
+            assert np.array_equal(encoder.points(tokens[None])[0, 6], span)
+    assert stimulus_times(vit, late, 'clamp').all()
+    with pytest.raises(BrainfmError, match='shorter than a token'):
+        stimulus_times(vit, np.arange(T) < 7, 'pulse')
+    with pytest.raises(BrainfmError, match="'step' is no mode"):
+        stimulus_times(vit, everything, 'step')
+
+
+def test_stimuli_are_added_as_pulses_and_held_as_clamps():
+    window, target = run_of().T, np.arange(P) == 6
+    mean, sd = window.mean(1), window.std(1)
+    times = np.stack([np.arange(T) // 5 == k for k in (2, 6)])
+    given = stimuli(window, target, times, mean, sd, 2.0, 'pulse')
+    change = given - window
+    assert (change[:, ~target] == 0).all()
+    np.testing.assert_allclose(change[:, 6], np.where(times, 2 * sd[6], 0), atol=1e-6)
+    (held,) = stimuli(window, target, np.ones((1, T), bool), mean, sd, 2.0, 'clamp')
+    np.testing.assert_allclose(held[6], mean[6] + 2 * sd[6], rtol=1e-6)
+    assert np.array_equal(held[~target], window[~target])
+
+
+def test_response_before_and_after_the_pulse():
+    """A network that answers one token later has its response after the pulse."""
+    window, target = run_of().T, np.arange(P) == 6
+    found = perturbed(neighbour('legacy', lag=5), window, target, shams=0)
+    size = 2 * window[6].std() / window[7].std()
+    change, before, after = found.response[:, 7]
+    assert (change, before) == pytest.approx((0, 0), abs=1e-6)
+    assert after == pytest.approx(size, rel=1e-5)
+    assert len(perturbed(neighbour('legacy'), window, target, mode='clamp').response) == 1
+
+
+def test_the_token_of_the_pulse_stays_visible_and_the_others_are_hidden():
+    encoder, seen = neighbour('vit', reach=8), []
+    reconstruct = encoder.reconstruct
+    encoder.reconstruct = lambda windows, keep: (seen.append(keep), reconstruct(windows, keep))[1]
+    target = np.arange(P) == 6
+    found = perturbed(encoder, run_of().T, target, shams=0)
+    visible = encoder.covering(target[:, None] & found.times.any(axis=0))
+    assert visible.sum() == len(found.times) == 4
+    hidden = torch.stack([masked_tokens(keep[None], 36)[0] for keep in seen])
+    assert torch.equal(hidden.any(0), ~visible)
+
+
+def driven(weights):
+    """A network whose answer is a weighted sum of parcels (P, P), with 8 time patches."""
+    weights = torch.from_numpy(weights).float()
+    sizes = {'num_brain_voxels': len(weights)}
+    return double('legacy', lambda x: torch.einsum('pq,bqt->bpt', weights, x), **sizes)
+
+
+def significance(weights, xyz, parcel, seed=0):
+    window = np.random.default_rng(0).standard_normal((len(xyz), T)).astype(np.float32)
+    target = np.arange(len(xyz)) == parcel
+    mean, sd = np.zeros(len(xyz)), np.ones(len(xyz))
+    return perturb(driven(weights), window, target, mean, sd, xyz, 1.0, 0.75, seed=seed)
+
+
+@pytest.fixture(scope='module')
+def near_and_far():
+    """150 parcels in a ball; influence falls with distance, and is the same law for all."""
+    rng = np.random.default_rng(7)
+    xyz = rng.normal(size=(150, 3))
+    xyz *= 70 * rng.random((150, 1)) ** (1 / 3) / np.linalg.norm(xyz, axis=1, keepdims=True)
+    distance = np.linalg.norm(xyz[:, None] - xyz, axis=2)
+    weights = np.exp(-distance / 15) * (1 + 0.3 * rng.normal(size=distance.shape))
+    weights += 0.01 * rng.normal(size=distance.shape)
+    return xyz, distance, weights * (0.5 + rng.random((150, 1)))  # some respond more than others
+
+
+def test_as_many_parcels_as_by_chance_where_influence_depends_on_distance_alone(near_and_far):
+    """Near parcels, too: shams at any distance would make nearly all of them significant."""
+    xyz, distance, weights = near_and_far
+    counts, near = [], []
+    for parcel in range(0, 150, 6):
+        found = significance(weights, xyz, parcel, seed=parcel)
+        assert found.expected == pytest.approx(149 / 20)
+        assert found.mismatch < 2
+        assert np.mean(found.sham_counts) == pytest.approx(149 / 20, rel=0.5)
+        counts.append(found.significant.sum())
+        near += list(found.significant[(distance[parcel] < 20) & (distance[parcel] > 0)])
+    assert np.mean(counts) == pytest.approx(149 / 20, rel=0.3)
+    assert len(near) > 50
+    assert np.mean(near) < 0.12
+
+
+def test_what_a_parcel_drives_is_found(near_and_far):
+    """Distant parcels that parcel 40 drives, more than others at their distance are."""
+    xyz, distance, weights = near_and_far
+    driven_by_it = np.argsort(-distance[40])[:30]
+    planted = weights.copy()
+    planted[driven_by_it, 40] += 0.3
+    found, before = (significance(w, xyz, 40) for w in (planted, weights))
+    assert found.significant[driven_by_it].mean() > 0.9
+    assert (found.sham_counts < found.significant.sum()).all()
+    assert before.significant[driven_by_it].mean() < 0.2
+    others = np.setdiff1d(np.arange(150), driven_by_it)
+    assert found.significant[others].mean() < 0.1
+
+
+def test_null_pairs_parcels_at_the_same_distance():
+    """Parcels on a line; each answers the target by how near it is, and half of them twice."""
+    gain = np.where(np.arange(8) % 2, 2.0, 1.0)
+    places = np.arange(8.0)
+    distance = np.abs(places - np.array([0, 3, 7])[:, None])
+    changes = gain / (1 + distance)
+    changes[[0, 1, 2], [0, 3, 7]] = np.nan
+    null, mismatch = matched_null(changes, distance)
+    scale = np.sqrt(np.nanmean(changes**2, axis=0))
+    assert null[1, 2] == pytest.approx(changes[2, 5] / scale[5] * scale[2])
+    assert null[0, 7] == pytest.approx(changes[1, 7] / scale[7] * scale[7])  # 4 is the farthest
+    assert mismatch == pytest.approx(0)
+    empty, unknown = matched_null(changes[:1], distance[:1])
+    assert empty.shape == (0, 8)
+    assert np.isnan(unknown)
+
+
+def test_expected_count_follows_the_number_of_shams():
+    change = np.append(np.nan, np.arange(1.0, 101))[None]
+    for shams, proportion in ((19, 1 / 20), (24, 1 / 25), (39, 2 / 40), (18, 0)):
+        null = np.zeros((shams, 101))
+        found = Perturbation(change[0] > 0, change, null, 0.0, np.zeros(shams), np.ones((1, 9)))
+        assert found.expected == pytest.approx(100 * proportion)
+        assert found.significant.sum() == (100 if shams >= 19 else 0)
+
+
+def test_departure_counts_sd_of_means_over_equally_long_stretches():
+    run = run_of(300)
+    window, target = run[:T].T, np.arange(P) == 6
+    times = (np.arange(T) // 5 == 3)[None]
+    given = window[None].copy()
+    means = np.convolve(run[:, 6], np.ones(5) / 5, 'valid')
+    given[0, 6, 15:20] = means.mean() + 3.5 * means.std()
+    assert departure(run, given, target, times) == pytest.approx(3.5, rel=1e-4)
+    assert np.isnan(departure(run[:T], given, target, np.ones((1, T), bool)))
+
+
+def test_pulses_stay_near_what_data_do_and_clamps_do_not(shared):
+    """Real series, high-passed as by default: 1 SD for 12 s against 1 or 2 SD for 150 s."""
+    from nilearn.signal import clean
+
+    runs = np.load(shared / 'data' / 'aomic_schaefer100-7net_5subj.npz')
+    high_passed = {'filter': 'cosine', 'high_pass': 1 / 128, 't_r': float(runs['tr'])}
+    run = clean(runs['sub_0001'].astype(float), standardize='zscore_sample', **high_passed)
+    window = run[:200].T
+    pulses = np.stack([np.arange(200) // 16 == k for k in (1, 4, 7, 10)])
+    always = np.ones((1, 200), bool)
+
+    def mean_departure(k_sd, times, mode):
+        found = []
+        for target in np.eye(100, dtype=bool):
+            given = stimuli(window, target, times, run.mean(0), run.std(0), k_sd, mode)
+            found.append(departure(run, given, target, times))
+        return np.mean(found)
+
+    assert mean_departure(0, pulses, 'pulse') < 1
+    assert mean_departure(1, pulses, 'pulse') < 2.5
+    assert mean_departure(1, always, 'clamp') > 15
+    assert mean_departure(2, always, 'clamp') > 30
+
+
+@pytest.mark.parametrize('mode', ['pulse', 'clamp'])
+def test_parcels_that_share_a_token_with_the_target_are_missing(mode):
+    """In a vision transformer all rows of a token are visible or hidden together."""
     window = run_of().T
     target = np.arange(P) == 6  # rows 0 to 7 are one block: the padding above is 12 of 8
     network = neighbour('vit', reach=8)
-    found = perturb(network, window, target, window.mean(1), window.std(1), 2.0, 0.5)
-    tokens = network.covering(target)
+    found = perturbed(network, window, target, mode=mode)
+    tokens = network.covering(np.repeat(target[:, None], T, axis=1))
     mates = network.points(tokens[None])[0].any(1)
     assert mates[6]
     assert 1 < mates.sum() < P
@@ -485,22 +680,19 @@ def test_order_of_rows_does_not_move_the_target():
     encoder = encoder_of(neighbour('legacy').network, order)
     window = run_of().T
     target = np.arange(P) == order[4]
-    found = perturb(
-        encoder, window, target, window.mean(1), window.std(1), 2.0, 0.2, shams=0,
-    )  # fmt: skip
+    found = perturbed(encoder, window, target, ratio=0.2, shams=0)
     moved = np.flatnonzero(np.abs(np.nan_to_num(found.change)) > 0.1)
     assert moved.tolist() == [order[5]]
     assert np.isnan(found.p).all()  # without shams nothing is known of chance
 
 
-def test_what_was_not_recorded_does_not_count():
-    """The change is a mean over the points that are meant."""
+def test_points_that_were_not_recorded_are_left_out():
+    """The change of a clamp is a mean over the recorded points."""
     window, target = run_of().T, np.arange(P) == 6
     mean, sd = window.mean(1), window.std(1)
     recorded = np.arange(T) < 15
-    found = perturb(
-        neighbour('legacy'), window, target, mean, sd, 2.0, 0.2, shams=0, recorded=recorded
-    )
+    options = {'shams': 0, 'recorded': recorded, 'mode': 'clamp'}
+    found = perturbed(neighbour('legacy'), window, target, ratio=0.2, **options)
     expected = (mean[6] + 2 * sd[6] - window[6, :15].mean()) / sd[7]
     assert found.change[7] == pytest.approx(expected, rel=1e-4)
 
@@ -528,28 +720,27 @@ def test_sham_targets_are_the_target_moved_along_the_rows(family):
 
 
 def test_a_wide_target_of_a_vision_transformer_has_shams():
-    """Those that would hold every token are passed over; the target's own run stands."""
+    """Shams that would hold every token are skipped; with fewer than 19 shams there is no p."""
     network = neighbour('vit', reach=8)
     window = run_of().T
     target = np.isin(np.arange(P), [0, 1, 2, 4, 5, 20, 21])  # three of four blocks of rows
-    found = perturb(network, window, target, window.mean(1), window.std(1), 2.0, 0.5)
+    found = perturbed(network, window, target)
     assert np.isfinite(found.change).sum() == 8
-    assert 3 <= len(found.null) <= 24
-    few = np.isfinite(found.change) & (found.n_shams < 19)
-    assert few.any()
-    assert np.isnan(found.p[few]).all()
+    assert np.isfinite(found.p).sum() == 8
+    few = perturbed(network, window, target, shams=18)
+    assert len(few.null) == 18
+    assert np.isnan(few.p).all()
 
 
 def test_targets_that_cannot_be():
     window = run_of().T
-    mean, sd = window.mean(1), window.std(1)
     network = neighbour('vit')
     for target, sentence in (
         (np.zeros(P, bool), 'no parcel with a signal of its own'),
-        (np.arange(P) % 4 == 0, r'each token .* one of the 6 clamped'),
+        (np.arange(P) % 4 == 0, r'each token .* one of the 6 perturbed'),
     ):
         with pytest.raises(BrainfmError, match=sentence):
-            perturb(network, window, target, mean, sd, 2.0, 0.5)
+            perturbed(network, window, target)
 
 
 # --- the encoder -----------------------------------------------------------------------------
@@ -582,23 +773,55 @@ def test_bfloat16_reconstructs_nearly_the_same():
         assert 0 < np.linalg.norm(exact - coarse) / np.linalg.norm(exact) < 0.05
 
 
-def test_attention_of_a_vision_transformer_is_shared_by_the_parcels_of_a_token():
-    """Equal parts, and what falls on the window adds up; the padding's share is left out."""
+@pytest.mark.parametrize(
+    ('config', 'tokens', 'patches'),
+    [
+        ({'image_size': 432, 'patch_size': 16}, 27, 13),
+        ({'image_size': 434, 'patch_size': 14}, 31, 15),
+        (LEGACY | FULL | {'model_type': 'brainlm_mae', 'timepoint_patching_size': 20}, 424, 10),
+        ({'model_type': 'brain_jepa'}, 424, 10),
+    ],
+)
+def test_uniform_attention_is_one_in_every_parcel(config, tokens, patches, monkeypatch):
+    """Whatever the tokens hold: the first and last ones of a vision transformer are half empty."""
+    from bids_brainfm.models.cards import load_card
+    from bids_brainfm.models.weights import build
+
+    kind = config.get('model_type', 'vit_mae')
+    sizes = load_card('brain-jepa-demo').config if kind == 'brain_jepa' else COMMON | FULL | config
+    network = initialise(build({'model_type': kind} | sizes), 0)
+    order = np.random.default_rng(0).permutation(424)
+    encoder = Encoder(network, order)
+    extra, (parcels, times) = int(network.capabilities.class_token), network.capabilities.window
+    windows = np.zeros((2, parcels, times), np.float32)
+    row = torch.full((2, extra + network.tokens), 1 / (extra + network.tokens))
+    hidden = torch.zeros(2, extra + network.tokens, 4)
+    monkeypatch.setattr(network, 'encode', lambda *_, **__: (hidden[:1], row[:1]))
+    encoding = encoder.encode(windows, attention=True)
+    assert encoding.attention_profile.shape == (2, 424, network.capabilities.patches or patches)
+    np.testing.assert_allclose(encoding.attention_profile, 1, rtol=1e-6)
+    np.testing.assert_allclose(encoding.attention, 1, rtol=1e-6)
+    row[:, :extra] = 0.9  # attention of a class token to itself changes nothing
+    row[:, extra:] = 0.1 / network.tokens
+    encoding = encoder.encode(windows, attention=True)
+    np.testing.assert_allclose(encoding.attention_profile, 1, rtol=1e-6)
+    assert len(np.unique(encoder.parcel_tokens[:, 0])) == tokens
+
+
+def test_parcels_show_the_attention_of_their_token():
+    """In atlas order, relative to the mean over all tokens, those of the padding included."""
     network = network_of('vit')
-    encoder = encoder_of(network)
+    order = np.random.default_rng(0).permutation(P)
+    encoder = encoder_of(network, order)
     window = run_of().T[None]
     profile = encoder.encode(window, attention=True).attention_profile
     with torch.inference_mode():
-        _, row = network.encode(torch.from_numpy(window), return_attention=True)
-    blocks = row[0, 1:].view(6, 6).numpy()
-    grid = network.grid
-    rows = (grid.top + np.arange(P)) // 8
+        _, row = network.encode(torch.from_numpy(window[:, order]), return_attention=True)
+    blocks = row[0, 1:] / row[0, 1:].mean()
+    rows = (network.grid.top + np.arange(P)) // 8
     assert profile.shape == (1, P, 6)
-    for p in (0, 5, 23):
-        share = blocks[rows[p]] / (rows == rows[p]).sum()
-        np.testing.assert_allclose(profile[0, p], share, rtol=1e-5)
-    inside = blocks[np.unique(rows)].sum()
-    assert profile.sum() == pytest.approx(inside, rel=1e-5)
+    np.testing.assert_allclose(profile[0, order], blocks.view(6, 6)[rows], rtol=1e-5)
+    np.testing.assert_array_equal(encoder.parcel_tokens[order, 0], 6 * rows)
 
 
 def test_a_model_without_decoder_says_so():

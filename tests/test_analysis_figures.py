@@ -62,7 +62,7 @@ def ordinary(xyz):
     series[:, 7] = rebuilt[:, 7] = np.nan
     value = rng.normal(0, 0.4, P)
     value[7] = np.nan
-    target = np.arange(P) < 3
+    target, noise = np.arange(P) < 3, rng.normal(0, 1, (P, 10))
     change = np.where(target, np.nan, value)
     mse = np.linspace(0.2, 1, 20)
     ways = {
@@ -91,9 +91,18 @@ def ordinary(xyz):
         'forecast': (STEPS, ways, [example] * 3),
         'networks': (xyz, labels, names, reference, rng.random(P), {'ARI': 0.4}),
         'knn': ({'features': score(0.6, p=0.01), 'xyz': score(0.5), **NULL}, rng.random(1000)),
-        'attention': (xyz, np.exp(value), np.exp(rng.normal(0, 1, (P, 10))), 'A note. ' * 40),
-        'perturbation': (xyz, change, target, rng.random(P), np.full(P, 0.1), NAMES, 2.0),
-        'contrast': (xyz, value, rng.random(P), 'task', 'rest', 20, 21),
+        'attention': (xyz, np.exp(value[:, None] + noise), np.arange(P) // 16, 'A note. ' * 40),
+        'perturbation': (
+            xyz,
+            change,
+            target,
+            rng.random(P),
+            np.full(P, 0.1),
+            NAMES,
+            'raised',
+            18.0,
+        ),
+        'contrast': (xyz, value, rng.random(P), np.arange(P), 'task', 'rest', 20, 21),
     }
 
 
@@ -101,7 +110,7 @@ def degenerate(xyz):
     """Arguments of every picture without any value, and with the same value everywhere."""
     xyz = xyz[::9]
     nan, zero, one = np.full(50, np.nan), np.zeros(50), np.ones(50)
-    none, order = np.zeros(50, bool), (np.arange(50), '')
+    none, row, order = np.zeros(50, bool), np.arange(50), (np.arange(50), '')
     nothing = {'mse': np.full(1, np.nan), 'r2': np.full(1, np.nan), 'r': np.full(1, np.nan)}
     flat = {'mse': np.ones(1), 'r2': np.full(1, -9.0), 'r': np.zeros(1)}
     blank, level = np.full((30, 50), np.nan), np.ones((30, 50))
@@ -122,13 +131,13 @@ def degenerate(xyz):
         ('networks', (xyz, one, ['a'], None, 3 * one, None), '1 cluster in 50 of 50'),
         ('knn', ({'features': lost, **NULL}, nan), 'features: no parcel could be told'),
         ('knn', ({'features': score(0.0, 0.0, 1.0), **NULL}, zero), 'not above the spatial null'),
-        ('attention', (xyz, nan, np.full((50, 3), np.nan), None), 'No parcel of 50'),
-        ('attention', (xyz, one, np.ones((50, 1)), None), 'All 50 parcels get the same share'),
-        ('attention', (xyz, zero, np.zeros((50, 2)), None), 'All 50 parcels get the same share'),
-        ('perturbation', (xyz, nan, none, nan, nan, NAMES, -1), 'no other parcel could be'),
-        ('perturbation', (xyz, zero, none, one, zero, NAMES, 0.5), '0 of 50 others change'),
-        ('contrast', (xyz, nan, nan, 'a', 'b', 2, 2), 'could be compared in no parcel'),
-        ('contrast', (xyz, zero, one, 'a', 'b', 2, 2), 'differ in none of 50 parcels'),
+        ('attention', (xyz, np.full((50, 3), np.nan), row, None), 'None of 50 parcels has'),
+        ('attention', (xyz, np.ones((50, 1)), row, None), 'All 50 parcels receive the same'),
+        ('attention', (xyz, np.zeros((50, 2)), row // 5, None), 'All 10 tokens receive the same'),
+        ('perturbation', (xyz, nan, none, nan, nan, NAMES, '', 0), 'no other parcel could be'),
+        ('perturbation', (xyz, zero, none, one, zero, NAMES, '', 2), '0 of 50 others change'),
+        ('contrast', (xyz, nan, nan, row, 'a', 'b', 2, 2), 'could be compared in no parcel'),
+        ('contrast', (xyz, zero, one, row // 5, 'a', 'b', 2, 2), 'differ in none of 10 tokens'),
     ]  # fmt: skip
 
 
@@ -217,7 +226,7 @@ import matplotlib, numpy as np
 from bids_brainfm.reports.figures.contrast import contrast
 warnings.simplefilter('error')
 before = dict.__getitem__(matplotlib.rcParams, 'backend')
-contrast(np.zeros((3, 3)), np.ones(3), np.ones(3), 'a', 'b', 2, 2)
+contrast(np.zeros((3, 3)), np.ones(3), np.ones(3), np.arange(3), 'a', 'b', 2, 2)
 assert dict.__getitem__(matplotlib.rcParams, 'backend') is before, before
 """
     env = {key: os.environ[key] for key in ('PATH', 'HOME') if key in os.environ}
@@ -231,7 +240,7 @@ assert dict.__getitem__(matplotlib.rcParams, 'backend') is before, before
 def test_left_is_left(xyz):
     """A left parcel is at the L of the view from above and in the left view only."""
     places = np.array([[-40.0, -30, 20], [40, 30, 10]])
-    figure = contrast(places, np.array([1.0, -2]), np.ones(2), 'a', 'b', 2, 2)
+    figure = contrast(places, np.array([1.0, -2]), np.ones(2), np.arange(2), 'a', 'b', 2, 2)
     figure.draw_without_rendering()
     seen = views(figure)
 
@@ -270,9 +279,9 @@ def test_brains_mark_missing_ringed_and_target_parcels(xyz):
     p = np.ones(P)
     p[[30, 400, 401]] = 0.05
     p[5] = 0.01
-    figure = perturbation(xyz, change, target, p, np.ones(P), NAMES, -1.5)
-    assert '2 parcels held at -1.5 SD: 3 of 447 others change' in title(figure)
-    assert '22 expected by chance' in title(figure)
+    figure = perturbation(xyz, change, target, p, np.ones(P), NAMES, 'lowered', 17.9)
+    assert '2 parcels lowered: 3 of 447 others change' in title(figure)
+    assert '18 expected by chance' in title(figure)
     assert '1 without a value (grey)' in title(figure)
     (above,) = views(figure)['from above']
     missing, shown, stars = dots(above)
@@ -285,7 +294,7 @@ def test_brains_mark_missing_ringed_and_target_parcels(xyz):
     assert (shown.get_facecolors()[ringed, 3] == 1).all()
     assert (shown.get_facecolors()[~ringed, 3] < 0.5).all()
 
-    bars = panel(figure, 'change ± sham spread (SD)')
+    bars = panel(figure, 'change ± sham RMS (SD)')
     largest = sorted(np.flatnonzero(np.isfinite(change)), key=lambda each: -abs(change[each]))
     assert [tick.get_text() for tick in bars.get_yticklabels()] == [
         NAMES[each] for each in largest[:10]
@@ -469,18 +478,30 @@ def test_knn_states_accuracy_and_p(p, said):
     assert np.allclose(axes.collections[0].get_offsets()[:, 1], null)
 
 
-def test_attention_says_who_gets_most_and_prints_the_note(xyz):
+def test_attention_counts_tokens_and_prints_the_note(xyz):
+    """Two parcels a token; one token is missing, and of another one parcel."""
     values = np.full(P, 0.5)
-    values[:45] = 4.0
-    values[-1] = np.nan
-    profile = np.tile([0.01, 0.02, 0.03], (P, 1))
-    figure = attention(xyz, values, profile, 'A token spans 16 parcels.')
-    share = 4 * 45 / (4 * 45 + 0.5 * (P - 46))
-    assert f'45 of {P - 1} parcels get more than an equal share' in title(figure)
-    assert f'the 45 that get most hold {share:.0%}' in title(figure)
+    values[:46] = 4.0
+    values[-2:] = values[0] = np.nan
+    profile = values[:, None] * [0.5, 1, 1.5]
+    figure = attention(xyz, profile, np.arange(P) // 2, 'A token spans 16 parcels.')
+    count = f'23 of {P // 2 - 1} tokens receive more than uniform attention; range 0.50 to 4.00'
+    assert count in title(figure)
     assert 'A token spans 16 parcels.' in words(figure)
     patches = panel(figure, 'time patch')
-    assert patches.lines[0].get_ydata() == pytest.approx([0.5, 1, 1.5])
+    assert patches.lines[0].get_ydata() == pytest.approx(np.nanmean(profile, 0))
+
+
+def test_contrast_counts_tokens_and_marks_their_parcels(xyz):
+    token = np.arange(P) // 10
+    difference, q = (token - 20.5), np.where(token >= 40, 0.01, 0.5)
+    difference[405] = q[405] = np.nan
+    figure = contrast(xyz, difference, q, token, 'task', 'rest', 12, 14)
+    assert 'in 5 and below in 0 of 45 tokens at q < .05' in title(figure)
+    (seen,) = views(figure)['from above']
+    assert (np.array(dots(seen)[1].get_linewidths()) > 1).sum() == 49
+    bars = panel(figure, 'difference').patches
+    assert [sum(bar.get_height() for bar in half) for half in (bars[:30], bars[30:])] == [45, 5]
 
 
 def test_contrast_counts_both_directions(xyz):
@@ -488,7 +509,7 @@ def test_contrast_counts_both_directions(xyz):
     difference[20] = np.nan
     q = np.where(np.abs(difference) > 0.9, 0.01, 0.5)
     q[-1] = 0.05  # not below
-    figure = contrast(xyz, difference, q, 'task', 'rest', 12, 14)
+    figure = contrast(xyz, difference, q, np.arange(P), 'task', 'rest', 12, 14)
     above = (difference[:-1] > 0.9).sum()
     below = (difference < -0.9).sum()
     assert (

@@ -571,7 +571,9 @@ def test_encoding():
         block = spatiotemporal_block('cross-time', PARCELS, PATCHES)
         errors = network.latent_error(signal_of(3), hidden, *block)
     assert np.allclose(encoding.tokens, hidden, atol=1e-5)
-    assert np.allclose(encoding.attention, received.view(3, PARCELS, -1).sum(2), atol=1e-6)
+    relative = TOKENS * received.view(3, PARCELS, -1)
+    assert np.allclose(encoding.attention_profile, relative, atol=1e-4)
+    assert np.allclose(encoding.attention, relative.mean(2), atol=1e-4)
     for found, error in zip(
         (encoding.latent_error, encoding.latent_baseline), errors, strict=True
     ):

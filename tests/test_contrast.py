@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_ind, ttest_rel
 
-from bids_brainfm.analyses.contrast import contrast
+from bids_brainfm.analyses.contrast import contrast, contrast_tokens
 from bids_brainfm.errors import BrainfmError
 
 
@@ -81,6 +81,58 @@ def test_false_discoveries_are_controlled():
     found = [contrast(*rng.normal(size=(2, 10, 50)), paired=False) for _ in range(40)]
     assert np.mean([side.p < 0.05 for side in found]) == pytest.approx(0.05, abs=0.015)
     assert np.mean([(side.q < 0.05).any() for side in found]) < 0.15
+
+
+# Tokens of 424 parcels in patches of 16 with 4 rows of padding at each end, and 14 with 5
+TOKENS = {16: (4 + np.arange(424)) // 16, 14: (5 + np.arange(424)) // 14}
+
+
+@pytest.mark.parametrize(('patch', 'tokens'), [(16, 27), (14, 31)])
+@pytest.mark.parametrize('paired', [True, False])
+def test_each_token_is_tested_once_and_shown_at_its_parcels(patch, tokens, paired):
+    """Three planted tokens are found; q is adjusted for the tokens, not for the parcels."""
+    rng, token = np.random.default_rng(2), TOKENS[patch]
+    a, b = rng.normal(size=(2, 15, tokens))
+    a[:, [0, 9, 20]] += 3
+    found = contrast_tokens(a[:, token], b[:, token], paired, token)
+    by_token = contrast(a, b, paired)
+    for name in ('difference', 't', 'p', 'q'):
+        np.testing.assert_array_equal(getattr(found, name), getattr(by_token, name)[token])
+    first = np.unique(token, return_index=True)[1]
+    np.testing.assert_allclose(found.q[first], benjamini_hochberg(found.p[first]))
+    assert np.unique(token[found.q < 0.05]).tolist() == [0, 9, 20]
+    assert len(first) == tokens
+
+
+def test_false_discoveries_are_controlled_over_tokens():
+    """Under the null few contrasts have any discovery; half of the tokens may have an effect."""
+    rng, token = np.random.default_rng(3), TOKENS[16]
+    effect = 2.0 * (np.arange(27) % 2)
+    any_false, proportions, power = [], [], []
+    for _ in range(200):
+        a, b = rng.normal(size=(2, 12, 27))
+        any_false.append((contrast_tokens(a[:, token], b[:, token], False, token).q < 0.05).any())
+        q = contrast_tokens((a + effect)[:, token], b[:, token], False, token).q
+        discovered = np.unique(token[q < 0.05])
+        proportions.append(np.mean(discovered % 2 == 0) if discovered.size else 0)
+        power.append((discovered % 2 == 1).sum() / 13)
+    assert np.mean(any_false) < 0.09
+    assert np.mean(proportions) < 0.05
+    assert np.mean(power) > 0.9
+
+
+def test_missing_parcels_of_a_token_do_not_hide_the_others():
+    """A parcel without a value in one map is n/a there; one without any value stays n/a."""
+    rng, token = np.random.default_rng(4), TOKENS[16]
+    a, b = rng.normal(size=(2, 8, 27))
+    whole = contrast_tokens(a[:, token], b[:, token], True, token)
+    maps = a[:, token]
+    maps[2, 20:25] = maps[:, 100] = np.nan
+    found = contrast_tokens(maps, b[:, token], True, token)
+    for name in ('difference', 't', 'p', 'q'):
+        values = getattr(found, name)
+        assert np.flatnonzero(np.isnan(values)).tolist() == [100]
+        np.testing.assert_allclose(np.delete(values, 100), np.delete(getattr(whole, name), 100))
 
 
 def test_too_few_values():

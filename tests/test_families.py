@@ -69,7 +69,7 @@ def test_unknown_family():
         ('torch.nn:NoSuchClass', r'cannot be imported .*AttributeError'),
         (
             'torch.nn:Linear',
-            r'does not implement the protocol .* lacks attention_profile',
+            r'does not implement the protocol .* lacks at_parcels',
         ),
         (
             'bids_brainfm.models.brain_jepa:BrainJEPA',
@@ -192,7 +192,7 @@ def test_tokens_need_not_be_square_nor_of_one_parcel(example, rows):
     assert network.tokens == 424 // rows * 4
     assert (encoding.parcels is None) == (rows > 1)
     assert encoding.attention.shape == (2, 424)
-    assert encoding.attention.sum(1) == pytest.approx(1, abs=1e-5)
+    assert encoding.attention.mean(1) == pytest.approx(1, abs=1e-5)
     marked = torch.zeros(1, network.tokens, dtype=torch.bool)
     marked[0, [0, 7]] = True
     assert network.points(marked).sum() == 2 * rows * 4

@@ -122,7 +122,7 @@ def test_outputs_of_brain_jepa(both):
     summary = table.filter(like='dim').to_numpy()
     np.testing.assert_allclose(summary, tokens.mean(1), atol=1e-5)
     np.testing.assert_allclose(parcels, tokens.reshape(1, 424, 5, 64).mean(2), atol=1e-5)
-    np.testing.assert_allclose(attention.sum(), 1, atol=1e-3)
+    np.testing.assert_allclose(attention.mean(), 1, atol=1e-3)
     assert about['Pooling'] == 'mean over tokens'
     assert about['Scaling'] == 'parcel-z'
     assert about['Resampled'] is True
@@ -131,7 +131,7 @@ def test_outputs_of_brain_jepa(both):
     assert about['StaticVariance'] < 0.01  # each parcel's mean is taken out
 
 
-def test_latent_prediction_is_a_map(both):
+def test_prediction_error_is_a_map(both):
     """A row a window and parcel; context is n/a; means are those of the row."""
     out, _ = both
     path = one(out, '_stat-latenterror_desc-brainjepademo_boldmap.tsv')
@@ -145,6 +145,44 @@ def test_latent_prediction_is_a_map(both):
     assert about['Block'] == 'cross-time'
     assert about['MeanError'] == pytest.approx(table['error'].mean(), rel=1e-5)
     assert about['MeanBaseline'] == pytest.approx(table['baseline'].mean(), rel=1e-5)
+
+
+def test_prediction_error_makes_no_claim_of_quality(both):
+    out, _ = both
+    about = sidecar(out, '_stat-latenterror_desc-brainjepademo_boldmap.json')
+    assert 'Prediction error' in about['Description']
+    assert 'does not measure the quality' in about['Description']
+    report, methods = (out / 'sub-01.html').read_text(), (out / 'logs/CITATION.md').read_text()
+    assert 'The prediction error is the smooth L1 error' in methods
+    assert 'does not measure the quality of the data' in report
+    for text in (report, methods):
+        assert 'unlike what the model was trained on' not in text
+        assert 'check of quality' not in text
+        assert 'Latent prediction' not in text
+
+
+def test_prediction_error_is_no_higher_for_noise_than_for_a_run(long_runs):
+    """What the caption says: shuffled parcels and white noise are not told by their error."""
+    import dataclasses
+
+    import bids_brainfm
+    from bids_brainfm.bids.inputs.fmriprep import run_of
+
+    model = bids_brainfm.load_model('brain-jepa-demo', block='cross-time')
+    (bold,) = long_runs.glob('sub-01/func/*_bold.nii.gz')
+    series = bids_brainfm.parcellate(bold, model.atlas)
+    series = bids_brainfm.denoise(series, run_of(bold).confounds, model.spec.card.denoising)
+    rng, signal = np.random.default_rng(0), series.data
+    noise = signal.mean(0) + signal.std(0) * rng.standard_normal(signal.shape)
+
+    def error(data):
+        given = dataclasses.replace(series, data=data.astype(np.float32))
+        windows = model.windows(model.prepare_input(given)).data
+        return np.nanmean(model.encoder.encode(windows).latent_error)
+
+    good = error(signal)
+    assert error(signal[:, rng.permutation(424)]) == pytest.approx(good, rel=0.03)
+    assert error(noise) < good
 
 
 def test_order_is_checked_against_connectivity(both):

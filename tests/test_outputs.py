@@ -278,26 +278,38 @@ def test_networks_of_a_participant_are_of_all_its_runs(dataset, tmp_path, app):
 
 
 def test_attention_maps(done):
-    """13M: a share for each parcel. Vision transformer: equal in a token, and it is said."""
+    """Relative to uniform attention; parcels of a token show its value, and the report says so."""
     fine = pd.read_csv(func(done, f'stat-attention_desc-{PARCELS}_boldmap.tsv'), sep='\t')
     coarse = pd.read_csv(func(done, f'stat-attention_desc-{DEMO}_boldmap.tsv'), sep='\t')
     assert fine.filter(like='patch').shape == (424, 5)
     assert coarse.filter(like='patch').shape == (424, 13)
     for table in (fine, coarse):
         np.testing.assert_allclose(
-            table.filter(like='patch').sum(axis=1), table['attention'], rtol=1e-5
+            table.filter(like='patch').mean(axis=1), table['attention'], rtol=1e-5
         )
     assert fine['attention'].nunique() > 400
-    assert coarse['attention'].round(9).nunique() == 27
-    assert fine['attention'].sum() == pytest.approx(1, abs=0.01)
-    assert 'spans 16 parcels' in about(done, f'stat-attention_desc-{DEMO}_boldmap')['TokenSpan']
-    assert 'TokenSpan' not in about(done, f'stat-attention_desc-{PARCELS}_boldmap')
-    assert 'spans 16 parcels' in (done / 'sub-01.html').read_text()
+    assert fine['token'].tolist() == list(range(424))
+    assert fine['attention'].mean() == pytest.approx(1, abs=1e-4)
+    assert (coarse.groupby('token').nunique()['attention'] == 1).all()
+    assert coarse['token'].value_counts().sort_index().tolist() == [12, *[16] * 25, 12]
+    y = pd.Series(load_atlas('Demo424', home()).xyz[:, 1])
+    assert y.groupby(coarse['token']).mean().is_monotonic_increasing
+    sidecar = about(done, f'stat-attention_desc-{DEMO}_boldmap')
+    assert 'spans 16 parcels' in sidecar['TokenSpan']
+    by_token = coarse.drop_duplicates('token').filter(like='patch').to_numpy()
+    assert sidecar['NumberOfTokens'] == 729
+    assert sidecar['TokensInPadding'] == 729 - 27 * 13
+    assert sidecar['AttentionToPadding'] == pytest.approx(1 - by_token.sum() / 729, abs=1e-5)
+    fine_sidecar = about(done, f'stat-attention_desc-{PARCELS}_boldmap')
+    assert not {'TokenSpan', 'AttentionToPadding'} & set(fine_sidecar)
+    report = (done / 'sub-01.html').read_text()
+    assert 'spans 16 parcels' in report
+    assert 'falls on tokens that hold no data' in report
 
 
 @pytest.mark.parametrize('label', [DEMO, PARCELS])
 def test_perturbation_map(done, label):
-    """By default left V1, 2 SD up; what shares a token with it is n/a, not zero."""
+    """By default pulses of 1 SD in left V1; what shares a token with it is n/a, not zero."""
     table = pd.read_csv(func(done, f'stat-perturbation_desc-{label}_boldmap.tsv'), sep='\t')
     sidecar = about(done, f'stat-perturbation_desc-{label}_boldmap')
     target = table['target'] == 1
@@ -309,13 +321,26 @@ def test_perturbation_map(done, label):
     lost = table['change'].isna() & ~target
     assert lost.sum() == sidecar['ParcelsSharingTokens'] == (15 if label == DEMO else 0)
     assert any('share tokens' in warning for warning in sidecar['Warnings']) == (label == DEMO)
-    assert table['p'].dropna().between(1 / 25, 1).all()
-    assert table['p'].notna().sum() > 300
-    assert (table['shams'][table['p'].notna()] >= 19).all()
+    assert table['p'].dropna().between(1 / 20, 1).all()
+    tested = table['p'].notna()
+    assert sidecar['ParcelsTested'] == tested.sum() > 300
+    assert sidecar['NumberOfShams'] == 19
+    assert sidecar['ParcelsBelow05'] == (table['p'] <= 0.05).sum()
+    assert sidecar['ParcelsExpectedByChance'] == pytest.approx(tested.sum() / 20)
+    assert len(sidecar['ParcelsBelow05OfShams']) == 19
+    expected = f'({tested.sum() / 20:.1f} expected by chance; at least as many for '
+    assert expected in (done / 'sub-01.html').read_text()
+    assert sidecar['MedianDistanceMismatch'] < 2
+    assert (sidecar['Mode'], sidecar['SD'], sidecar['NumberOfStimuli']) == ('pulse', 1, 4)
+    points = 16 if label == DEMO else 20
+    assert sidecar['StimulusDuration'] == pytest.approx(points * 0.735)
+    assert 0 < sidecar['DepartureFromData'] < 3
     assert (table['change'].dropna() != 0).any()
+    for column in ('change_before', 'change_after'):
+        assert table[column][~target].notna().all()
     image = nib.load(func(done, f'stat-perturbation_desc-{label}_boldmap.nii.gz'))
     values = image.get_fdata()
-    ijk = np.argwhere(np.nan_to_num(values) == 2)
+    ijk = np.argwhere(np.nan_to_num(values) == 1)
     x = nib.affines.apply_affine(image.affine, ijk)[:, 0]
     assert len(x) > 100
     assert (x < 0).all()
@@ -368,7 +393,7 @@ def test_the_report_has_a_section_for_each(done):
         (figure, *_) = done.glob(f'sub-01/figures/*model-{PARCELS}_desc-{what}_bold.svg')
         assert figure.name in page, what
     for words in ('75% of the tokens hidden in each of 2 passes', 'predict_last_pixel',
-                  'adjusted Rand index', 'of sham targets', 'held-out parcels'):  # fmt: skip
+                  'adjusted Rand index', 'expected by chance', 'held-out parcels'):  # fmt: skip
         assert words in page
     methods = (done / 'logs' / 'CITATION.md').read_text()
     for words in ('20% of the tokens of a window were hidden', 'forecast by tiny-13m',
@@ -422,6 +447,7 @@ def test_outputs_can_be_added_and_do_not_outlive_their_input(dataset, tmp_path, 
         (('--outputs', 'forecast', '--forecast-points', '10'), 'points was 20 and is now 10'),
         (('--outputs', 'networks', '--network-clusters', '4'), 'clusters was 9 and is now 4'),
         (('--outputs', 'perturbation', '--perturb', 'visual'), "target_name was 'L_"),
+        (('--outputs', 'perturbation', '--perturb-mode', 'clamp'), "mode was 'pulse' and is now"),
     ],
 )
 def test_other_settings_are_not_mixed_in(simulated, done, tmp_path, app, capfd, options, said):
@@ -561,7 +587,11 @@ def test_groups_are_subtracted(done, tmp_path):
     own = f'stat-attention_desc-{PARCELS}_boldmap.tsv'
     one, two = (pd.read_csv(func(out, own, sub), sep='\t')['attention'] for sub in ('01', '02'))
     np.testing.assert_allclose(table['difference'], one - two, atol=1e-8)
-    assert table['p'].isna().all()  # one participant a side tells nothing about chance
+    assert table['p'].isna().all()  # one participant a side allows no test
+    assert json.loads((folder / f'{name}.json').read_text())['TokensTested'] == 0
+    coarse = name.replace(PARCELS, DEMO)
+    shown = pd.read_csv(folder / f'{coarse}.tsv', sep='\t')
+    assert shown['token'].nunique() == shown['difference'].nunique() == 27
     image = nib.load(folder / f'{name}.nii.gz')
     atlas = load_atlas('Demo424', home())
     labels = np.asanyarray(nib.load(atlas.image_for(SPACE, 2.0).path).dataobj)
@@ -577,6 +607,18 @@ def test_groups_are_subtracted(done, tmp_path):
         [validator, '--format', 'json', out], capture_output=True, text=True, check=False
     )
     assert json.loads(found.stdout)['issues']['issues'] == []
+
+
+def test_attention_maps_of_earlier_versions_are_not_compared(done, tmp_path):
+    """They lack the number of the token and are not relative to uniform attention."""
+    out = Path(shutil.copytree(done, tmp_path / 'out'))
+    own = func(out, f'stat-attention_desc-{PARCELS}_boldmap.tsv')
+    old = own.with_name(own.name.replace('task-rest', 'task-nback'))
+    old.write_text(own.read_text().replace('token', 'place', 1))  # of the same size
+    shutil.copy(own.with_suffix('.json'), old.with_suffix('.json'))
+    run = command(out, out, '--contrast', 'task', 'rest', 'nback', level='group')
+    assert run.returncode == 2
+    assert f'{old.name} was written by an earlier version' in run.stderr
 
 
 def test_conditions_are_subtracted_within_participants(done, tmp_path):
@@ -598,7 +640,10 @@ def test_conditions_are_subtracted_within_participants(done, tmp_path):
     table = pd.read_csv(path, sep='\t')
     np.testing.assert_allclose(table['difference'], 1, atol=0.3)
     assert np.isfinite(table['p']).all()
-    assert 'paired' in json.loads(path.with_suffix('.json').read_text())['Test']
+    sidecar = json.loads(path.with_suffix('.json').read_text())
+    assert 'paired' in sidecar['Test']
+    assert sidecar['TokensTested'] == 424
+    assert sidecar['TokensBelowQ05'] == (table['q'] < 0.05).sum()
     assert len(list(out.glob('group/*/*.tsv'))) == 1  # the other model has no such task
 
 
@@ -696,7 +741,7 @@ def test_a_parcel_outside_the_brain_mask_is_na_in_every_table(dataset, tmp_path,
 
 
 def test_parcels_that_were_filled_have_no_features(tmp_path):
-    """An embedding of a parcel without signal is that of its neighbour, and finds no network."""
+    """Parcels without signal have no features; windows that are excluded do not add to them."""
     import h5py
 
     from bids_brainfm.bids.files import write_matrix
@@ -712,6 +757,7 @@ def test_parcels_that_were_filled_have_no_features(tmp_path):
     names = ['a', 'b', 'c']
     write_matrix(place.of_series.table(run, 'connectome'), relmat, ['Node', *names], names)
     with h5py.File(task.features_file(run), 'w') as file:
-        file['parcels'] = np.stack([np.zeros((3, 2)), np.ones((3, 2))])
+        file['parcels'] = np.stack([np.zeros((3, 2)), np.ones((3, 2)), np.full((3, 2), 9)])
+        file['excluded'] = [False, False, True]
     features = features_of(run, task)
     np.testing.assert_array_equal(features, [[0.5, 0.5], [0.5, 0.5], [np.nan, np.nan]])

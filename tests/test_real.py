@@ -183,7 +183,7 @@ def test_cifti_takes_the_same_way(shared, a424, small, tmp_path, app):
     )
     table = pd.read_csv(one('_stat-perturbation_desc-brainlm111m_boldmap.tsv'), sep='\t')
     image = nib.load(one('_stat-perturbation_desc-brainlm111m_boldmap.dscalar.nii'))
-    where = np.flatnonzero(np.nan_to_num(image.get_fdata()[0]) == 2)
+    where = np.flatnonzero(np.nan_to_num(image.get_fdata()[0]) == 1)
     assert table['Node'][table['target'] == 1].tolist() == ['L_V1_ROI']
     assert np.array_equal(where, np.flatnonzero(parcel == 1 + names.index('L_V1_ROI')))
     assert where.max() < left.stop

@@ -1,7 +1,7 @@
-"""Maps of two conditions or groups compared parcel by parcel."""
+"""Maps of two conditions or groups compared, with one test for each token of the model."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -11,9 +11,9 @@ from bids_brainfm.errors import BrainfmError
 
 @dataclass(frozen=True)
 class Contrast:
-    """Condition a against condition b, parcel by parcel, (P,) float; NaN where not computable.
+    """Condition a against condition b at each place, (P,) float; NaN where not computable.
 
-    q controls the false discovery rate over the parcels that have p (Benjamini and Hochberg 1995,
+    q controls the false discovery rate over the tests (Benjamini and Hochberg 1995,
     doi:10.1111/j.2517-6161.1995.tb02031.x).
     """
 
@@ -23,6 +23,34 @@ class Contrast:
     q: np.ndarray
     n_a: int  # number of maps
     n_b: int
+
+
+def contrast_tokens(a: np.ndarray, b: np.ndarray, paired: bool, token: np.ndarray) -> Contrast:
+    """Compare maps whose parcels share the values of tokens: one test for each token.
+
+    Each parcel is given the result of its token; one without any value on a side has none.
+
+    Parameters
+    ----------
+    a, b : (N, P) and (M, P) float, one map per row; a parcel has the value of its token or NaN
+    paired : bool, whether rows i of both belong together, as in :func:`contrast`
+    token : (P,) int, number of the token that holds each parcel
+
+    Raises BrainfmError as :func:`contrast` does.
+    """
+    numbers, place = np.unique(token, return_inverse=True)
+    a, b = (np.asarray(maps, float) for maps in (a, b))
+    first, second = (
+        np.stack([np.fmax.reduce(maps[:, token == k], axis=1) for k in numbers], axis=1)
+        for maps in (a, b)
+    )
+    found = contrast(first, second, paired)
+    known = np.isfinite(a).any(axis=0) & np.isfinite(b).any(axis=0)
+    shown = lambda values: np.where(known, values[place], np.nan)
+    return replace(
+        found, difference=shown(found.difference), t=shown(found.t), p=shown(found.p),
+        q=shown(found.q),
+    )  # fmt: skip
 
 
 def contrast(a: np.ndarray, b: np.ndarray, paired: bool) -> Contrast:

@@ -21,7 +21,7 @@ class BaseNetwork(nn.Module):
 
     A family sets ``self.capabilities`` in its ``__init__`` and writes ``encode`` and
     ``initial_state``, and ``decode`` if it reconstructs. It overrides what differs: ``points``,
-    ``covering``, ``hide_last`` and ``attention_profile`` where tokens are no equal rectangles.
+    ``covering``, ``hide_last`` and ``at_parcels`` where tokens are no equal rectangles.
     """
 
     model_type: ClassVar[str]
@@ -81,10 +81,10 @@ class BaseNetwork(nn.Module):
             'with coordinates.'
         )
 
-    def attention_profile(self, proportions: Tensor) -> Tensor:
-        """Distribute attention (B, N) over parcels and time patches (B, P, K)."""
+    def at_parcels(self, values: Tensor) -> Tensor:
+        """See Network."""
         rows = self.capabilities.token_span[0]
-        return proportions.unflatten(1, self._grid).repeat_interleave(rows, 1) / rows
+        return values.unflatten(1, self._grid).repeat_interleave(rows, 1)
 
     def points(self, tokens: Tensor) -> Tensor:
         """See Reconstructing."""

@@ -226,16 +226,12 @@ class BrainLMViT(BaseNetwork):
             return predict_last_pixel(self.grid, points)
         return predict_last(self.grid, points), None
 
-    def attention_profile(self, proportions: Tensor) -> Tensor:
-        """Distribute attention (B, N) over parcels and blocks of time (B, P, K).
-
-        What falls on padding is left out.
-        """
+    def at_parcels(self, values: Tensor) -> Tensor:
+        """See Network; tokens that hold nothing but padding are left out."""
         grid = self.grid
-        row = (grid.top + torch.arange(grid.parcels, device=proportions.device)) // grid.patch
+        row = (grid.top + torch.arange(grid.parcels, device=values.device)) // grid.patch
         first, last = grid.left // grid.patch, (grid.left + grid.times - 1) // grid.patch
-        blocks = proportions.unflatten(1, (grid.across, grid.across))[:, row, first : last + 1]
-        return blocks / torch.bincount(row)[row][:, None]
+        return values.unflatten(1, (grid.across, grid.across))[:, row, first : last + 1]
 
     def encode(
         self,

@@ -32,8 +32,9 @@ class Encoding:
     # (W, N, D) without the class token: parcel by parcel and in time within a parcel; where a
     # token spans several parcels, these are in the model's order (of a ViT: row by row)
     tokens: np.ndarray | None = None
-    # (W, P, K) proportion of attention in the last layer (mean over heads): the class token's, or
-    # the mean over all tokens; parcels that share a token have equal parts of it
+    # (W, P, K) attention in the last layer (mean over heads) to the token of each parcel and time
+    # patch, as a multiple of uniform attention over all tokens but the class token: that of the
+    # class token, or the mean over all tokens; parcels that share a token share its value
     attention_profile: np.ndarray | None = None
     # (W, P, K) smooth L1 error of the latents of a block of each window as predicted from the
     # rest, and as guessed without a model; NaN outside the block
@@ -47,8 +48,8 @@ class Encoding:
 
     @property
     def attention(self) -> np.ndarray | None:
-        """Proportion of attention that falls on each parcel, (W, P)."""
-        return None if self.attention_profile is None else self.attention_profile.sum(2)
+        """Attention to each parcel as a multiple of uniform attention, mean over time, (W, P)."""
+        return None if self.attention_profile is None else self.attention_profile.mean(2)
 
     def part(self, start: int, stop: int) -> 'Encoding':
         """Return the windows from ``start`` up to ``stop``."""
@@ -183,11 +184,19 @@ class Encoder:
         """Points (B, P, T) bool, in atlas order, that marked tokens (B, N) bool cover."""
         return self._atlas_order(self.reconstructing.points(tokens)).numpy()
 
-    def covering(self, parcels: np.ndarray) -> torch.Tensor:
-        """Tokens (N,) bool that hold any of the marked parcels (P,) bool, in atlas order."""
-        rows = parcels if self.order is None else parcels[self.order]
-        points = torch.from_numpy(np.ascontiguousarray(rows))[None, :, None]
-        return self.reconstructing.covering(points.expand(1, *self.shape))[0]
+    def covering(self, points: np.ndarray) -> torch.Tensor:
+        """Tokens (N,) bool that hold any of the marked points (P, T) bool, in atlas order."""
+        rows = points if self.order is None else points[self.order]
+        return self.reconstructing.covering(torch.from_numpy(np.ascontiguousarray(rows))[None])[0]
+
+    @property
+    def parcel_tokens(self) -> np.ndarray:
+        """Number of the token that holds each parcel, (P, K) int for K time patches.
+
+        Tokens are numbered as in :class:`bids_brainfm.models.protocol.Network`.
+        """
+        tokens = torch.arange(self.network.tokens)[None]
+        return self._atlas_order(self.network.at_parcels(tokens))[0].numpy()
 
     @property
     def reconstructing(self) -> 'Reconstructing':
@@ -228,8 +237,9 @@ class Encoder:
         if tokens:
             found['tokens'] = body
         if row is not None:
-            profile = network.attention_profile(row[:, first:])
-            found['attention_profile'] = self._atlas_order(profile)
+            received = row[:, first:]
+            relative = received / received.mean(1, keepdim=True)
+            found['attention_profile'] = self._atlas_order(network.at_parcels(relative))
         if self._block:
             for name, error in zip(('latent_error', 'latent_baseline'), errors, strict=True):
                 found[name] = self._atlas_order(error.unflatten(1, (-1, patches)))

@@ -144,10 +144,14 @@ class Network(_Module, Protocol):
         Raises BrainfmError: positions are needed and were not set.
         """
 
-    def attention_profile(self, proportions: 'Tensor') -> 'Tensor':
-        """Distribute attention (B, N), without the class token's, over parcels and time (B, P, K).
+    @property
+    def tokens(self) -> int:
+        """Number of tokens N, those that hold only padding included."""
 
-        K are the time patches that touch the window; parcels that share a token have equal parts.
+    def at_parcels(self, values: 'Tensor') -> 'Tensor':
+        """Return the values of tokens (B, N) at each parcel and time patch (B, P, K).
+
+        K are the time patches that touch the window; parcels that share a token share its value.
         """
 
     def position_tables(self) -> 'dict[str, Tensor]':
@@ -159,10 +163,6 @@ class Network(_Module, Protocol):
 
 class Reconstructing(Network, Protocol):
     """A network that reconstructs hidden tokens: ``capabilities.reconstructs``."""
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens N."""
 
     def decode(self, hidden: 'Tensor', keep: 'Tensor | None' = None) -> 'Tensor':
         """Turn what ``encode`` returned for the tokens `keep` into windows (B, P, T)."""

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bids_brainfm.analyses.contrast import Contrast
-from bids_brainfm.analyses.contrast import contrast as compare
+from bids_brainfm.analyses.contrast import Contrast, contrast_tokens
 from bids_brainfm.atlases.export import find_exported
 from bids_brainfm.bids.dataset import Record, describe_filters, find_whole, read_column
 from bids_brainfm.bids.files import write_table
@@ -35,7 +34,8 @@ class GroupMap:
     image: Path  # of the atlas, from the output dataset
     table: Path  # of the atlas
     records: list[Record]  # table of each run
-    maps: np.ndarray  # of each run, (N, P) float
+    maps: np.ndarray  # of each run, (N, P) float, multiples of uniform attention
+    token: np.ndarray  # (P,) int, number of the token that holds each parcel
 
 
 def wanted(settings: Settings) -> bool:
@@ -65,9 +65,15 @@ def find(dataset: Path, filters: Filters, settings: Settings) -> list[GroupMap]:
     for (space, atlas, label), records in found.items():
         image, table = find_exported(dataset, space, atlas)
         name = f'space-{space}_atlas-{atlas}_stat-{attention.stat}_desc-{label}'
-        read = lambda path: pd.read_csv(path, sep='\t', na_values='n/a')['attention']
-        maps = np.array([read(record.path).to_numpy(float) for record in records])
-        groups.append(GroupMap(name, label, image, table, records, maps))
+        tables = [pd.read_csv(r.path, sep='\t', na_values='n/a') for r in records]
+        if old := [r.path for r, t in zip(records, tables, strict=True) if 'token' not in t]:
+            raise BrainfmError(
+                f'{old[0]} was written by an earlier version of this program and is not relative '
+                'to uniform attention: delete it and run the participant level again.'
+            )
+        maps = np.array([t['attention'].to_numpy(float) for t in tables])
+        token = tables[0]['token'].to_numpy()
+        groups.append(GroupMap(name, label, image, table, records, maps, token))
     return groups
 
 
@@ -137,19 +143,23 @@ def write(
             lacking.append(error)
             continue
         table = folder / f'{group.name}_{BY_NAME["attention"].suffix}.tsv'
-        found = compare(first, second, paired)
+        found = contrast_tokens(first, second, paired, group.token)
         _write_map(table, group, found, a, b)
         paths = [*(record.path for record in group.records), group.image]
         content = {
-            'Description': f'Share of the attention of {group.label} that falls on each '
-            f'parcel: {column} {a} minus {b}, a mean over runs for each participant.',
+            'Description': f'Attention of {group.label} to the token of each parcel, as a '
+            f'multiple of uniform attention: {column} {a} minus {b}. Runs were averaged within '
+            'participants. Each token was tested once; its parcels share the result.',
             'Contrast': {'Of': column, 'Minuend': a, 'Subtrahend': b},
             'Test': 'paired t-test' if paired else "Welch's t-test",
             'NumberOfParticipants': {a: found.n_a, b: found.n_b},
+            'TokensTested': len(np.unique(group.token[np.isfinite(found.q)])),
+            'TokensBelowQ05': len(np.unique(group.token[found.q < 0.05])),
             'Sources': [own_uri(dataset, path) for path in paths], 'SoftwareVersion': version,
         } | described(
-            Node='Parcel of the atlas', difference=f'{a} minus {b}', t='Statistic of the test',
-            p='Two-sided', q='p by false discovery rate over parcels (Benjamini & Hochberg)',
+            Node='Parcel of the atlas', token='Number of the token that holds the parcel',
+            difference=f'{a} minus {b}', t='Test statistic', p='Two-sided p value',
+            q='p adjusted for the false discovery rate over tokens (Benjamini & Hochberg)',
         )  # fmt: skip
         write_sidecar(table, content)
         written.append(table)
@@ -169,11 +179,12 @@ def _write_map(table: Path, group: GroupMap, found: Contrast, a: str, b: str) ->
     from bids_brainfm.signals.paint import paint_map
 
     parcels = pd.read_csv(group.table, sep='\t', dtype={'name': str})
-    columns: dict[str, Any] = {'Node': list(parcels['name'])}
+    columns: dict[str, Any] = {'Node': list(parcels['name']), 'token': group.token}
     columns |= {name: getattr(found, name) for name in ('difference', 't', 'p', 'q')}
     write_table(table, columns)
     extension = '.dscalar.nii' if group.image.name.endswith('.dlabel.nii') else '.nii.gz'
     paint_map(table.with_suffix(extension), group.image, found.difference)
     xyz = parcels[['x', 'y', 'z']].to_numpy()
-    figure = figures.contrast(xyz, found.difference, found.q, a, b, found.n_a, found.n_b)
+    values = found.difference, found.q, group.token
+    figure = figures.contrast(xyz, *values, a, b, found.n_a, found.n_b)
     save_figure(figure, table.with_suffix('.svg'))

@@ -93,11 +93,12 @@ def _scaling_text(contract: Contract) -> str:
     """How series were scaled, from "Series" on."""
     text = {
         'none': 'were not scaled',
-        'run-robust': 'were scaled for each run (whole-brain mean to 10000, each parcel demeaned '
-        'and divided by its interquartile range, and clipped)',
+        'run-robust': 'were scaled for each run (each parcel demeaned, divided by its own '
+        'interquartile range, and clipped)',
         'global-z': 'were standardised with one mean and standard deviation for the whole run',
         'parcel-z': 'were standardised for each parcel',
-        'cohort': 'were scaled by statistics fitted on a cohort',
+        'cohort': 'were scaled for each run (whole-brain mean to 10000, each parcel demeaned) and '
+        'by the interquartile range and bounds of a cohort',
         'cohort-means': 'were scaled for each run (whole-brain mean to 10000) and then for each '
         'parcel by the median and interquartile range of its temporal mean over a cohort',
     }[contract.scaling]
@@ -177,8 +178,8 @@ def write_arrays(path: Path, context: Context) -> None:
 
     Datasets: ``parcels`` (windows, parcels, dimensions), where the model has a token or more per
     parcel; ``tokens`` (windows, tokens, dimensions) in canonical order without the class token
-    and ``attention`` (windows, parcels), where tokens were asked for; ``onset`` (windows,) in
-    seconds and ``parcel_names``.
+    and ``attention`` (windows, parcels) as a multiple of uniform attention, where tokens were
+    asked for; ``onset`` (windows,) in seconds and ``parcel_names``.
     """
     import h5py
 

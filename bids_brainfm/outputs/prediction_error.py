@@ -1,4 +1,4 @@
-"""How well a model predicts the latents of a block of each window from the rest."""
+"""Prediction error: of the latents of a block of each window, predicted from the rest."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,21 +7,20 @@ import numpy as np
 
 from bids_brainfm.atlases.atlas import Atlas
 from bids_brainfm.bids.files import write_table
-from bids_brainfm.bids.freshness import write_sidecar
 from bids_brainfm.config import Settings
 from bids_brainfm.models.spec import ModelSpec
 from bids_brainfm.outputs.products import Context, display_order, known_mean
 from bids_brainfm.outputs.registry import BLOCKS
 from bids_brainfm.outputs.tasks import ModelTask
-from bids_brainfm.outputs.words import described
+from bids_brainfm.outputs.words import as_words, described
 from bids_brainfm.reports.report import Figure
 
 NAME = 'prediction_error'
-FIGURES = {'latent': Figure('Latent prediction',
-    'Error with which the model predicts the latents of the masked block of a window from '
-    'the rest (mean over windows), against a guess without a model, the mean latent of what '
-    'it saw. Cells in grey were the context. Parcels with a high error are unlike what the '
-    'model was trained on.')}  # fmt: skip
+FIGURES = {'latent': Figure('Prediction error',
+    'Error of the predicted latents of the masked block of a window (mean over windows), '
+    'compared with the error of the mean latent of the context, which needs no model. Grey cells '
+    'were the context. The error does not measure the quality of the data: noise can have a lower '
+    'error than a good run.')}  # fmt: skip
 DESCRIBED = {
     'cross-time': 'the last time patches of all parcels, from the patches before',
     'cross-roi': 'every second parcel, from the others at the same times',
@@ -37,7 +36,7 @@ class Parameters:
 
 
 def parameters(settings: Settings, spec: ModelSpec, atlas: Atlas) -> Parameters | None:
-    """Settle the block; None where no prediction is wanted."""
+    """Settle the block; None where no map of the error is wanted."""
     block = settings.options.get('latent_prediction') or BLOCKS[0]
     return None if block == 'none' else Parameters(block)
 
@@ -45,10 +44,10 @@ def parameters(settings: Settings, spec: ModelSpec, atlas: Atlas) -> Parameters 
 def methods(task: ModelTask) -> str:
     """Sentence on the prediction and its baseline."""
     return (
-        'As a check of quality, the latents of a block of each window '
-        f'({DESCRIBED[task.parameters[NAME].latent_prediction]}) were predicted by the predictor '
-        f'of {task.spec.card.name} and compared with those of the target encoder (smooth L1 '
-        'error), beside the mean latent of the context as a guess without a model.'
+        'The prediction error is the smooth L1 error of the latents of a block of each window '
+        f'({DESCRIBED[task.parameters[NAME].latent_prediction]}) as predicted by the predictor '
+        f'of {task.spec.card.name}, relative to the latents of the target encoder. The baseline '
+        'is the error of the mean latent of the context.'
     )
 
 
@@ -68,6 +67,7 @@ def write(context: Context, result: tuple[np.ndarray, np.ndarray]) -> None:
     atlas, spec = context.atlas, context.task.spec
     block = context.task.parameters[NAME].latent_prediction
     n_windows, n_parcels, n_patches = error.shape
+    kept = ~context.windows.excluded
     columns = {
         'window': np.repeat(np.arange(n_windows), n_parcels),
         'Node': list(atlas.names) * n_windows,
@@ -80,24 +80,26 @@ def write(context: Context, result: tuple[np.ndarray, np.ndarray]) -> None:
     order, label = display_order(atlas.xyz)
     context.save_figure(figures.latent_error(error, baseline, order, order_label=label), 'latent')
     content = {
-        'Description': f'How well {spec.card.name} predicts the latents of a block of '
-        f'each window: {DESCRIBED[block]}. Smooth L1 error (beta 1), mean over '
-        f'dimensions, of the predicted against the layer-normalised target latents.',
-        'Model': {'Name': spec.card.name, 'Weights': spec.weights}, 'Block': block,
-        'MeanError': float(np.nanmean(error)), 'MeanBaseline': float(np.nanmean(baseline)),
+        'Description': f'Prediction error of {spec.card.name} for the latents of a block of '
+        f'each window: {DESCRIBED[block]}. Smooth L1 error (beta 1), mean over dimensions, of '
+        'the predicted latents relative to the layer-normalised target latents. It does not '
+        'measure the quality of the data.',
+        'Block': block,
+        'MeanError': known_mean(error[kept].ravel(), axis=0),
+        'MeanBaseline': known_mean(baseline[kept].ravel(), axis=0),
     } | described({
         'window': 'Number of the window, from 0', 'Node': f'Parcel of {atlas.name}',
         'patch*': 'Error at each time patch, n/a where it was the context',
         'error': "Mean over the parcel's patches",
-        'baseline': 'The same for a guess without a model: the mean target latent of the '
-        "window's context",
+        'baseline': "Error of the mean target latent of the window's context, which needs no "
+        'model',
     })  # fmt: skip
-    write_sidecar(table, content | context.common)
+    context.write_sidecar(table, content)
 
 
 def facts(sidecar: dict[str, Any]) -> dict[str, Any]:
     """Mean error, and that of the baseline."""
     return {
-        'Latent prediction': f'{sidecar["Block"]}: mean error {sidecar["MeanError"]:.3f}, of a '
-        f'guess without a model {sidecar["MeanBaseline"]:.3f}'
+        'Prediction error': f'{sidecar["Block"]}: mean {as_words(sidecar["MeanError"])}, baseline '
+        f'{as_words(sidecar["MeanBaseline"])}'
     }

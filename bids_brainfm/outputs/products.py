@@ -231,7 +231,7 @@ class Context:
     def mean_of_windows(self, values: np.ndarray) -> np.ndarray:
         """Mean of values (W, ...) over the windows that are not excluded, NaN without any."""
         kept = values[~self.windows.excluded]
-        return kept.mean(axis=0) if len(kept) else np.full(values.shape[1:], np.nan)
+        return kept.mean(axis=0, dtype=float) if len(kept) else np.full(values.shape[1:], np.nan)
 
     @property
     def scored(self) -> np.ndarray:

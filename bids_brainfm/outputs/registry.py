@@ -15,7 +15,7 @@ from bids_brainfm.arguments import clusters, count, dummies, finite, not_negativ
 
 ALL = 'all'
 EMBEDDINGS = 'embeddings'
-# Blocks of a window that latent prediction can mask, as in models.masking
+# Blocks of a window whose latents can be predicted, as in models.masking
 BLOCKS = ('cross-time', 'cross-roi', 'double-cross')
 
 
@@ -144,9 +144,10 @@ PRODUCTS = (
     Product(
         'prediction_error', 'run', 'prediction_error', 'boldmap', 'latenterror',
         record='stat-latenterror_desc-{label}', needs='predicts_latents', options=(
-            Option('latent_prediction', 'block of the window that Brain-JEPA predicts from the '
-                   'rest, as a map of quality: the last time patches, every second parcel, or '
-                   'both (default: cross-time)', choices=(*BLOCKS, 'none')),
+            Option('latent_prediction', 'block of each window whose latents Brain-JEPA predicts '
+                   'from the rest, for a map of the prediction error: the last time patches, '
+                   'every second parcel, or both (default: cross-time)',
+                   choices=(*BLOCKS, 'none')),
         ),
     ),
     Product(
@@ -173,7 +174,7 @@ PRODUCTS = (
         ),
     ),
     Product('attention', 'run', 'attention', 'boldmap', 'attention', 'networks_desc-{label}',
-            'networks', 'attention maps', image=True),
+            'networks', 'attention maps', image=True, version=2),
     Product(
         'networks', 'participant', 'networks', 'boldmap', 'network',
         record='atlas-{atlas}_networks', output='networks',
@@ -189,17 +190,21 @@ PRODUCTS = (
         'perturbation', 'run', 'perturbation', 'boldmap', 'perturbation',
         record='perturbation_desc-{label}', output='perturbation',
         about='the effect of one region on the others (BrainLM)', needs='reconstructs', image=True,
-        options=(
+        version=2, options=(
             MASK_RATIO, REFERENCE_NETWORKS,
             Option('perturb', 'parcel or reference network to perturb (default: the parcel '
                    'nearest to the left primary visual cortex)', metavar='NAME'),
-            Option('perturb_sd', 'where to hold it: its mean plus so many SD, negative for down '
-                   '(default: 2)', type=finite, metavar='K'),
+            Option('perturb_sd', 'size of the perturbation in SD of the parcel, negative for a '
+                   'decrease (default: 1)', type=finite, metavar='K'),
+            Option('perturb_mode', 'pulse: add it for the length of one token, at several times; '
+                   'clamp: hold the parcel at its mean plus so much throughout the window, far '
+                   'outside what data do (default: pulse)', choices=('pulse', 'clamp')),
         ),
     ),
     Product('scale_stats', 'group', 'scale_stats', needs='outputs', reads=('series',)),
     Product(
-        'contrast', 'group', 'contrast', needs='outputs', reads=('attention',), options=(
+        'contrast', 'group', 'contrast', needs='outputs', reads=('attention',), version=2,
+        options=(
             Option('contrast', 'at the group level, attention maps of A minus those of B, where '
                    'WHAT is an entity of the runs (task nback rest) or a column of '
                    'participants.tsv (sex F M)', metavar=('WHAT', 'A', 'B'), nargs=3),

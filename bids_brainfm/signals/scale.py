@@ -206,9 +206,8 @@ def fit_scaling(
     data : (T, P) parcel series in BOLD units; NaN columns stay NaN
     method :
         - ``'none'``: the values as they are, not divided either.
-        - ``'run-robust'``: grand mean to 10 000, parcel mean taken out, divided by the parcel's
-          own interquartile range (by SD / 0.79 where that is unusable), clipped at -3.6 and
-          3.7 SD.
+        - ``'run-robust'``: parcel mean taken out, divided by the parcel's own interquartile range
+          (by SD / 0.79 where that is unusable), clipped at -3.6 and 3.7 SD.
         - ``'global-z'``: one mean and one SD for all parcels of the run.
         - ``'parcel-z'``: each parcel by its own mean and SD.
         - ``'cohort'``: grand mean to 10 000, parcel mean taken out, then median, interquartile

@@ -136,6 +136,17 @@ def signed_map(xyz: np.ndarray, values: np.ndarray, label: str, *, most: float =
     return figure, figure.add_subplot(grid[1])
 
 
+def by_token(values: np.ndarray, token: np.ndarray) -> tuple[np.ndarray, str]:
+    """Values of tokens from those of their parcels (P,), where there are any, and their name.
+
+    >>> by_token(np.array([2.0, np.nan, 3.0]), np.array([0, 0, 1]))
+    (array([2., 3.]), 'tokens')
+    """
+    known = np.flatnonzero(np.isfinite(values))
+    first = np.unique(token[known], return_index=True)[1]
+    return values[known[first]], 'tokens' if len(np.unique(token)) < len(token) else 'parcels'
+
+
 def missing_words(values: np.ndarray) -> str:
     """Words on parcels without a value, for the end of a title that speaks of the others."""
     missing = int(np.isnan(values).sum())

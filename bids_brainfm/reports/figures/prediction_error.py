@@ -1,4 +1,4 @@
-"""Figure of the error with which latents are predicted."""
+"""Figure of the prediction error of latents."""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -11,13 +11,13 @@ from bids_brainfm.reports.style import BLUE, GREY, INK, VERMILION
 def latent_error(
     error: np.ndarray, baseline: np.ndarray, order: np.ndarray, order_label: str
 ) -> Figure:
-    """How well the latents of parcels and time patches are predicted from the others.
+    """Prediction error of the latents of parcels and time patches.
 
     Parcels that were context throughout come last.
 
     Parameters
     ----------
-    error, baseline : (W, P, K) float, of the prediction and of a guess without a model
+    error, baseline : (W, P, K) float, of the prediction and of the mean latent of the context
         Per window, parcel and time patch; NaN where that was context, the same in every window.
     """
     error, baseline = np.asarray(error, float), np.asarray(baseline, float)
@@ -36,7 +36,7 @@ def latent_error(
     style.whole_numbers(axes.xaxis)
     axes.set(xlabel='time patch', ylabel=f'parcel ({order_label})')
     windows = f', mean of {count} windows' if count > 1 else ''
-    axes.set_title(f'Error of prediction{windows} (grey: context)')
+    axes.set_title(f'Prediction error{windows} (grey: context)')
     label = 'smooth L1 error'
     figure.colorbar(picture, ax=axes, extend='both', shrink=0.8, aspect=30, pad=0.01, label=label)
 
@@ -50,7 +50,7 @@ def latent_error(
                   linewidths=0, rasterized=len(predicted) > 500)  # fmt: skip
     right.set_title(f'{better.sum()} of {len(predicted)} parcels below the baseline')
     right.set_xlabel('error of the mean context latent (baseline)')
-    right.set_ylabel('error of the prediction')
+    right.set_ylabel('prediction error')
 
     if count > 1:
         lower = figure.add_subplot(grid[1, 1])
