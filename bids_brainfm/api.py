@@ -15,6 +15,7 @@ from bids_brainfm.signals import bold as signals
 from bids_brainfm.signals.bold import BoldSeries, denoise
 from bids_brainfm.signals.scale import check_stats
 from bids_brainfm.signals.series import ParcelSeries as ParcelSeries
+from bids_brainfm.signals.strategy import Strategy
 
 
 class Model(models.Model):
@@ -22,7 +23,7 @@ class Model(models.Model):
 
     def embed_bold(
         self, bold: str | Path, mask: str | Path | None = None,
-        confounds: str | Path | None = None, denoising: str | Path | None = None,
+        confounds: str | Path | None = None, denoising: str | Path | Strategy | None = None,
         space: str | None = None, tr: float | None = None, tokens: bool = False,
     ) -> Embedding:  # fmt: skip
         """Embed one preprocessed BOLD file.
@@ -33,7 +34,7 @@ class Model(models.Model):
             As :func:`bids_brainfm.parcellate` and :meth:`embed` take them.
         confounds : path-like, optional
             Table of confounds; by default the one that fMRIPrep writes next to the file.
-        denoising : str or path-like, optional
+        denoising : str, path-like or Strategy, optional
             Strategy of :func:`bids_brainfm.denoise`; by default that of the model's card.
 
         Returns

@@ -65,9 +65,22 @@ def positive(kind: type[T]) -> Callable[[str], T]:
 
 proportion = number(float, lambda value: 0 <= value <= 1, 'a share from 0 to 1')
 ratio = number(float, lambda value: 0 < value < 1, 'a number between 0 and 1')
+not_negative = number(float, lambda v: 0 <= v < float('inf'), 'a number of 0 or above')
+count = number(int, lambda value: value >= 0, 'a whole number of 0 or above')
 finite = number(float, lambda v: 0 < abs(v) < float('inf'), 'a number other than zero')
 # What NumPy takes
 seed = number(int, lambda value: 0 <= value < 2**32, 'a whole number from 0 to 2**32 - 1')
+
+
+def dummies(text: str) -> str:
+    """Argument type for a number of volumes to drop, or auto.
+
+    >>> dummies('4'), dummies('auto')
+    ('4', 'auto')
+    """
+    if text != 'auto' and not text.isdigit():
+        raise argparse.ArgumentTypeError(f'{text!r} is not auto or a whole number of 0 or above')
+    return text
 
 
 def clusters(text: str) -> str:

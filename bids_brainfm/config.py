@@ -53,7 +53,7 @@ class Settings:
     Labels are without their prefix (``01``, not ``sub-01``). ``mem`` is in GB, ``stride`` in
     samples at the model's TR. None means the model's default; ``scale_stats`` and the option
     ``covariance`` are empty where they are to be fitted. ``options`` are those of the products
-    (:mod:`bids_brainfm.outputs.registry`) that were given, by name.
+    (:mod:`bids_brainfm.outputs.registry`) and of denoising that were given, by name.
     """
 
     bids_dir: Path
@@ -122,7 +122,8 @@ class Settings:
                 value = Path(value).absolute()
             object.__setattr__(self, item.name, value)
         # nodes of the graph work in folders of their own, so relative paths would not be found
-        object.__setattr__(self, 'denoise', absolute(str(self.denoise)))
+        file, plus, gsr = str(self.denoise).partition('+gsr')
+        object.__setattr__(self, 'denoise', absolute(file) + plus + gsr)
         object.__setattr__(self, 'model', tuple(map(absolute, self.model)))
 
     def to_toml(self) -> str:

@@ -142,7 +142,9 @@ def test_step_by_step(done, bold, series):
     assert np.array_equal(clean.flagged, command.flagged)
     assert isinstance(clean, bids_brainfm.ParcelSeries)
     assert clean.names
-    assert np.array_equal(bids_brainfm.denoise(raw, strategy='none').data, raw.data)
+    none = bids_brainfm.denoise(raw, table, 'none', scrub=5)
+    assert np.array_equal(none.data, raw.data)
+    assert none.denoised.freedom.residual == len(raw.data) - 1
     with pytest.raises(BrainfmError, match=r'"simple" needs the confounds of the run: give its'):
         bids_brainfm.denoise(raw)
 
@@ -196,8 +198,9 @@ def test_a_series_has_level_tsnr_and_the_time_of_its_first_volume(dataset):
 def test_denoising_keeps_the_flags_of_a_series(bold):
     raw = bids_brainfm.parcellate(bold, 'Demo424')
     marked = dataclasses.replace(raw, flagged=np.arange(len(raw.data)) % 20 == 19)
-    assert np.array_equal(bids_brainfm.denoise(marked, strategy='none').flagged, marked.flagged)
     table = bold.parent / 'sub-01_task-rest_desc-confounds_timeseries.tsv'
+    none = bids_brainfm.denoise(marked, table, 'none')
+    assert np.array_equal(none.flagged, marked.flagged)
     clean, other = bids_brainfm.denoise(marked, table), bids_brainfm.denoise(raw, table)
     assert other.flagged.any()
     assert np.array_equal(clean.flagged, other.flagged | marked.flagged[clean.dummy :])
@@ -457,7 +460,7 @@ def test_public_names():
     [
         ('load_atlas', False),
         ('load_model', False),
-        ('denoise', False),
+        ('denoise', True),
         ('parcellate', True),
         ('Model.embed', True),
         ('Model.embed_bold', True),

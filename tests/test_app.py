@@ -331,15 +331,117 @@ def test_own_denoising_by_a_relative_path(simulated, tmp_path, app):
     assert str(tmp_path / 'mine.yml') in next(out.glob('logs/*/bids_brainfm.toml')).read_text()
 
 
+def series_sidecar(out, label='01'):
+    stem = STEM.replace('01', label)
+    return json.loads((out / f'sub-{label}/func/{stem}_stat-mean_timeseries.json').read_text())
+
+
 def test_denoise_none_claims_nothing_about_confounds(simulated, tmp_path, app):
     """What was not read is no source, and what was not assessed is not zero."""
-    out = tmp_path / 'out'
-    assert app(simulated, out, '--denoise', 'none', '--participant-label', '01') == 0
-    sidecar = json.loads((out / f'sub-01/func/{STEM}_stat-mean_timeseries.json').read_text())
+    out, asked = tmp_path / 'out', ('--denoise', 'none', '--participant-label', '01')
+    assert app(simulated, out, *asked, '--keep-nonsteady') == 0
+    sidecar = series_sidecar(out)
     assert not any('confounds' in source for source in sidecar['Sources'])
     assert 'NumberOfVolumesFlagged' not in sidecar
+    assert sidecar['Denoising']['DegreesOfFreedom'] == 209
     table = pd.read_csv(out / f'sub-01/func/{STEM}_desc-brainlmdemo_embedding.tsv', sep='\t')
     assert np.isnan(table['flagged'][0])
+
+
+def test_denoise_none_drops_non_steady_volumes(dataset, tmp_path, app):
+    """They are found in the confounds; where there are none, the report says so."""
+    path = next(dataset.glob('sub-01/func/*_desc-confounds_timeseries.tsv'))
+    table = pd.read_csv(path, sep='\t', na_values='n/a')
+    table['non_steady_state_outlier00'] = (np.arange(len(table)) == 0).astype(int)
+    table.to_csv(path, sep='\t', index=False, na_rep='n/a')
+    next(dataset.glob('sub-02/func/*_desc-confounds_timeseries.tsv')).unlink()
+    out = tmp_path / 'out'
+    assert app(dataset, out, '--denoise', 'none', '--stop-after', 'timeseries') == 0
+    found, other = series_sidecar(out), series_sidecar(out, '02')
+    assert found['NumberOfVolumesDiscardedByNonsteadyStatesDetector'] == 1
+    assert any('confounds' in source for source in found['Sources'])
+    assert found['Denoising']['NumberOfVolumesUnflagged'] == 209
+    assert any('before the steady state could not be found' in w for w in other['Warnings'])
+
+
+def test_options_of_denoising(dataset, tmp_path, app, capfd):
+    """They reach the series from the command line and from a file; others are not mixed in."""
+    folder, out = tmp_path / 'tables', tmp_path / 'out'
+    folder.mkdir()
+    path = next(dataset.glob('sub-01/func/*_desc-confounds_timeseries.tsv'))
+    mine = pd.DataFrame({'pulse': np.random.default_rng(0).standard_normal(210)})
+    mine.to_csv(folder / path.name, sep='\t', index=False)
+    config = tmp_path / 'mine.toml'
+    config.write_text(
+        'bandpass = [0.01, 0]\nscrub = 2\ndummy_scans = 3\nmin_minutes = 1.5\n'
+        'motion_filter_type = "notch"\nband_stop_min = 12\nband_stop_max = 18.5\n'
+    )
+    asked = ('--config-file', config, '--denoise', 'simple+gsr', '--stop-after', 'timeseries')
+    asked += ('--custom-confounds', folder)
+    one = ('--participant-label', '01')
+    assert app(dataset, out, *asked, *one) == 0
+    sidecar = series_sidecar(out)
+    found = sidecar['Denoising']
+    assert {'global_signal', 'custom_pulse'} <= set(found['ConfoundRegressors'])
+    assert not any(name.startswith('cosine') for name in found['ConfoundRegressors'])
+    assert (found['NumberOfRegressors'], found['RankOfRegressors']) == (28, 29)
+    left = found['NumberOfVolumesUnflagged'] - found['RankOfRegressorsAndFilter']
+    assert found['DegreesOfFreedom'] == left
+    assert found['RankOfRegressorsAndFilter'] > 29
+    assert (found['BandPassFilter'], found['ShortestSegment']) == ([0.01, None], 2)
+    assert sidecar['NumberOfVolumesDiscardedByUser'] == 3
+    assert str(folder / path.name) in json.dumps(sidecar['InputFiles'])
+    table = pd.read_csv(next(out.glob('sub-01/func/*_desc-quality_bold.tsv')), sep='\t')
+    assert table['degrees_of_freedom'][0] == left
+    assert table['num_regressors'][0] == 28
+    assert found['MotionFilter']['band_stop_max'] == 18.5
+    assert 0 < found['MeanFramewiseDisplacement'] < table['mean_fd'][0]
+    written = next(out.glob('logs/*/bids_brainfm.toml'))
+    assert app(dataset, out, '--config-file', written) == 0  # and is read back
+    assert f'{left} (regressors of rank' in (out / 'sub-01.html').read_text()
+
+    assert app(dataset, out, *asked, *one, '--min-dof', '25') == 0  # a limit changes no value
+    assert app(dataset, out, *asked, *one, '--scrub', '4') == 2
+    assert 'denoise_scrub was 2 and is now 4' in capfd.readouterr().err
+    assert app(dataset, tmp_path / 'other', *asked) == 1  # sub-02 has no such table
+    assert 'there is no table of this run in' in capfd.readouterr().err
+    for wrong in ('bandpass = [0.01]', 'bandpass = ["low", 0.1]', 'custom_confounds = "/no"'):
+        config.write_text(wrong)
+        assert app(dataset, tmp_path / 'new', '--config-file', config) == 2
+
+
+def test_aroma_takes_the_files_of_fmripost_aroma(simulated, tmp_path, app, capfd):
+    """They are inputs of the run; what is missing is named."""
+    func, stem = tmp_path / 'aroma' / 'sub-01' / 'func', 'sub-01_task-rest'
+    func.mkdir(parents=True)
+    mixing = func / f'{stem}_space-MNI152NLin6Asym_res-2_desc-melodic_mixing.tsv'
+    metrics = func / f'{stem}_desc-aroma_metrics.tsv'
+    np.savetxt(mixing, np.random.default_rng(0).standard_normal((210, 6)), delimiter='\t')
+    metrics.write_text('classification\n' + 'rejected\naccepted\n' * 3)
+    asked = ('--denoise', 'aroma', '--stop-after', 'timeseries')
+    folder, out = ('--custom-confounds', tmp_path / 'aroma'), tmp_path / 'out'
+    assert app(simulated, out, *asked, *folder) == 1
+    sidecar = series_sidecar(out)
+    names = sidecar['Denoising']['ConfoundRegressors']
+    assert names[-3:] == ['aroma_01', 'aroma_03', 'aroma_05']
+    assert {'csf', 'white_matter'} <= set(names)
+    assert {mixing.as_uri(), metrics.as_uri()} <= set(sidecar['InputFiles'])
+    said = capfd.readouterr().err
+    assert 'sub-02_task-rest: there is no table of this run in' in said
+    assert app(simulated, tmp_path / 'other', *asked, '--participant-label', '02') == 1
+    assert 'needs desc-melodic_mixing.tsv and desc-aroma_metrics.tsv' in capfd.readouterr().err
+
+
+def test_a_run_without_degrees_of_freedom_fails(simulated, tmp_path, app, capfd):
+    """Before, nothing was said of it."""
+    path = next(simulated.glob('sub-01/func/*_desc-confounds_timeseries.tsv'))
+    displacement = pd.read_csv(path, sep='\t', na_values='n/a')['framewise_displacement']
+    limit = displacement.quantile(0.2)
+    asked = ('--fd-threshold', limit, '--stop-after', 'timeseries', '--participant-label', '01')
+    assert app(simulated, tmp_path / 'out', *asked) == 1
+    said = capfd.readouterr().err
+    assert 'volumes are unflagged, and' in said
+    assert 'fewer than a tenth of the volumes: choose a --denoise with fewer' in said
 
 
 @pytest.mark.slow

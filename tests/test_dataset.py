@@ -163,6 +163,10 @@ def test_denoised_runs_are_not_denoised_again(simulated, tmp_path, monkeypatch, 
     )
     with monkeypatch.context() as patch:
         patch.setattr(inputs, 'ADAPTERS', ('clean',))
+        assert app(*asked, '--scrub', '5') == 2
+        assert (
+            '--scrub: the runs were denoised by their pipeline (clean)' in capfd.readouterr().err
+        )
         assert app(*asked, '--denoise', '36P') == 2
         assert 'were denoised by their pipeline (clean)' in capfd.readouterr().err
         assert app(*asked) == 0

@@ -35,8 +35,10 @@ from bids_brainfm.bids.freshness import write_sidecar
 from bids_brainfm.cli.models import main as models
 from bids_brainfm.outputs.registry import BY_NAME
 from bids_brainfm.resources import home, sha256_of
-from bids_brainfm.signals.denoise import denoise, load_preset, read_confounds
+from bids_brainfm.signals.confounds import Tables, read_confounds
+from bids_brainfm.signals.denoise import denoise
 from bids_brainfm.signals.simulate import CORNER_HZ, express, simulate_run
+from bids_brainfm.signals.strategy import load_strategy
 
 ATLAS, TASK, TR, VOLUMES = 'Demo424', 'rest', 0.735, 490
 MODELS = Path(__file__).resolve().parents[1] / 'bids_brainfm' / 'data' / 'models'
@@ -71,7 +73,7 @@ def express_pace(trait: float) -> dict[str, float]:
 def write_participant(folder: Path, how: Callable, label: str, trait: float, seed: int) -> None:
     """Simulate a participant and write the series that denoising leaves."""
     atlas = load_atlas(ATLAS, home())
-    rng = np.random.default_rng(seed)
+    rng, strategy = np.random.default_rng(seed), load_strategy('simple')
     run = simulate_run(atlas.xyz, VOLUMES, TR, rng=rng, **how(trait))
     func = folder / f'sub-{label}' / 'func'
     stem = f'sub-{label}_task-{TASK}_space-MNI152NLin2009cAsym_atlas-{ATLAS}'
@@ -79,8 +81,8 @@ def write_participant(folder: Path, how: Callable, label: str, trait: float, see
         confounds, facts = Path(scratch) / 'confounds.tsv', Path(scratch) / 'confounds.json'
         pd.DataFrame(run.confounds).to_csv(confounds, sep='\t', index=False, na_rep='n/a')
         write_json(facts, run.components)
-        read = read_confounds(confounds, facts, load_preset('simple'), VOLUMES)
-    series = denoise(run.series, read)
+        read = read_confounds(Tables(confounds, facts), strategy, VOLUMES, TR)
+    series, _ = denoise(run.series, read, strategy, TR)
     names = list(atlas.names)
     path = func / f'{stem}_stat-mean_timeseries.tsv'
     write_matrix(path, series, names)

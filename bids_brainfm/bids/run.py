@@ -23,6 +23,9 @@ class BoldRun:
     sidecar: Path | None = None
     confounds: Path | None = None
     confounds_json: Path | None = None
+    custom: Path | None = None  # further confounds
+    mixing: Path | None = None  # time courses of ICA components, and their classification
+    metrics: Path | None = None
     pipeline: str = ''  # the adapter that found it, a module of bids_brainfm.bids.inputs
     denoised: bool = False  # by the pipeline, so that nothing is regressed out again
 
@@ -47,11 +50,14 @@ class BoldRun:
 
     def companions(self) -> dict[str, Path]:
         """Existing files that the outputs of this run depend on, by role."""
-        roles = ('bold', 'mask', 'sidecar', 'confounds', 'confounds_json')
+        roles = ('bold', 'mask', 'sidecar', 'confounds', 'confounds_json', 'custom', 'mixing',
+                 'metrics')  # fmt: skip
         return {role: path for role in roles if (path := getattr(self, role)) is not None}
 
     def uri(self, path: Path) -> str:
-        """BIDS URI of a file of the input dataset."""
+        """BIDS URI of a file of the input dataset, the URI of any other file."""
+        if not path.is_relative_to(self.root):
+            return path.absolute().as_uri()
         return f'bids:{self.dataset}:{path.relative_to(self.root).as_posix()}'
 
 

@@ -13,7 +13,14 @@ from typing import Any, cast
 from bids_brainfm.arguments import label, memory_gb, positive, proportion, seed
 from bids_brainfm.config import PRECISIONS, Settings, read_toml
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.outputs.registry import ALL, OUTPUTS, about_outputs, options, used_by
+from bids_brainfm.outputs.registry import (
+    ALL,
+    DENOISING,
+    OUTPUTS,
+    about_outputs,
+    options,
+    used_by,
+)
 
 SCALINGS = ('card', 'none', 'run-robust', 'global-z', 'parcel-z', 'cohort')
 
@@ -75,9 +82,6 @@ def get_parser() -> argparse.ArgumentParser:
     add('-m', '--model', nargs='+', metavar='NAME[=PATH]',
         help='model cards to run (see bids_brainfm_models list) or paths to cards of your own; '
         'PATH is a local checkpoint, its folder or its file (default: brainlm-111m)')
-    add('--denoise', metavar='{card,none,simple,36P,acompcor,FILE.yml}',
-        help='confounds to regress out of the parcel series; none touches nothing: no regression, '
-        'no interpolation, no volumes dropped (default: what the model card says)')
     add('--max-flagged', '--max_flagged', type=proportion, metavar='PROPORTION',
         help='proportion of flagged volumes above which a window, or all windows of a run, are '
         'marked as excluded: they stay in the tables, and summaries and the group level leave '
@@ -108,6 +112,16 @@ def get_parser() -> argparse.ArgumentParser:
     add('--random-weights', '--random_weights', **switch,
         help='control: the same network with random, untrained weights')
 
+    denoising = parser.add_argument_group('Options for denoising')
+    denoising.add_argument('--denoise', metavar='STRATEGY[+gsr]',
+        help='confounds to regress out of the parcel series: simple, scrubbing, compcor (names as '
+        'in nilearn), acompcor, 36P (as in XCP-D), aroma, aroma-aggressive, tedana, none, or '
+        'FILE.yml; +gsr adds the global signal. none neither regresses nor interpolates, but '
+        'volumes that are not in steady state are dropped (see --keep-nonsteady) (default: what '
+        'the model card says)')
+    for option in DENOISING:
+        option.add_to(denoising)
+
     outputs = parser.add_argument_group('Options for what is computed with a model')
     add = outputs.add_argument
     add('--outputs', nargs='+', choices=[*OUTPUTS, ALL],
@@ -115,7 +129,8 @@ def get_parser() -> argparse.ArgumentParser:
         f'{about_outputs()}; all: whatever the models can (default: embeddings, which are always '
         'written)')
     for option in options().values():
-        option.add_to(outputs)
+        if option not in DENOISING:
+            option.add_to(outputs)
     add('--random-seed', '--random_seed', type=seed, metavar='SEED',
         help='of masks, sham targets and clusters (default: 0)')
 
@@ -210,12 +225,12 @@ def _as_typed(found: dict[str, Any], path: Path) -> dict[str, Any]:
         try:
             if nargs == 0 and name != 'verbose':
                 good = isinstance(value, bool)
-            elif nargs in ('+', '*', 3):
+            elif nargs:
                 values = value if isinstance(value, list) else [value]
-                checked[name] = [kind(str(v)) if kind else v for v in values]
-                good = all(isinstance(v, str) for v in values)
+                checked[name] = made = [kind(str(v)) if kind else v for v in values]
+                good = all(isinstance(v, str) or v == m for v, m in zip(values, made, strict=True))
                 good &= not action.choices or set(values) <= set(action.choices)
-                good &= nargs != 3 or len(values) in (0, 3)
+                good &= not isinstance(nargs, int) or len(values) in (0, nargs)
             else:
                 # memory is written in GB, as a number
                 if kind is not None and not (kind is memory_gb and value == float(value)):
@@ -268,12 +283,12 @@ def _check(settings: Settings) -> None:
             users = f'--outputs {" or ".join(outputs)} only'
             raise BrainfmError(f'{option.flag} is used by {users}: add --outputs {outputs[0]}.')
     for flag, path in named_files(settings):
-        if not path.is_file():
+        if not (path.is_dir() if flag == '--custom-confounds' else path.is_file()):
             raise BrainfmError(f'{flag} {path} does not exist: check the path.')
 
 
 def named_files(settings: Settings) -> list[tuple[str, Path]]:
-    """Files that must exist, each with the option that names it."""
+    """Files and folders that must exist, each with the option that names it."""
     given = {option.flag: settings.options.get(name) for name, option in options().items()}
     given |= {
         '--scale-stats': settings.scale_stats,

@@ -18,6 +18,7 @@ from bids_brainfm.cli import scratch
 from bids_brainfm.cli.parser import named_files, parse_settings
 from bids_brainfm.config import Settings, split_name
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.signals.strategy import GSR
 
 if TYPE_CHECKING:
     from nipype.pipeline import engine as pe
@@ -106,7 +107,7 @@ def check_places(settings: Settings, datasets: dict[str, Path]) -> None:
         from bids_brainfm.resources import home
 
         files = [settings.bids_database_dir, *(path for _, path in named_files(settings))]
-        files += map(Path, (settings.denoise, *settings.model))
+        files += map(Path, (settings.denoise.removesuffix(GSR), *settings.model))
         files += [*(split_name(model)[1] for model in settings.model), home()]
         kept = [*read, raw, settings.output_dir.resolve()]
         kept += [path.resolve() for path in files if path is not None and path.exists()]

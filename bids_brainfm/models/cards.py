@@ -10,6 +10,7 @@ from bids_brainfm.errors import BrainfmError
 from bids_brainfm.resources import inside
 from bids_brainfm.signals.connectome import LABEL as CONNECTOME
 from bids_brainfm.signals.scale import METHODS
+from bids_brainfm.signals.strategy import GSR
 from bids_brainfm.validation import (
     LABEL,
     Condition,
@@ -94,7 +95,8 @@ def load_card(name: str | Path) -> ModelCard:
     path, content = read_card(name, FOLDER, 'model card')
     card = build(ModelCard, content, f'The model card {name}')
     folder = path.absolute().parent
-    near = lambda name: str(folder / name) if name.endswith(('.yml', '.yaml')) else name
+    is_file = lambda name: name.removesuffix(GSR).endswith(('.yml', '.yaml'))
+    near = lambda name: str(folder / name) if is_file(name) else name
     # The training goes into sidecars, and JSON has no NaN.
     training = json.dumps(card.training, default=str)
     return dataclasses.replace(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bids_brainfm.arguments import clusters, finite, positive, ratio
+from bids_brainfm.arguments import clusters, count, dummies, finite, not_negative, positive, ratio
 
 ALL = 'all'
 EMBEDDINGS = 'embeddings'
@@ -104,6 +104,40 @@ COVARIANCE = Option(
     'of reconstruction, one file for each atlas (default: it is estimated from what is visible of '
     'the run); at the group level, without a file: fit it over all runs in the output folder',
     type=Path, metavar='FILE', nargs='*',
+)  # fmt: skip
+# Of denoising: those of `signals.strategy.override`, and where further tables are
+DENOISING = (
+    Option('bandpass', 'band in Hz that is kept, such as 0.01 0.08; 0 leaves an end open. Cosines '
+           "outside it join the other regressors, in place of fMRIPrep's (default: what the "
+           'strategy says)', type=not_negative, metavar=('LOW', 'HIGH'), nargs=2),
+    Option('fd_threshold', 'framewise displacement above which a volume is flagged; 0: none '
+           '(default: what the strategy says, 0.5 in ours)', type=not_negative, metavar='MM'),
+    Option('dvars_threshold', 'standardised DVARS above which a volume is flagged; 0: none '
+           '(default: what the strategy says, 1.5 in ours)', type=not_negative, metavar='VALUE'),
+    Option('scrub', 'also flag segments of fewer unflagged volumes than this (default: 0, and 5 '
+           'with --denoise scrubbing)', type=count, metavar='VOLUMES'),
+    Option('dummy_scans', 'volumes to drop at the start; auto: those that fMRIPrep found not to '
+           'be in steady state (default: auto)', type=dummies, metavar='{N,auto}'),
+    Option('keep_nonsteady', 'keep volumes that are not in steady state', switch=True),
+    Option('custom_confounds', 'folder of tables with further confounds, each with the name of '
+           "the run's confounds table; all columns are regressed out. Components of ICA-AROMA and "
+           'tedana are looked for in it, too', type=Path, metavar='DIR'),
+    Option('motion_filter_type', 'filter that removes respiration from the motion parameters: a '
+           'band (notch), or all above --band-stop-min (lp) (default: none)',
+           choices=('notch', 'lp')),
+    Option('band_stop_min', 'lower end of that band in breaths per minute', type=positive(float),
+           metavar='BPM'),
+    Option('band_stop_max', 'upper end of that band in breaths per minute', type=positive(float),
+           metavar='BPM'),
+    Option('motion_filter_order', 'order of that filter, forwards and backwards (default: 4)',
+           type=positive(int), metavar='N'),
+    Option('head_radius', 'radius with which framewise displacement is computed anew (default: 50 '
+           'where motion is filtered; else it is that of fMRIPrep)', type=positive(float),
+           metavar='MM'),
+    Option('min_dof', 'least number of residual degrees of freedom; a run with fewer fails '
+           '(default: 20)', type=count, metavar='N'),
+    Option('min_minutes', 'least amount of unflagged data; a run with less fails (default: 0)',
+           type=not_negative, metavar='MINUTES'),
 )  # fmt: skip
 
 PRODUCTS = (
@@ -210,8 +244,9 @@ def about_outputs() -> str:
 
 
 def options() -> dict[str, Option]:
-    """All options of the table by their names, each once."""
-    return {option.name: option for product in PRODUCTS for option in product.options}
+    """All options of denoising and of the table by their names, each once."""
+    of_products = [option for product in PRODUCTS for option in product.options]
+    return {option.name: option for option in (*DENOISING, *of_products)}
 
 
 def used_by(option: str) -> tuple[str, ...]:

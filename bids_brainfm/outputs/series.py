@@ -1,8 +1,6 @@
 """Parcel series of a run: from a BOLD file to denoised series with their coverage."""
 
 import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,12 +21,14 @@ from bids_brainfm.outputs.registry import BY_NAME, OF_SERIES
 from bids_brainfm.outputs.tasks import Place, SeriesTask
 from bids_brainfm.reports.report import Figure
 from bids_brainfm.signals.connectome import connectome
-from bids_brainfm.signals.denoise import Preset, load_preset
 from bids_brainfm.signals.series import coverage_path
+from bids_brainfm.signals.strategy import describe
 
 if TYPE_CHECKING:
     from bids_brainfm.signals.bold import BoldSeries
 
+# Field of the sidecar: volumes left out at the start, by whom
+DISCARDED, BY = 'NumberOfVolumesDiscardedBy', ('NonsteadyStatesDetector', 'User')
 FILL_RULE = (
     'the series of the nearest parcel (by centroid, and of the same structure where the atlas '
     'tells cortex from subcortex) with enough coverage'
@@ -55,14 +55,13 @@ class SeriesContext:
     run: BoldRun
     task: SeriesTask
     atlas: Atlas
-    preset: Preset  # the denoising
     series: 'BoldSeries'  # denoised; NaN for parcels without enough coverage
     results_version: int | None = None  # of the product that is being made
 
     @property
     def assessed(self) -> bool:
         """Whether confounds were read, so that outliers are known."""
-        return bool(self.preset.outliers)
+        return bool(self.task.strategy.outliers)
 
     @property
     def excluded(self) -> bool:
@@ -119,8 +118,9 @@ class SeriesContext:
                 f'summaries and from the group level.'
             )
         if dummy := self.series.dummy:
-            sentences.append(f'{dummy} non-steady-state volumes at the start were left out.')
-        return sentences
+            what = 'non-steady-state volumes' if self.task.strategy.finds_dummies else 'volumes'
+            sentences.append(f'{dummy} {what} at the start were left out.')
+        return sentences + list(self.series.denoised.warnings if self.series.denoised else ())
 
     @cached_property
     def sources(self) -> list[str]:
@@ -144,27 +144,35 @@ class SeriesContext:
 
 def compute_series(run: BoldRun, task: SeriesTask) -> SeriesContext:
     """Parcellate and denoise one run; refuse files that are missing, damaged or contradictory."""
-    from bids_brainfm.signals.bold import denoise, parcellate
+    from bids_brainfm.signals.bold import clean_series, parcellate
+    from bids_brainfm.signals.confounds import Tables
 
-    tr, start, preset = repetition_time(run), start_time(run), load_preset(task.denoise)
+    tr, start, strategy = repetition_time(run), start_time(run), task.strategy
     if run.mask is None and not run.is_cifti:
         raise BrainfmError(
             f'{run.name}: the brain mask of {run.bold.name} (desc-brain_mask) is missing: copy it '
             f'from the fMRIPrep output.'
         )
-    if run.confounds is None and not preset.touches_nothing:
+    if run.confounds is None and strategy.needs_table:
         raise BrainfmError(
             f'{run.name}: there is no desc-confounds_timeseries.tsv, which denoising '
-            f'"{preset.name}" needs: copy it from the fMRIPrep output, or use --denoise none.'
+            f'"{strategy.name}" needs: copy it from the fMRIPrep output, or use --denoise none.'
+        )
+    if task.custom_confounds and run.custom is None and not (strategy.ica and run.mixing):
+        raise BrainfmError(
+            f'{run.name}: there is no table of this run in {task.custom_confounds} '
+            '(--custom-confounds): put one there with the name of its confounds table, or leave '
+            'this run out.'
         )
     atlas = load_atlas(task.card, task.home)
     raw = parcellate(
         run.bold, atlas, run.mask, run.space, tr, start or 0.0, task.parcel_voxels, run.confounds
     )
-    series = denoise(raw, run.confounds, preset, run.confounds_json)
+    tables = Tables(run.confounds, run.confounds_json, run.custom, run.mixing, run.metrics)
+    series, _ = clean_series(raw, tables, strategy)
     covered = (series.coverage >= task.min_coverage) & np.isfinite(series.data).all(axis=0)
     data = np.where(covered, series.data, np.nan).astype(np.float32)
-    return SeriesContext(run, task, atlas, preset, dataclasses.replace(series, data=data))
+    return SeriesContext(run, task, atlas, dataclasses.replace(series, data=data))
 
 
 def series_current(run: BoldRun, task: SeriesTask) -> bool:
@@ -188,14 +196,18 @@ def companions(run: BoldRun, place: Place, task: SeriesTask | None = None) -> li
 
 
 def settings(task: SeriesTask) -> dict[str, Any]:
-    """Denoising, voxels of the parcels, and limit of coverage."""
-    preset = load_preset(task.denoise)
-    content = json.dumps(dataclasses.asdict(preset), sort_keys=True)
-    digest = hashlib.sha256(content.encode()).hexdigest()
+    """Denoising, voxels of the parcels, and limit of coverage.
+
+    What does not change values is left out: the wording, and limits below which a run fails.
+    """
+    rules = dataclasses.asdict(task.strategy)
+    aside = ('name', 'description', 'min_dof', 'min_minutes')
     found = {
-        'denoise': preset.name, 'denoise_sha256': digest, 'min_coverage': task.min_coverage,
+        'denoise': rules['name'], 'min_coverage': task.min_coverage,
         'parcel_voxels': task.parcel_voxels, 'max_flagged': task.max_flagged,
     }  # fmt: skip
+    found |= {f'denoise_{key}': v for key, v in rules.items() if v and key not in aside}
+    found |= {'custom_confounds': True} if task.custom_confounds else {}
     return found | ({'denoised_by_pipeline': True} if task.denoised else {})
 
 
@@ -206,14 +218,16 @@ def _denoising(task: SeriesTask) -> str:
             'The data had been denoised by the pipeline that preprocessed them; no further '
             'confound was regressed out, no volume was dropped and none was interpolated.'
         )
-    return load_preset(task.denoise).description.strip()
+    custom = ' Further confounds, from tables of the user, were regressors of the same model.'
+    return describe(task.strategy) + custom * bool(task.custom_confounds)
 
 
 def methods(task: SeriesTask) -> str:
     """Sentences on parcels, denoising and connectivity."""
-    preset = load_preset(task.denoise)
     steady = 'Volumes before the steady state, as found by fMRIPrep, were left out. '
-    dropped = '' if preset.touches_nothing else steady
+    dropped = steady if task.strategy.finds_dummies else ''
+    if number := task.strategy.dummy_scans:
+        dropped = f'The first {number} volumes of each run were left out. '
     inside = ' and lie inside the brain mask' if task.parcel_voxels == 'mask' else ''
     return (
         f'The mean BOLD signal of each parcel of the {task.place.atlas} atlas was computed over '
@@ -276,24 +290,20 @@ def write(context: SeriesContext, result: 'BoldSeries') -> None:
 
 def _describe(context: SeriesContext) -> dict[str, Any]:
     """Sidecar of the series."""
-    atlas, series, preset = context.atlas, context.series, context.preset
+    atlas, series, strategy = context.atlas, context.series, context.task.strategy
+    by = BY[0] if strategy.finds_dummies else BY[1]
     return {
         'Description': f'Mean BOLD signal of each parcel of {atlas.name}, in BOLD units.',
         'RepetitionTime': series.tr, 'SamplingFrequency': 1 / series.tr, 'StartTime': series.start,
         'InputStartTime': start_time(context.run),
         'SliceTimingCorrected': metadata(context.run).get('SliceTimingCorrected'),
         'NumberOfVolumes': len(series.found.data),
-        'NumberOfVolumesDiscardedByNonsteadyStatesDetector': series.dummy,
+        f'{DISCARDED}{by}': series.dummy,
         'NumberOfVolumesFlagged': int(series.flagged.sum()) if context.assessed else None,
         'FlaggedVolumes': np.flatnonzero(series.flagged),
         'MaxFlagged': context.task.max_flagged, 'Excluded': context.excluded,
         'FlaggedVolumesInterpolated': context.assessed,
-        'Denoising': {
-            'Name': preset.name, 'Description': _denoising(context.task),
-            'ConfoundRegressors': series.names,
-            'DegreesOfFreedomLost': len(series.names) + 1 if series.names else 0,
-            'MeanAddedBack': bool(series.names),
-        },
+        'Denoising': _describe_denoising(context),
         'Atlas': {
             'Name': atlas.name, 'Image': series.image.path.name,
             'Provenance': series.image.provenance, 'License': atlas.licence,
@@ -307,16 +317,42 @@ def _describe(context: SeriesContext) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _describe_denoising(context: SeriesContext) -> dict[str, Any]:
+    """What was removed, and how much it left."""
+    strategy, done = context.task.strategy, context.series.denoised
+    assert done is not None
+    freedom = done.freedom
+    moved = done.displacement if strategy.motion_filter or strategy.head_radius else None
+    found = {
+        'Name': strategy.name, 'Description': _denoising(context.task),
+        'ConfoundRegressors': done.names,
+        'MeanAddedBack': strategy.regresses or bool(done.names),
+        'BandPassFilter': strategy.bandpass,
+        'MotionFilter': strategy.motion_filter and dataclasses.asdict(strategy.motion_filter),
+        # as computed anew from the motion parameters
+        'MeanFramewiseDisplacement': None if moved is None else np.nanmean(moved),
+        'OutlierThresholds': strategy.outliers or None,
+        'ShortestSegment': strategy.scrub or None,
+        'NumberOfVolumesUnflagged': freedom.unflagged, 'MinutesUnflagged': freedom.minutes,
+        'NumberOfRegressors': freedom.regressors,
+        # on unflagged volumes, with the mean
+        'RankOfRegressors': freedom.nuisance_rank,
+        'RankOfRegressorsAndFilter': freedom.total_rank,
+        'DegreesOfFreedom': freedom.residual,
+    }  # fmt: skip
+    return {key: value for key, value in found.items() if value is not None}
+
+
 def facts(sidecar: dict[str, Any]) -> dict[str, Any]:
     """What was read and what was done to it."""
     denoising = sidecar['Denoising']
-    dropped = sidecar['NumberOfVolumesDiscardedByNonsteadyStatesDetector']
-    return {
+    dropped = next(sidecar[f'{DISCARDED}{by}'] for by in BY if f'{DISCARDED}{by}' in sidecar)
+    found = {
         'BOLD': sidecar['Sources'][0],
         'Space': f'{sidecar["Space"]}, atlas image: {sidecar["Atlas"]["Provenance"]}',
         'Volumes': f'{sidecar["NumberOfVolumes"]} at a repetition time of '
         f'{sidecar["RepetitionTime"]:g} s',
-        'Left out at the start': f'{dropped} (not in steady state)',
+        'Left out at the start': f'{dropped} volumes',
         'First row at': f'{sidecar["StartTime"]:g} s',
         'Flagged volumes': f'{sidecar["NumberOfVolumesFlagged"]} (interpolated)'
         if sidecar['FlaggedVolumesInterpolated']
@@ -327,3 +363,11 @@ def facts(sidecar: dict[str, Any]) -> dict[str, Any]:
         'Parcels below coverage': f'{len(sidecar["ParcelsBelowMinimumCoverage"])} '
         f'(limit {sidecar["MinimumCoverage"]:g})',
     } | quality.lines(sidecar['Quality'])
+    if 'DegreesOfFreedom' not in denoising:  # written before these were counted
+        return found
+    return found | {
+        'Unflagged data': f'{denoising["MinutesUnflagged"]:.1f} minutes '
+        f'({denoising["NumberOfVolumesUnflagged"]} volumes)',
+        'Degrees of freedom left': f'{denoising["DegreesOfFreedom"]} (regressors of rank '
+        f'{denoising["RankOfRegressorsAndFilter"]})',
+    }

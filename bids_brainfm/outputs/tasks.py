@@ -11,6 +11,7 @@ from bids_brainfm.models.spec import ModelSpec
 from bids_brainfm.outputs.registry import BY_NAME
 from bids_brainfm.reports.report import figure_path
 from bids_brainfm.signals.contract import Contract
+from bids_brainfm.signals.strategy import Strategy
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,11 @@ class SeriesTask:
     place: Place
     card: str  # name of the atlas, or the path of its card
     home: Path  # where fetched atlases are kept
-    denoise: str  # name or file of the denoising preset
+    strategy: Strategy = field(hash=False)  # of denoising
     min_coverage: float  # proportion of a parcel below which it is n/a
     max_flagged: float  # proportion of flagged volumes above which a run is excluded
     version: str
+    custom_confounds: Path | None = None  # folder of further confounds
     denoised: bool = False  # whether the pipeline that wrote the runs had denoised them
     parcel_voxels: str = 'mask'  # that parcel means are taken over, of signals.parcellate.VOXELS
     # ``Parameters`` by the name of each product asked for; None for a product without options

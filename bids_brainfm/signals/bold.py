@@ -4,18 +4,20 @@ import dataclasses
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from nibabel.cifti2 import Cifti2Header
 
 from bids_brainfm.atlases.atlas import Atlas, AtlasImage
-from bids_brainfm.errors import BrainfmError
+from bids_brainfm.bids.tables import ica_tables
 from bids_brainfm.signals import denoise as denoising
 from bids_brainfm.signals import parcellate as averaging
-from bids_brainfm.signals.denoise import Preset, count_dummy, load_preset, read_confounds
+from bids_brainfm.signals.confounds import Tables, count_dummy, read_confounds
+from bids_brainfm.signals.denoise import Freedom
 from bids_brainfm.signals.parcellate import Parcellation
 from bids_brainfm.signals.series import ParcelSeries, check_tr
+from bids_brainfm.signals.strategy import Strategy, load_strategy, override
 from bids_brainfm.signals.stream import load_image, open_bold
 
 Series = TypeVar('Series', bound=ParcelSeries)
@@ -27,8 +29,17 @@ class BoldSeries(ParcelSeries):
 
     image: AtlasImage  # the image of the atlas that was used
     found: Parcellation  # the series before denoising, and what the file is like
-    names: tuple[str, ...] = ()  # confounds that were regressed out
-    dummy: int = 0  # volumes left out at the start
+    denoised: 'Denoised | None' = None  # what denoising did, None before it
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Confounds that were regressed out."""
+        return self.denoised.names if self.denoised else ()
+
+    @property
+    def dummy(self) -> int:
+        """Volumes left out at the start."""
+        return self.denoised.dummy if self.denoised else 0
 
     @property
     def level(self) -> np.ndarray:
@@ -68,8 +79,10 @@ def parcellate(
 
 
 def denoise(
-    series: Series, confounds: str | Path | None = None, strategy: str | Path | Preset = 'simple',
-    confounds_json: str | Path | None = None,
+    series: Series, confounds: str | Path | None = None,
+    strategy: str | Path | Strategy = 'simple', confounds_json: str | Path | None = None, *,
+    custom_confounds: str | Path | None = None, mixing: str | Path | None = None,
+    metrics: str | Path | None = None, **options: Any,
 ) -> Series:  # fmt: skip
     """Regress confounds out of parcel series; leave out dummy volumes, interpolate outliers.
 
@@ -78,43 +91,99 @@ def denoise(
     series : ParcelSeries
         All volumes of the run; those that are flagged count as outliers, too.
     confounds : path-like, optional
-        fMRIPrep's ``desc-confounds_timeseries.tsv``; not needed for the strategy ``'none'``.
-    strategy : str, path-like or Preset, default 'simple'
-        A denoising preset (``'simple'``, ``'36P'``, ``'acompcor'`` or ``'none'``), or its file.
+        fMRIPrep's ``desc-confounds_timeseries.tsv``; the strategy ``'none'`` only looks up
+        non-steady-state volumes in it.
+    strategy : str, path-like or Strategy, default 'simple'
+        A strategy of ``--denoise`` (``'simple'``, ``'scrubbing'``, ``'compcor'``, ``'acompcor'``,
+        ``'36P'``, ``'aroma'``, ``'aroma-aggressive'``, ``'tedana'`` or ``'none'``), or its YAML
+        file; with ``'+gsr'`` at the end the global signal, too.
     confounds_json : path-like, optional
         Sidecar of the confounds, which CompCor needs; by default the one next to the table.
+    custom_confounds : path-like, optional
+        Table (TSV) of further regressors, all of which are regressed out.
+    mixing, metrics : path-like, optional
+        Time courses and classification of the components of ICA-AROMA or tedana; by default those
+        next to the confounds.
+    **options
+        As the options of the command: `bandpass` (two limits in Hz, 0 for none), `fd_threshold`
+        (mm) and `dvars_threshold` (0 for none), `scrub`, `dummy_scans` (a number or ``'auto'``),
+        `keep_nonsteady`, `motion_filter_type` (``'notch'`` or ``'lp'``), `band_stop_min` and
+        `band_stop_max` (breaths per minute), `motion_filter_order`, `head_radius` (mm),
+        `min_dof` and `min_minutes`.
 
     Returns
     -------
     ParcelSeries
         Of the type that was given, without dummy volumes: data (volumes, parcels) in BOLD units,
-        ``flagged`` (volumes,) with the outliers, and ``start`` in seconds.
+        ``flagged`` (volumes,) with the outliers, and ``start`` in seconds. A BoldSeries also has
+        ``denoised``, with the degrees of freedom that are left.
 
     Raises
     ------
     BrainfmError
-        The confounds are missing, damaged, of another run, or too many for its volumes.
+        Confounds are missing, damaged, of another run, or leave too few degrees of freedom; or
+        an option has a value that it does not take.
+
+    Warns
+    -----
+    UserWarning
+        Few degrees of freedom or minutes are left, or non-steady volumes could not be found.
     """
-    preset = strategy if isinstance(strategy, Preset) else load_preset(strategy)
-    if preset.touches_nothing:
-        return series
-    if confounds is None:
-        raise BrainfmError(
-            f'The denoising "{preset.name}" needs the confounds of the run: give its '
-            "desc-confounds_timeseries.tsv as confounds=, or choose 'none'."
-        )
-    table = Path(confounds)
-    sidecar = None if confounds_json is None else Path(confounds_json)
-    if not sidecar and table.with_suffix('.json').is_file():
-        sidecar = table.with_suffix('.json')
-    found = read_confounds(table, sidecar, preset, len(series.data))
-    found = dataclasses.replace(found, flagged=found.flagged | series.flagged.astype(bool))
-    data, flagged = denoising.denoise(series.data, found), found.flagged[found.dummy :]
-    start = series.start + found.dummy * series.tr
-    clean = dataclasses.replace(series, data=data, flagged=flagged, start=start)
-    if isinstance(clean, BoldSeries):
-        return dataclasses.replace(clean, names=tuple(found.names), dummy=found.dummy)
+    found = strategy if isinstance(strategy, Strategy) else load_strategy(strategy)
+    found, table = override(found, **options), _path(confounds)
+    sidecar, components = _path(confounds_json), (_path(mixing), _path(metrics))
+    if table is not None:
+        beside = table.with_suffix('.json')
+        sidecar = sidecar or (beside if beside.is_file() else None)
+        if found.ica:
+            near = ica_tables(table, found.ica)
+            components = components[0] or near[0], components[1] or near[1]
+    clean, result = clean_series(
+        series, Tables(table, sidecar, _path(custom_confounds), *components), found
+    )
+    for sentence in result.warnings:
+        warnings.warn(sentence, stacklevel=2)
     return clean
+
+
+def _path(text: str | Path | None) -> Path | None:
+    return None if text is None else Path(text)
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """What denoising did to a run."""
+
+    freedom: Freedom
+    warnings: tuple[str, ...]  # sentences
+    names: tuple[str, ...]  # confounds that were regressed out
+    dummy: int  # volumes left out at the start
+    displacement: np.ndarray | None  # of `Confounds`, without the dummy volumes
+
+
+def clean_series(series: Series, tables: Tables, strategy: Strategy) -> tuple[Series, Denoised]:
+    """As :func:`denoise`, with all that is known of it; nothing is looked up."""
+    found = read_confounds(tables, strategy, len(series.data), series.tr)
+    marked = series.flagged.astype(bool)
+    if strategy.regresses or strategy.outliers or tables.custom is not None:
+        found = dataclasses.replace(found, flagged=found.flagged | marked)
+    data, freedom = denoising.denoise(series.data, found, strategy, series.tr)
+    sentences = freedom.warnings(strategy)
+    if strategy.finds_dummies and tables.confounds is None:
+        sentences.append(
+            'There is no confounds table, so volumes before the steady state could not be found, '
+            'and none was left out.'
+        )
+    moved = None if found.displacement is None else found.displacement[found.dummy :]
+    names = found.names + found.noise_names
+    done = Denoised(freedom, tuple(sentences), names, found.dummy, moved)
+    clean = dataclasses.replace(
+        series, data=data, flagged=(found.flagged | marked)[found.dummy :],
+        start=series.start + found.dummy * series.tr,
+    )  # fmt: skip
+    if isinstance(clean, BoldSeries):
+        clean = dataclasses.replace(clean, denoised=done)
+    return clean, done
 
 
 def voxel_size(bold: Path) -> float | None:

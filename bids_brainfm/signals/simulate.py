@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bids_brainfm.signals.motion import framewise_displacement
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -106,12 +108,6 @@ def motion_parameters(volumes: int, rng: np.random.Generator) -> tuple[np.ndarra
     spikes = np.sort(rng.choice(np.arange(10, volumes - 10), n_spikes, replace=False))
     motion[spikes, :3] += rng.uniform(0.3, 0.8, (n_spikes, 3)) * rng.choice([-1, 1], (n_spikes, 3))
     return motion, spikes
-
-
-def framewise_displacement(motion: np.ndarray) -> np.ndarray:
-    """Power et al. 2012: sum of absolute shifts, rotations on a sphere of 50 mm; first is NaN."""
-    shift = np.abs(np.diff(motion, axis=0)) @ np.array([1, 1, 1, 50, 50, 50.0])
-    return np.r_[np.nan, shift]
 
 
 def simulate_run(

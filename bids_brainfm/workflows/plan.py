@@ -17,6 +17,7 @@ from bids_brainfm.bids.description import generators, read_description
 from bids_brainfm.bids.inputs import FindRuns, open_datasets, read_filters
 from bids_brainfm.bids.naming import parse_name
 from bids_brainfm.bids.run import BoldRun
+from bids_brainfm.bids.tables import custom_table, ica_tables
 from bids_brainfm.config import Settings
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.cards import ModelCard
@@ -26,11 +27,11 @@ from bids_brainfm.outputs.encoding import run_current
 from bids_brainfm.outputs.networks import NetworksTask
 from bids_brainfm.outputs.outcome import Outcome, read_failures
 from bids_brainfm.outputs.products import claim
-from bids_brainfm.outputs.registry import BY_NAME, OF_SERIES
+from bids_brainfm.outputs.registry import BY_NAME, DENOISING, OF_SERIES
 from bids_brainfm.outputs.series import series_current
 from bids_brainfm.outputs.tasks import ModelTask, Place, SeriesTask
 from bids_brainfm.resources import home
-from bids_brainfm.signals.denoise import load_preset
+from bids_brainfm.signals.strategy import Strategy, load_strategy, override
 from bids_brainfm.workflows import resolve
 
 # The card's own space first; fMRIPrep's default comes last, where the atlas is a warped one
@@ -144,9 +145,9 @@ def make_plan(settings: Settings, datasets: dict[str, Path], work: Path, version
     failures: list[Outcome] = []
     plans = []
     for atlas in dict.fromkeys(card.atlas for card in cards):
-        denoise = _denoising(settings, atlas, cards)
+        strategy = _denoising(settings, atlas, cards)
         own = [task for task in tasks if task.spec.card.atlas == atlas]
-        found = _plan_atlas(settings, version, place, atlas, denoise, own, inputs, failures)
+        found = _plan_atlas(settings, version, place, atlas, strategy, own, inputs, failures)
         plans.append(found)
     if not any(plan.runs for plan in plans):
         raise BrainfmError(_nothing(settings, datasets, failures))
@@ -176,21 +177,21 @@ def prepare_output(folder: Path) -> None:
             )
 
 
-def _denoising(settings: Settings, atlas: str, cards: Sequence[ModelCard]) -> str:
-    """Name or file of the denoising preset of an atlas."""
+def _denoising(settings: Settings, atlas: str, cards: Sequence[ModelCard]) -> Strategy:
+    """How the series of an atlas are denoised."""
     asked = {card.denoising for card in cards if card.atlas == atlas}
     if settings.denoise != 'card':
-        return settings.denoise
+        return resolve.denoising(settings, settings.denoise)
     if len(asked) > 1:
         raise BrainfmError(
             f'The models of atlas {atlas} ask for different denoising '
             f'({", ".join(sorted(asked))}): choose one with --denoise.'
         )
-    return asked.pop()
+    return resolve.denoising(settings, asked.pop())
 
 
 def _plan_atlas(
-    settings: Settings, version: str, home: Path, card: str, denoise: str,
+    settings: Settings, version: str, home: Path, card: str, strategy: Strategy,
     tasks: list[ModelTask], inputs: Sequence[FindRuns], failures: list[Outcome],
 ) -> AtlasPlan:  # fmt: skip
     atlas = load_atlas(card, home)
@@ -207,19 +208,21 @@ def _plan_atlas(
                 'Some of the runs were denoised by their pipeline and others were not, and they '
                 'would not be comparable: process them into two output folders.'
             )
-        if settings.denoise not in ('card', 'none'):
+        given = {f'--denoise {settings.denoise}': settings.denoise not in ('card', 'none')}
+        given |= {option.flag: option.name in settings.options for option in DENOISING}
+        if refused := [flag for flag, is_given in given.items() if is_given]:
             raise BrainfmError(
-                f'--denoise {settings.denoise}: the runs were denoised by their pipeline '
-                f'({runs[0].pipeline}), and nothing is regressed out twice: leave the option out.'
+                f'{refused[0]}: the runs were denoised by their pipeline ({runs[0].pipeline}), '
+                'and nothing is regressed out twice: leave the option out.'
             )
-        denoise = 'none'
+        strategy = override(load_strategy('none'), keep_nonsteady=True)
     series = SeriesTask(
-        place, card, home, denoise, settings.min_coverage, settings.max_flagged, version,
+        place, card, home, strategy, settings.min_coverage, settings.max_flagged, version,
         denoised=any(run.denoised for run in runs), parcel_voxels=settings.parcel_voxels,
+        custom_confounds=settings.options.get('custom_confounds'),
         parameters=resolve.parameters(OF_SERIES, settings, None, atlas),
     )  # fmt: skip
-    if load_preset(denoise).touches_nothing:  # then the confounds are no input
-        runs = [dataclasses.replace(run, confounds=None, confounds_json=None) for run in runs]
+    runs = [_with_tables(run, series) for run in runs]
     if twice := [name for name, n in Counter(run.name for run in runs).items() if n > 1]:
         raise BrainfmError(
             f'{", ".join(twice[:3])} is in more than one of the --derivatives datasets, and both '
@@ -248,6 +251,20 @@ def _plan_atlas(
         if remade & {run.name for run in own} or not networks.participant_current(own, sources)
     }
     return AtlasPlan(series, atlas.citation, runs, todo, models, sources, network_runs)
+
+
+def _with_tables(run: BoldRun, task: SeriesTask) -> BoldRun:
+    """Return a run with the tables that its denoising reads, and no others."""
+    strategy, folder = task.strategy, task.custom_confounds
+    custom = mixing = metrics = None
+    if run.confounds is not None:
+        custom = custom_table(run.confounds, folder) if folder else None
+        if strategy.ica:
+            mixing, metrics = ica_tables(run.confounds, strategy.ica, folder)
+    run = dataclasses.replace(run, custom=custom, mixing=mixing, metrics=metrics)
+    if strategy.needs_table or strategy.finds_dummies:
+        return run
+    return dataclasses.replace(run, confounds=None, confounds_json=None)
 
 
 def _spaces(settings: Settings, present: set[str], atlas: str) -> tuple[str, ...]:

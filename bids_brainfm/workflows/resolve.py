@@ -20,6 +20,7 @@ from bids_brainfm.outputs.products import module_of
 from bids_brainfm.outputs.registry import (
     ALL,
     BY_NAME,
+    DENOISING,
     EMBEDDINGS,
     LACKING,
     OF_MODELS,
@@ -29,8 +30,16 @@ from bids_brainfm.outputs.tasks import ModelTask, Place
 from bids_brainfm.signals.connectome import LABEL as CONNECTOME
 from bids_brainfm.signals.contract import Contract
 from bids_brainfm.signals.scale import STATISTICS, kind_of
+from bids_brainfm.signals.strategy import Strategy, load_strategy, override
 
 LOGGER = logging.getLogger('bids_brainfm')
+
+
+def denoising(settings: Settings, name: str) -> Strategy:
+    """Settle how series are denoised: a strategy by name or file, and the options for it."""
+    given = {option.name: settings.options.get(option.name) for option in DENOISING}
+    given.pop('custom_confounds')  # tables of runs
+    return override(load_strategy(name), **given)
 
 
 def find_resources(settings: Settings, home: Path) -> list[ModelCard]:
