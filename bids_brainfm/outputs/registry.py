@@ -105,6 +105,7 @@ COVARIANCE = Option(
     'the run); at the group level, without a file: fit it over all runs in the output folder',
     type=Path, metavar='FILE', nargs='*',
 )  # fmt: skip
+
 # Of denoising: those of `signals.strategy.override`, and where further tables are
 DENOISING = (
     Option('bandpass', 'band in Hz that is kept, such as 0.01 0.08; 0 leaves an end open. Cosines '
