@@ -42,7 +42,7 @@ def memory_gb(text: str) -> float:
 def number(kind: type[T], valid: Callable[[T], bool], words: str) -> Callable[[str], T]:
     """Argument type for a number that is valid; `words` say what it must be.
 
-    >>> number(float, lambda v: 0 <= v <= 1, 'a share from 0 to 1')('0.5')
+    >>> number(float, lambda v: 0 <= v <= 1, 'a proportion from 0 to 1')('0.5')
     0.5
     """
 
@@ -63,7 +63,7 @@ def positive(kind: type[T]) -> Callable[[str], T]:
     return number(kind, lambda value: value > 0, 'a number above zero')
 
 
-proportion = number(float, lambda value: 0 <= value <= 1, 'a share from 0 to 1')
+proportion = number(float, lambda value: 0 <= value <= 1, 'a proportion from 0 to 1')
 ratio = number(float, lambda value: 0 < value < 1, 'a number between 0 and 1')
 not_negative = number(float, lambda v: 0 <= v < float('inf'), 'a number of 0 or above')
 count = number(int, lambda value: value >= 0, 'a whole number of 0 or above')

@@ -137,7 +137,7 @@ def degenerate(xyz):
         ('forecast', (np.ones(1), {'model': flat, 'mean': flat}, [example]), 'at 0 of 1 steps'),
         ('networks', (xyz, zero, [], None, nan, None), 'No network was found in 50 parcels'),
         ('networks', (xyz, one, ['a'], None, 3 * one, None), '1 cluster in 50 of 50'),
-        ('knn', ({'features': lost, **NULL}, nan), 'features: no parcel could be told'),
+        ('knn', ({'features': lost, **NULL}, nan), 'features: no parcel could be classified'),
         ('knn', ({'features': score(0.0, 0.0, 1.0), **NULL}, zero), 'not above the spatial null'),
         ('attention', (xyz, np.full((50, 3), np.nan), row, None), 'None of 50 parcels has'),
         ('attention', (xyz, np.ones((50, 1)), row, None), 'All 50 parcels receive the same'),

@@ -288,7 +288,7 @@ def test_any_repetition_time_is_windowed_recorded_and_encoded(
     about = sidecar(out, '_desc-brainjepademo_embedding.json')
     assert about['RepetitionTime'] == tr
     assert about['NumberOfWindows'] == 1
-    assert about['ShareReal'] == [share]
+    assert about['ProportionReal'] == [share]
     completed = [w for w in about['Warnings'] if 'not all recorded' in w]
     assert len(completed) == (share < 1)
     assert all('as by --short-runs pad; at least 95% recorded' in w for w in completed)
@@ -302,7 +302,7 @@ def test_short_run_is_refused_with_what_is_needed_and_padded_on_request(resized,
     assert '178' in reason.read_text()
     assert app(data, out.with_name('padded'), *JEPA, '--short-runs', 'pad') == 0
     about = sidecar(out.with_name('padded'), '_desc-brainjepademo_embedding.json')
-    assert about['ShareReal'] == [pytest.approx(135 / 160)]
+    assert about['ProportionReal'] == [pytest.approx(135 / 160)]
 
 
 def test_official_sampling(long_runs, tmp_path, app):

@@ -137,7 +137,7 @@ def test_reconstruction_is_scored_as_it_is_written(done, label, ratio, passes):
         assert pooled['model'] < 0  # untrained, and not floored
     assert sidecar['GainCheck']['Gain'][3] == 1
     assert len(sidecar['GainCheck']['R2']) == 8
-    assert sidecar['ShareFlagged'] == pytest.approx(len(flagged) / 210)
+    assert sidecar['ProportionFlagged'] == pytest.approx(len(flagged) / 210)
     assert sidecar['Precision'] == 'float32'
     image = nib.load(func(done, f'stat-r2_desc-{label}_boldmap.nii.gz'))
     assert np.isclose(image.get_fdata(), table['r2'][5], rtol=1e-6).sum() > 100

@@ -35,8 +35,8 @@ from bids_brainfm.signals.scale import (
 FIGURES = {
     'windows': Figure('Windows',
         'Each bar is one window that the model saw; hatching is padding, and grey is recorded '
-        "time that lies in no window. At the right, the share of each window's samples that come "
-        'from flagged volumes and the share that was padded.'),
+        "time that lies in no window. At the right, the proportions of each window's samples that "
+        'come from flagged volumes and that were padded.'),
     'embedding': Figure('Embedding',
         'From three windows on: each dot is a window, joined in time, on the two directions in '
         "which the run's embeddings differ most; at the right, the correlation of each pair of "
@@ -311,9 +311,9 @@ def _describe(context: Context, checked: dict[str, Any]) -> dict[str, Any]:
         'StaticVariance': static,
         'ShortRuns': contract.short_runs, 'LeftOver': windows.left_over,
         'Denoising': source['Denoising'],
-        'ShareFlagged': windows.flagged if 'NumberOfVolumesFlagged' in source else None,
+        'ProportionFlagged': windows.flagged if 'NumberOfVolumesFlagged' in source else None,
         'MaxFlagged': contract.max_flagged, 'WindowsExcluded': np.flatnonzero(windows.excluded),
-        'ShareReal': windows.real, 'FilledParcels': filled, 'FillRule': FILL_RULE,
+        'ProportionReal': windows.real, 'FilledParcels': filled, 'FillRule': FILL_RULE,
         'TokenShuffles': task.parameters['embedding'].token_shuffles,
         'Precision': task.precision, 'PrecisionCheck': context.precision_check,
         'Device': task.device, 'Space': source['Space'], 'Atlas': source['Atlas'],

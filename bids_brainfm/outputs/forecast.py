@@ -134,7 +134,7 @@ def _describe(context: Context, result: 'Forecast') -> dict[str, Any]:
         'Mode': asked.mode, 'PointsAsked': asked.points, 'PointsHidden': horizon,
         'NumberOfWindows': len(result.target), 'Seed': asked.seed,
         'Pooled': score_metadata(result.scores(context.scored, axis=None)),
-        'ShareFlagged': data.flagged.mean(), 'Warnings': warnings,
+        'ProportionFlagged': data.flagged.mean(), 'Warnings': warnings,
         'step': {'Description': 'Points after the last one that was seen'},
         'time': {'Description': 'The same in seconds', 'Units': 's'},
     } | described({

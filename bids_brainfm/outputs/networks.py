@@ -36,13 +36,13 @@ PRODUCT = BY_NAME['networks']
 FIGURES = {
     'networks': Figure('Networks',
         'Clusters of parcels found without labels from the features of this model (or '
-        'connectivity), in the colours of the reference networks they overlap most, beside the '
+        'connectivity), in the colours of the reference networks they overlap most, next to the '
         'reference. Confidence is the silhouette of a parcel. Under a heading without a task '
-        'stands the map of all runs of the participant, where there are several.'),
+        'is the map of all runs of the participant, where there are several.'),
     'knn': Figure('Networks of held-out parcels',
-        'Share of held-out parcels whose reference network is told by their nearest neighbours '
-        'in the features, beside what the largest network, the place of the parcels alone and '
-        'shuffled labels give. Dots are surrogates of the features with the same spatial '
+        'Proportion of held-out parcels whose reference network is predicted correctly from their '
+        'nearest neighbours in the features, compared with the largest network, the positions of '
+        'the parcels alone, and shuffled labels. Dots are surrogates of the features with the same spatial '
         'autocorrelation.'),
 }  # fmt: skip
 # In the form of the citations of atlas cards
@@ -215,9 +215,9 @@ def methods(task: NetworksTask) -> str:
     if search.networks is None:
         return text
     return (
-        f'{text} Clusters were matched to reference networks by overlap. Beside it stands the '
-        'zero-shot protocol: k-nearest neighbours with held-out parcels, against the largest '
-        'network, the place of the parcels alone, shuffled labels, and surrogates of the features '
+        f'{text} Clusters were matched to reference networks by overlap. In addition, the '
+        'zero-shot protocol was run: k-nearest neighbours with held-out parcels, against the '
+        'largest network, the positions of the parcels alone, shuffled labels, and surrogates of the features '
         'with the same spatial autocorrelation (Moran spectral randomisation).'
     )
 
@@ -411,11 +411,11 @@ def _write_knn(path: Path, knn: KnnResult, label: str | None, common: dict[str, 
         'SpatialNull': knn.null, 'LeftAside': knn.left_aside,
     } | described(
         features='What the classifier is given: features; majority, always the largest network; '
-        "xyz, the parcels' centres; gradient table, what the model is told of the place of "
+        "xyz, the parcels' centres; gradient table, the positions that the model is given of "
         'parcels; shuffled, the features with shuffled labels; spatial null, surrogates of the '
         'features with the same spatial autocorrelation (Wagner & Dray 2015)',
-        accuracy='Share of held-out parcels', balanced_accuracy='Mean over networks',
-        p='Share of surrogates that do at least as well',
+        accuracy='Proportion of held-out parcels', balanced_accuracy='Mean over networks',
+        p='Proportion of surrogates that do at least as well',
     )  # fmt: skip
     freshness.write_sidecar(path, content | common)
 

@@ -242,7 +242,7 @@ def _describe_scores(context: Context, result: Result) -> dict[str, Any]:
         'was hidden: proportion of variance explained (R2, not floored; 0 is what the mean of the '
         'parcel over the run explains) and Pearson r, in the units of the model. Flagged volumes '
         'are not scored; where visible they were filled from visible volumes only.',
-        'ShareFlagged': context.data.flagged.mean(), 'NumberOfPasses': result.found.n_passes,
+        'ProportionFlagged': context.data.flagged.mean(), 'NumberOfPasses': result.found.n_passes,
         'Pooled': score_metadata(result.pooled),
         'Covariance': _describe_covariance(context, result),
         'GainCheck': {

@@ -90,8 +90,8 @@ LACKING = {
 }
 
 MASK_RATIO = Option(
-    'mask_ratio', 'share of tokens hidden in a pass of reconstruction and perturbation (default: '
-    'what the model was trained with)', type=ratio, metavar='SHARE',
+    'mask_ratio', 'proportion of tokens hidden in a pass of reconstruction and perturbation '
+    '(default: what the model was trained with)', type=ratio, metavar='PROPORTION',
 )  # fmt: skip
 REFERENCE_NETWORKS = Option(
     'reference_networks', 'table (TSV) with the columns name and network of the parcels, one for '

@@ -57,7 +57,7 @@ def windows(onset: np.ndarray, duration: np.ndarray, recorded: np.ndarray, flagg
                     right.text(*place, percent(proportion), va='center', fontsize=7)
     if not flagged.any() and not padded.any():
         style.say_none(right)
-    right.set(xlim=(0, 115), xticks=[0, 50, 100], xlabel='share of samples (%)')
+    right.set(xlim=(0, 115), xticks=[0, 50, 100], xlabel='proportion of samples (%)')
     right.tick_params(labelleft=False)
     style.legend_above(right, 'lower right', 0, ncols=2, columnspacing=1)
     return figure

@@ -162,7 +162,7 @@ def knn(scores: dict[str, KnnScore], null: np.ndarray) -> Figure:
     axes.tick_params(axis='x', length=0, labelsize=9)
     axes.set_xlim(-0.6, max(len(scores), 3) - 0.4)
     axes.set_ylim(0, min(1.05, 1.15 * axes.dataLim.ymax) or 1)
-    axes.set_ylabel('share of parcels told right')
+    axes.set_ylabel('proportion of parcels correct')
 
     name, tested = next(iter(scores.items()))
     finding = f'Accuracy of {name} {tested.accuracy:.2f}'
@@ -171,6 +171,6 @@ def knn(scores: dict[str, KnnScore], null: np.ndarray) -> Figure:
         p = 'p < 0.001' if tested.p < 0.001 else f'p = {tested.p:.3f}'
         finding += f', {verdict} the spatial null (mean {null.mean():.2f}, {p})'
     elif np.isnan(tested.accuracy):
-        finding = f'{name}: no parcel could be told'
+        finding = f'{name}: no parcel could be classified'
     style.headline(figure, finding)
     return figure
