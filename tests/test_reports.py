@@ -337,6 +337,12 @@ def test_windows_say_what_is_left_over(run, said):
     assert 'none' in words(figure)
 
 
+def test_windows_count_time_from_the_first_volume_that_was_used():
+    figure = windows([10.0, 60.0], [50.0, 50.0], [1.0, 1.0], [0.0, 0.0], 130.0, 10.0)
+    assert '2 windows in 120 s, 20 s in no window' in words(figure)
+    assert figure.axes[0].get_xlim()[0] == 10
+
+
 def test_padded_window_is_drawn_to_its_full_length():
     lanes = windows([0.0], [100.0], [0.5], [0.25], 100.0).axes[0]
     recorded, padded = lanes.patches

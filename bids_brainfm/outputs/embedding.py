@@ -45,7 +45,7 @@ FIGURES = {
         'Parcels that lie near to each other in the gradient space that the model was given '
         'should be functionally connected. Should a wrong order of the rows fit better than the '
         "one as read, the atlas or the table is not in the model's order, and the embeddings "
-        'mean nothing. Swapped hemispheres can hardly be told this way, since both sides are '
+        'mean nothing. Swapped hemispheres can hardly be found this way, since both sides are '
         'connected alike. Where they are drawn, expected values are those of a group (HCP); one '
         'run is noisier.'),
 }  # fmt: skip
@@ -189,7 +189,8 @@ def write(context: Context, result: OrderCheck | None) -> None:
         write_arrays(arrays, context)
     recorded = (windows.onset + windows.duration).max() + windows.left_over
     seen = windows.onset, windows.duration, windows.real, windows.flagged
-    context.save_figure(figures.windows(*seen, recorded), 'windows')
+    start = context.data.series.start
+    context.save_figure(figures.windows(*seen, recorded, start), 'windows')
     context.save_figure(figures.embedding(encoding.summary, windows.onset), 'embedding')
     entry: dict[str, Any] = {}
     if result is not None:
@@ -231,7 +232,7 @@ def _warnings(
     if spec.gradients is not None and not spec.gradients.named:
         warnings.append(
             f'{spec.label} was given the table of gradients {spec.gradients.path.name} that lies '
-            f'beside its weights, not the one that the card of {spec.card.name} names.'
+            f'next to its weights, not the one that the card of {spec.card.name} names.'
         )
     if checked.get('Warning'):
         warnings.append(f'{spec.label}: {checked["Warning"]}')

@@ -13,21 +13,21 @@ PADDED = {'facecolor': 'white', 'edgecolor': GREY, 'hatch': '////', 'linewidth':
 
 @style.look()
 def windows(onset: np.ndarray, duration: np.ndarray, recorded: np.ndarray, flagged: np.ndarray,
-            run_duration: float) -> Figure:  # fmt: skip
+            end: float, start: float = 0.0) -> Figure:  # fmt: skip
     """Where the windows lie in the run, and how much of each was recorded and flagged.
 
     Parameters
     ----------
-    onset, duration : (W,) float, seconds since the run's first volume, and of recorded signal
+    onset, duration : (W,) float, in seconds since the run's start, and of recorded signal
     recorded, flagged : (W,) float, proportion of samples recorded, not padded or repeated
         And the proportion of these that come from flagged volumes.
-    run_duration : float, in seconds
+    end, start : float, of the last and the first volume, in seconds since the run's start
     """
     onset, duration, recorded, flagged = np.array([onset, duration, recorded, flagged], float)
     length = duration / np.where(recorded > 0, recorded, 1.0)
-    end = float((onset + duration).max())
+    seen = float((onset + duration).max())
     # Resampling leaves a fraction of a sample at the end, which is nothing to report.
-    left_over = run_duration - end if run_duration - end > 0.005 * run_duration else 0.0
+    left_over = end - seen if end - seen > 0.005 * (end - start) else 0.0
     row = np.arange(len(onset))
     figure = style.new_figure(1.0 + float(np.clip(0.26 * len(row), 0.7, 3.6)))
     lanes, right = figure.subplots(1, 2, sharey=True, gridspec_kw={'width_ratios': [3.4, 1]})
@@ -38,14 +38,15 @@ def windows(onset: np.ndarray, duration: np.ndarray, recorded: np.ndarray, flagg
     begin = (onset + duration)[padded]
     lanes.barh(row[padded], (length - duration)[padded], 0.78, begin, **PADDED)
     if left_over:
-        lanes.axvspan(end, run_duration, color=PALE, linewidth=0, zorder=0)
-    lanes.axvline(run_duration, color=INK, linewidth=0.8, linestyle='--', zorder=0)
-    lanes.set_xlim(0, 1.01 * max(run_duration, float((onset + length).max())))
+        lanes.axvspan(seen, end, color=PALE, linewidth=0, zorder=0)
+    lanes.axvline(end, color=INK, linewidth=0.8, linestyle='--', zorder=0)
+    last = max(end, float((onset + length).max()))
+    lanes.set_xlim(start, last + 0.01 * (last - start))
     lanes.set_ylim(len(row) - 0.4, -0.6)
     style.whole_numbers(lanes.yaxis)
-    lanes.set(xlabel='time since the first volume (s)', ylabel='window')
+    lanes.set(xlabel='time (s)', ylabel='window')
     rest = f'{left_over:.0f} s in no window (grey)' if left_over else 'nothing left over'
-    lanes.set_title(f'{count(len(row), "window")} in {run_duration:.0f} s, {rest}')
+    lanes.set_title(f'{count(len(row), "window")} in {end - start:.0f} s, {rest}')
 
     right.barh(row - 0.2, 100 * flagged, 0.38, color=ORANGE, label='flagged')
     right.barh(row + 0.2, 100 * (1 - recorded), 0.38, label='padded', **PADDED)
