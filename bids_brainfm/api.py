@@ -101,8 +101,8 @@ def parcellate(
     Warns
     -----
     UserWarning
-        There is no brain mask of the volumes, so that voxels outside the brain are not told from
-        those inside.
+        There is no brain mask of the volumes, so that voxels outside the brain are not
+        distinguished from those inside.
     """
     run = run_of(Path(bold))
     atlas = atlas if isinstance(atlas, Atlas) else load_atlas(atlas)

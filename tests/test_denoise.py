@@ -187,7 +187,7 @@ def test_band_pass_of_fast_runs_is_accepted_with_a_warning(n, tr, left):
     stricter = override(strategy, min_dof=left + 1)
     if n == 1200:
         return
-    match = rf'1 fewer than the {left + 1} of --min-dof: drop the upper limit .*--bandpass LOW 0'
+    match = rf'1 fewer than the {left + 1} of --min-dof: raise the upper limit .*--bandpass LOW 0'
     refused(match, denoise, series(n), plain(regressors), stricter, tr)
     high_pass = override(stricter, bandpass=(0.01, 0))
     assert not denoise(series(n), plain(regressors), high_pass, tr)[1].warnings(high_pass)
@@ -674,7 +674,11 @@ def test_filters_of_motion_that_cannot_be_are_refused(tmp_path):
     notch = {'motion_filter_type': 'notch', 'band_stop_min': 12}
     slow = override(simple, **notch, band_stop_max=18)  # 15 is the Nyquist frequency of 2 s
     refused(r'time of 2 s resolves less than 15 breaths .* up to 18', read, tsv, slow)
-    refused('needs band_stop_max above band_stop_min', override, simple, **notch)
+    refused(
+        'needs a band_stop_max above band_stop_min 12 .*it is not given', override, simple, **notch
+    )
+    refused('notch needs --band-stop-min and --band-stop-max', override, simple,
+            motion_filter_type='notch')  # fmt: skip
     refused('must be a multiple of 4', override, simple, **notch, band_stop_max=18,
             motion_filter_order=2)  # fmt: skip
     refused('has no band_stop_max', override, simple, motion_filter_type='lp', band_stop_min=6,

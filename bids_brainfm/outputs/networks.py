@@ -42,8 +42,8 @@ FIGURES = {
     'knn': Figure('Networks of held-out parcels',
         'Proportion of held-out parcels whose reference network is predicted correctly from their '
         'nearest neighbours in the features, compared with the largest network, the positions of '
-        'the parcels alone, and shuffled labels. Dots are surrogates of the features with the same spatial '
-        'autocorrelation.'),
+        'the parcels alone, and shuffled labels. Dots are surrogates of the features with '
+        'the same spatial autocorrelation.'),
 }  # fmt: skip
 # In the form of the citations of atlas cards
 REFERENCES = [
@@ -217,8 +217,8 @@ def methods(task: NetworksTask) -> str:
     return (
         f'{text} Clusters were matched to reference networks by overlap. In addition, the '
         'zero-shot protocol was run: k-nearest neighbours with held-out parcels, against the '
-        'largest network, the positions of the parcels alone, shuffled labels, and surrogates of the features '
-        'with the same spatial autocorrelation (Moran spectral randomisation).'
+        'largest network, the positions of the parcels alone, shuffled labels, and surrogates '
+        'of the features with the same spatial autocorrelation (Moran spectral randomisation).'
     )
 
 

@@ -130,7 +130,8 @@ DENOISING = (
            metavar='BPM'),
     Option('band_stop_max', 'upper end of that band in breaths per minute', type=positive(float),
            metavar='BPM'),
-    Option('motion_filter_order', 'order of that filter, forwards and backwards (default: 4)',
+    Option('motion_filter_order', 'order of that filter, forwards and backwards; a multiple of 4 '
+           'for notch, of 2 for lp (default: 4)',
            type=positive(int), metavar='N'),
     Option('head_radius', 'radius with which framewise displacement is computed anew (default: 50 '
            'where motion is filtered; else it is that of fMRIPrep)', type=positive(float),

@@ -48,7 +48,7 @@ class Freedom:
         """
         left, filtered = self.unflagged - self.nuisance_rank, self.total_rank > self.nuisance_rank
         data = f'{self.unflagged} of {self.volumes} volumes are unflagged'
-        flagged = ', raise --fd-threshold' * bool(strategy.outliers)
+        flagged = ', raise --fd-threshold' * (self.unflagged < self.volumes)
         if self.minutes < strategy.min_minutes:
             raise BrainfmError(
                 f'{data}, which are {self.minutes:.3g} minutes, '
@@ -66,18 +66,17 @@ class Freedom:
                 f'with fewer regressors{flagged} or leave this run out.'
             )
         if self.residual < strategy.min_dof:
-            way = f'choose a --denoise with fewer regressors{flagged}'
-            if filtered:
-                way = (
-                    'drop the upper limit of the band-pass (--bandpass LOW 0), which uses up most '
-                    f'of them at a short repetition time{flagged}'
-                )
+            wider = (
+                'raise the upper limit of the band-pass, which uses up most of them at a short '
+                'repetition time, or leave it open (--bandpass LOW 0), '
+            ) * bool(strategy.bandpass and strategy.bandpass[1])
             what = ', the mean and the band-pass' if filtered else ' and the mean'
             raise BrainfmError(
                 f'{data}, and {self.regressors} nuisance regressors{what} (rank '
                 f'{self.total_rank}) leave {self.residual} degrees of freedom, '
                 f'{strategy.min_dof - self.residual} fewer than the {strategy.min_dof} of '
-                f'--min-dof: {way} or leave this run out.'
+                f'--min-dof: {wider}choose a --denoise with fewer regressors{flagged} or leave '
+                'this run out.'
             )
 
     def warnings(self, strategy: Strategy) -> list[str]:

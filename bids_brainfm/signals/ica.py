@@ -33,7 +33,8 @@ def read_components(
     if missing := [name for path, name in wanted if path is None]:
         raise BrainfmError(
             f'The denoising with components of {program} needs {" and ".join(missing)} of the '
-            f'run, as {PROGRAMS[program]} writes: put it next to the confounds table or into a '
+            f'run, as {PROGRAMS[program]} writes: put '
+            f'{"them" if len(missing) > 1 else "it"} next to the confounds table or into a '
             f'folder that --custom-confounds names{OTHER_WAY[program]}.'
         )
     assert mixing is not None

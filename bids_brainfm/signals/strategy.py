@@ -58,8 +58,8 @@ class MotionFilter:
         low, high = self.band_stop_min, self.band_stop_max
         if self.type == 'notch' and (high is None or high <= low):
             raise BrainfmError(
-                f'the notch filter of motion parameters needs band_stop_max above band_stop_min '
-                f'(they are {high} and {low:g} breaths per minute): give both.'
+                f'the notch filter of motion parameters needs a band_stop_max above band_stop_min '
+                f'{low:g} (breaths per minute), and it is {high or "not given"}: change it.'
             )
         if self.type == 'lp' and high is not None:
             raise BrainfmError(
@@ -194,6 +194,12 @@ def override(
         key: value for key, value in (band | {'order': motion_filter_order}).items() if value
     }
     if motion_filter_type is not None:
+        if band_stop_min is None:
+            both = ' and --band-stop-max' * (motion_filter_type == 'notch')
+            raise BrainfmError(
+                f'--motion-filter-type {motion_filter_type} needs --band-stop-min{both}, in '
+                'breaths per minute: add them.'
+            )
         changes['motion_filter'] = {'type': motion_filter_type} | details
     elif details:
         raise BrainfmError(
@@ -212,11 +218,12 @@ def describe(strategy: Strategy) -> str:
             (True, True): 'outside {} to {} Hz', (True, False): 'below {} Hz',
             (False, True): 'above {1} Hz',
         }[bool(band[0]), bool(band[1])].format(*(f'{limit or 0:g}' for limit in band))  # fmt: skip
-        instead = ", in place of fMRIPrep's cosines" * strategy.replaces_cosines
+        what = f'Discrete cosines {kept} were added as regressors of the same model'
+        if strategy.replaces_cosines:
+            what = f"FMRIPrep's cosines were replaced by discrete cosines {kept} in the same model"
         sentences.append(
-            f'Discrete cosines {kept} were regressors of the same model{instead}, so that the '
-            'filter and the other regressors do not reintroduce what the other removed '
-            '(Lindquist et al. 2019, doi:10.1002/hbm.24528).'
+            f'{what}, so that neither the filter nor the other regressors reintroduce what the '
+            'other removed (Lindquist et al. 2019, doi:10.1002/hbm.24528).'
         )
     if strategy.regresses:
         sentences.append('The parcel mean was kept.')
