@@ -3,9 +3,11 @@
 import json
 import math
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from bids_brainfm.bids.freshness import write_sidecar
 from bids_brainfm.errors import BrainfmError
@@ -18,6 +20,8 @@ from bids_brainfm.training.cohort import (
     read_targets,
 )
 from bids_brainfm.training.recipe import load_recipe, recipe_names
+from bids_brainfm.training.session import training_precision
+from bids_brainfm.training.settings import TrainingSettings
 from bids_brainfm.training.split import count_parts, read_groups, split
 from bids_brainfm.training.store import (
     INDEX,
@@ -733,3 +737,14 @@ def test_equal_numbers_are_one_value(tmp_path):
     assert targets.problem == 'classification'
     assert targets.classes == ('1', '2')
     assert targets.values == {'01': 0, '02': 1, '03': 1}
+
+
+@pytest.mark.parametrize(
+    ('mode', 'on_gpu'), [('full', 'bfloat16'), ('head', 'tf32'), ('probe', 'tf32')]
+)
+def test_frozen_networks_are_not_computed_in_bfloat16(mode, on_gpu, monkeypatch):
+    monkeypatch.setattr(torch.version, 'cuda', '12.8')
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
+    settings = TrainingSettings('brainlm-demo', Path('out'), (), Path('home'), mode=mode)
+    assert training_precision(settings, torch.device('cuda')) == on_gpu
+    assert training_precision(settings, torch.device('cpu')) == 'float32'

@@ -124,8 +124,7 @@ def start(
     )
     model = Model(spec, atlas, contract)
     device = encoder.resolve_device(settings.device)
-    precision = settings.precision or ('float32' if device.type == 'cpu' else 'bfloat16')
-    precision = resolve_precision(precision, device)
+    precision = training_precision(settings, device)
     set_products(precision)
     accelerator = Accelerator(
         cpu=device.type == 'cpu', mixed_precision='bf16' if precision == 'bfloat16' else 'no',
@@ -169,6 +168,18 @@ def start(
         settings, recipe, model, accelerator, store, network, order, micro_batch, precision
     )
     return session, cohort
+
+
+def training_precision(settings: TrainingSettings, device: torch.device) -> str:
+    """Precision of matrix products, by default bfloat16 where a GPU trains the network.
+
+    Embeddings of a frozen network differ by little between people, so they are computed as
+    precisely as those that the participant level writes.
+    """
+    asked = settings.precision
+    if asked is None and device.type != 'cpu' and settings.mode == 'full':
+        asked = 'bfloat16'
+    return resolve_precision(asked, device)
 
 
 def micro_batch_of(recipe: Recipe, processes: int) -> int:
