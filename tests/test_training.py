@@ -530,6 +530,30 @@ def test_runs_with_many_flagged_volumes_are_left_out(mae, tmp_path, capsys):
     assert training['flagged'] == pytest.approx(flagged, rel=1e-4)
 
 
+def test_runs_that_the_participant_level_excluded_are_left_out(mae, tmp_path, capsys):
+    cohort = write_cohort(tmp_path / 'flagged', 6)
+    (path,) = (cohort / 'sub-03').rglob('*timeseries.tsv')
+    write_sidecar(path, read_sidecar(sidecar_path(path)) | {'Excluded': True})
+    options = (
+        '--data',
+        cohort,
+        '--epochs',
+        1,
+        '--batch-size',
+        2,
+        '--validation-share',
+        0.4,
+        '--device',
+        'cpu',
+    )
+    run('pretrain', mae, tmp_path / 'out', *options)
+    left = pd.read_csv(tmp_path / 'out' / 'left_out.tsv', sep='\t')
+    assert list(left['run']) == [STEM.format('03')]
+    assert 'than --max-flagged of the participant level allowed' in left['reason'][0]
+    run('pretrain', mae, tmp_path / 'own', *options, '--max-flagged', 1)
+    assert not (tmp_path / 'own' / 'left_out.tsv').exists()
+
+
 def test_a_training_by_an_earlier_version_is_not_continued(mae, cohort, tmp_path, capsys):
     """Its loss counted flagged volumes, and its series do not say which these are."""
     out = tmp_path / 'out'

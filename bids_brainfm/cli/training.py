@@ -85,8 +85,9 @@ def _add_common(parser: argparse.ArgumentParser, what: str, explained: str) -> N
         help='augment the repetition time: a window takes every N-th sample, N at random of '
         'these (default: 1)')
     add('--max-flagged', type=proportion, metavar='PROPORTION',
-        help='leave out runs with a greater proportion of flagged volumes (default: none). '
-        'Flagged volumes are never learned in pretraining, nor scored')
+        help='leave out runs with a greater proportion of flagged volumes (default: those that '
+        'the participant level excluded). Flagged volumes are never learned in pretraining, nor '
+        'scored')
     add('--group-column', nargs='+', default=[], metavar='COLUMN',
         help='columns of participants.tsv, such as family or site: participants with the same '
         'value are in the same part of the split')
@@ -114,7 +115,8 @@ def _add_common(parser: argparse.ArgumentParser, what: str, explained: str) -> N
     add = parser.add_argument_group('machine').add_argument
     add('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
     add('--precision', choices=PRECISIONS,
-        help='default: float32 on the CPU, bfloat16 on a GPU')
+        help='precision of matrix products (default: float32 on the CPU, bfloat16 on a GPU, or '
+        'tf32 there for --mode head and probe, which do not train the network)')
     add('--nthreads', '--n-cpus', '--n_cpus', dest='nthreads', type=positive(int),
         help='CPU threads of a process (default: those at hand, shared by the processes here)')
     add('--workers', type=number(int, lambda n: n >= 0, 'a whole number from 0'), default=0,

@@ -29,10 +29,16 @@ class Preparation:
     """Reads a run as the model takes it, at least one window, or refuses it."""
 
     model: Model
-    max_flagged: float | None = None  # proportion of flagged samples above which a run is refused
+    # Proportion of flagged samples above which a run is refused; None: the participant level's
+    max_flagged: float | None = None
 
     def __call__(self, run: CohortRun) -> Samples:
         atlas, contract = self.model.atlas, self.model.contract
+        if self.max_flagged is None and run.excluded:
+            raise BrainfmError(
+                'more of its volumes are flagged than --max-flagged of the participant level '
+                'allowed; give --max-flagged here to set another limit.'
+            )
         series = read_series(run.path)
         if series.data.shape[1] != atlas.n_parcels:
             raise BrainfmError(
