@@ -1,6 +1,7 @@
 """``--outputs`` through the command: what is written, what it says, and on which side it lies."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -638,15 +639,17 @@ def test_groups_are_subtracted(done, tmp_path):
 
 
 def test_attention_maps_of_earlier_versions_are_not_compared(done, tmp_path):
-    """They lack the number of the token and are not relative to uniform attention."""
     out = Path(shutil.copytree(done, tmp_path / 'out'))
     own = func(out, f'stat-attention_desc-{PARCELS}_boldmap.tsv')
     old = own.with_name(own.name.replace('task-rest', 'task-nback'))
-    old.write_text(own.read_text().replace('token', 'place', 1))  # of the same size
-    shutil.copy(own.with_suffix('.json'), old.with_suffix('.json'))
+    shutil.copy(own, old)
+    sidecar = own.with_suffix('.json').read_text()
+    older = re.sub(r'"ResultsVersion": \d+', '"ResultsVersion": 1', sidecar)
+    old.with_suffix('.json').write_text(older)
     run = command(out, out, '--contrast', 'task', 'rest', 'nback', level='group')
     assert run.returncode == 2
-    assert f'{old.name} was written by an earlier version' in run.stderr
+    assert f'{old.name} is left out, since another version of bids_brainfm' in run.stderr
+    assert 'of task nback' in run.stderr
 
 
 def test_conditions_are_subtracted_within_participants(done, tmp_path):

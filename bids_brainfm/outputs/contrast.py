@@ -58,19 +58,15 @@ def find(dataset: Path, filters: Filters, settings: Settings) -> list[GroupMap]:
         found.setdefault(key, []).append(record)
     if not found:
         raise BrainfmError(
-            f'{dataset} has no attention maps{describe_filters(filters)}: run the participant '
-            f'level with --outputs networks first.'
+            f'{dataset} has no attention maps{describe_filters(filters)} that can be used '
+            '(warnings name those left out): run the participant level with --outputs networks '
+            'first.'
         )
     groups = []
     for (space, atlas, label), records in found.items():
         image, table = find_exported(dataset, space, atlas)
         name = f'space-{space}_atlas-{atlas}_stat-{attention.stat}_desc-{label}'
         tables = [pd.read_csv(r.path, sep='\t', na_values='n/a') for r in records]
-        if old := [r.path for r, t in zip(records, tables, strict=True) if 'token' not in t]:
-            raise BrainfmError(
-                f'{old[0]} was written by an earlier version of this program and is not relative '
-                'to uniform attention: delete it and run the participant level again.'
-            )
         maps = np.array([t['attention'].to_numpy(float) for t in tables])
         token = tables[0]['token'].to_numpy()
         groups.append(GroupMap(name, label, image, table, records, maps, token))

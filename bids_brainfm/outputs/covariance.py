@@ -14,7 +14,7 @@ from bids_brainfm.bids.files import atomic, write_json, write_table
 from bids_brainfm.bids.naming import own_uri, parcels_name
 from bids_brainfm.config import Settings
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.outputs.scale_stats import FEW
+from bids_brainfm.outputs.scale_stats import FEW, selection
 from bids_brainfm.outputs.scale_stats import find as find
 from bids_brainfm.outputs.words import described
 from bids_brainfm.signals.covariance import moments, positive_definite, shrunk, standardised
@@ -47,7 +47,8 @@ def write(
         if len(people) < 2:
             raise BrainfmError(
                 f'{dataset} has series of {atlas} of one participant only, and nobody may be '
-                f'predicted from their own runs: run the participant level on others first.'
+                f'predicted from their own runs: select more participants, or run the '
+                f'participant level on others first.'
             )
         fold_of = {person: number % FOLDS for number, person in enumerate(people)}
         sums, volumes = None, []
@@ -74,14 +75,15 @@ def write(
             'standardised: sums for each of the folds of participants, without flagged volumes.',
             'Atlas': atlas, 'Version': digest, 'Runs': own_uri(dataset, path.with_suffix('.tsv')),
             'NumberOfRuns': len(records), 'NumberOfParticipants': len(people),
-            'NumberOfFolds': len(sums), 'SoftwareVersion': version,
+            'ParticipantsFile': selection(settings), 'NumberOfFolds': len(sums),
+            'SoftwareVersion': version,
         } | described(
             run='Parcel series', participant_id='Participant',
             fold='Group of participants, which is predicted by the other groups',
             volumes='Volumes that are not flagged',
         )  # fmt: skip
         write_json(path.with_suffix('.json'), content)
-        if len(people) <= FEW:
+        if len(people) < FEW:
             LOGGER.warning(
                 'The covariance of %s is of %d participants only: as a baseline it may be worse '
                 'than that of each run, which is the default.', atlas, len(people),

@@ -58,11 +58,17 @@ def find(dataset: Path, filters: Filters, settings: Settings) -> dict[str, list[
             )
     if not found:
         raise BrainfmError(
-            f'{dataset} has no parcel series{describe_filters(filters)}: run the participant '
-            f'level first, with --stop-after timeseries where the statistics are wanted before '
-            f'encoding.'
+            f'{dataset} has no parcel series{describe_filters(filters)} that can be used '
+            '(warnings name those left out): run the participant level first, with --stop-after '
+            'timeseries where the statistics are wanted before encoding.'
         )
     return found
+
+
+def selection(settings: Settings) -> dict[str, Any] | None:
+    """Entry of a sidecar on the table that selected the participants, None for all of them."""
+    path = settings.participants_file
+    return path and {'Name': path.name, 'SHA256': sha256_of(path), 'Part': settings.part}
 
 
 def write(
@@ -95,12 +101,10 @@ def write(
                 raise BrainfmError(f'{record.path.name}: {error}') from None
             denoising.add(cleaning['Name'])
             lengths.append(len(data))
-        path, part = settings.participants_file, settings.part
-        selection = path and {'Name': path.name, 'SHA256': sha256_of(path), 'Part': part}
         people = {record.entities['sub'] for record in records}
         facts = {
             'NumberOfRuns': len(records), 'NumberOfParticipants': len(people),
-            'ParticipantsFile': selection, 'Denoising': sorted(denoising),
+            'ParticipantsFile': selection(settings), 'Denoising': sorted(denoising),
             'SoftwareVersion': version, 'Node': names,
         }  # fmt: skip
         if len(people) < FEW:
