@@ -422,7 +422,9 @@ def test_latent_error_counts_what_the_model_gained(count):
     baseline[:, 1::2, 7:] = 0.4
     error = 0.5 * baseline
     error[:, [1, 39]] *= 3
-    figure = latent_error(error, baseline, np.arange(40)[::-1], order_label='backwards')
+    figure = latent_error(
+        error, baseline, np.arange(len(error)), np.arange(40)[::-1], order_label='backwards'
+    )
     assert '18 of 20 parcels below the baseline' in words(figure)
     assert ('mean of 3 windows' in words(figure)) == (count > 1)
     drawn = np.asarray(figure.axes[0].images[0].get_array().filled(np.nan))
@@ -444,7 +446,9 @@ def test_model_figures_are_small_and_the_same_again(order, tmp_path):
     found = order_check(gradients, fc, {})
     draw = {
         'order': lambda: draw_order_check(found, gradients, fc),
-        'latent': lambda: latent_error(error, error + 0.1, np.arange(450), 'atlas order'),
+        'latent': lambda: latent_error(
+            error, error + 0.1, np.arange(len(error)), np.arange(450), 'atlas order'
+        ),
     }
     for name, figure in draw.items():
         first = save(figure(), tmp_path / f'{name}.svg').read_bytes()

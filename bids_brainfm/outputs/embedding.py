@@ -255,11 +255,12 @@ def _warnings(
                 f'{lost.size} parcels have no usable statistics in {contract.stats.name} and are '
                 f'zero: {names}.'
             )
-    if n_excluded := np.count_nonzero(windows.excluded):
+    n_excluded = np.count_nonzero(windows.excluded)
+    if n_excluded and not context.source.get('Excluded'):  # else the whole run is, and says so
         warnings.append(
             f'{n_excluded} of {len(windows.data)} windows of {spec.label} are excluded from '
-            f'summaries, since more of their volumes, or of those of the run, are flagged than '
-            f'--max-flagged {contract.max_flagged:g} allows.'
+            f'summaries, since more of their volumes are flagged than --max-flagged '
+            f'{contract.max_flagged:g} allows.'
         )
     if (left := windows.left_over) > 0:
         warnings.append(f'The last {left:.1f} s of the run are in no window of {spec.label}.')

@@ -17,9 +17,9 @@ from bids_brainfm.reports.report import Figure
 
 NAME = 'prediction_error'
 FIGURES = {'latent': Figure('Prediction error',
-    'Error of the predicted latents of the masked block of a window (mean over windows), '
-    'compared with the error of the mean latent of the context, which needs no model. Grey cells '
-    'were the context. The error does not measure the quality of the data: noise can have a lower '
+    'Error of the predicted latents of the masked block of a window (mean over the windows '
+    'that are not excluded), compared with the error of the mean latent of the context, which '
+    'needs no model. Grey cells were the context. The error does not measure the quality of the data: noise can have a lower '
     'error than a good run.')}  # fmt: skip
 DESCRIBED = {
     'cross-time': 'the last time patches of all parcels, from the patches before',
@@ -78,7 +78,9 @@ def write(context: Context, result: tuple[np.ndarray, np.ndarray]) -> None:
     table = context.table(NAME)
     write_table(table, columns)
     order, label = display_order(atlas.xyz)
-    context.save_figure(figures.latent_error(error, baseline, order, order_label=label), 'latent')
+    if kept.any():
+        shown = error[kept], baseline[kept], np.flatnonzero(kept)
+        context.save_figure(figures.latent_error(*shown, order, order_label=label), 'latent')
     content = {
         'Description': f'Prediction error of {spec.card.name} for the latents of a block of '
         f'each window: {DESCRIBED[block]}. Smooth L1 error (beta 1), mean over dimensions, of '

@@ -55,7 +55,8 @@ def collect_runs(output: Path, subject: str) -> list[RunFacts]:
             atlas, warnings = sidecar['Atlas'], list(sidecar['Warnings'])
             source = Source(atlas['Name'], atlas['License'], atlas['Citation'])
             inputs = facts(series, sidecar) | _lines(NEXT_TO_SERIES, record, sidecar, warnings)
-            runs[name] = RunFacts(name, inputs, atlas=source, warnings=warnings)
+            excluded = bool(sidecar['Excluded'])
+            runs[name] = RunFacts(name, inputs, atlas=source, warnings=warnings, excluded=excluded)
     for record in find_records(output, EMBEDDING.suffix, **sidecars):
         sidecar, run = read_sidecar(record.path), runs.get(parcels_name(record.path.name))
         connectivity = record.entities['desc'] == CONNECTOME

@@ -115,7 +115,7 @@ class SeriesContext:
             sentences.append(
                 f'{self.series.flagged.mean():.0%} of the volumes are flagged, more than '
                 f'--max-flagged {self.task.max_flagged:g} allows: the run is excluded from '
-                f'summaries and from the group level.'
+                f'summaries, networks, training and the group level.'
             )
         if dummy := self.series.dummy:
             what = 'non-steady-state volumes' if self.task.strategy.finds_dummies else 'volumes'
@@ -334,12 +334,15 @@ def _describe_denoising(context: SeriesContext) -> dict[str, Any]:
         'OutlierThresholds': strategy.outliers or None,
         'ShortestSegment': strategy.scrub or None,
         'NumberOfVolumesUnflagged': freedom.unflagged, 'MinutesUnflagged': freedom.minutes,
-        'NumberOfRegressors': freedom.regressors,
-        # on unflagged volumes, with the mean
-        'RankOfRegressors': freedom.nuisance_rank,
-        'RankOfRegressorsAndFilter': freedom.total_rank,
-        'DegreesOfFreedom': freedom.residual,
     }  # fmt: skip
+    if not context.task.denoised:  # nothing is known of what the pipeline regressed out
+        found |= {
+            'NumberOfRegressors': freedom.regressors,
+            # on unflagged volumes, with the mean
+            'RankOfRegressors': freedom.nuisance_rank,
+            'RankOfRegressorsAndFilter': freedom.total_rank,
+            'DegreesOfFreedom': freedom.residual,
+        }
     return {key: value for key, value in found.items() if value is not None}
 
 
@@ -363,11 +366,13 @@ def facts(sidecar: dict[str, Any]) -> dict[str, Any]:
         'Parcels below coverage': f'{len(sidecar["ParcelsBelowMinimumCoverage"])} '
         f'(limit {sidecar["MinimumCoverage"]:g})',
     } | quality.lines(sidecar['Quality'])
-    if 'DegreesOfFreedom' not in denoising:  # written before these were counted
-        return found
-    return found | {
-        'Unflagged data': f'{denoising["MinutesUnflagged"]:.1f} minutes '
-        f'({denoising["NumberOfVolumesUnflagged"]} volumes)',
-        'Degrees of freedom left': f'{denoising["DegreesOfFreedom"]} (regressors of rank '
-        f'{denoising["RankOfRegressorsAndFilter"]})',
-    }
+    found['Unflagged data'] = (
+        f'{denoising["MinutesUnflagged"]:.1f} minutes '
+        f'({denoising["NumberOfVolumesUnflagged"]} volumes)'
+    )
+    if 'DegreesOfFreedom' in denoising:
+        found['Degrees of freedom left'] = (
+            f'{denoising["DegreesOfFreedom"]} (regressors of rank '
+            f'{denoising["RankOfRegressorsAndFilter"]})'
+        )
+    return found

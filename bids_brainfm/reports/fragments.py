@@ -53,6 +53,7 @@ class RunFacts:
     atlas: Source | None = None
     warnings: list[str] = field(default_factory=list)  # one sentence each
     failures: list[str] = field(default_factory=list)  # one sentence for each step that failed
+    excluded: bool = False  # from summaries, for its flagged volumes
 
 
 def table(rows: Mapping[str, str | int]) -> str:
@@ -108,7 +109,7 @@ def summary(subject: str, runs: Sequence[RunFacts], software: dict[str, str]) ->
 def result(run: RunFacts) -> str:
     """Whether a run was written, failed, or both: a model may fail where another does not."""
     if not run.failures:
-        return 'written'
+        return 'written' + ', excluded' * run.excluded
     return 'failed in part' if run.inputs else 'failed'
 
 

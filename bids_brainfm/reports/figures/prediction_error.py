@@ -9,8 +9,9 @@ from bids_brainfm.reports.style import BLUE, GREY, INK, VERMILION
 
 @style.look()
 def latent_error(
-    error: np.ndarray, baseline: np.ndarray, order: np.ndarray, order_label: str
-) -> Figure:
+    error: np.ndarray, baseline: np.ndarray, windows: np.ndarray, order: np.ndarray,
+    order_label: str,
+) -> Figure:  # fmt: skip
     """Prediction error of the latents of parcels and time patches.
 
     Parcels that were context throughout come last.
@@ -19,6 +20,7 @@ def latent_error(
     ----------
     error, baseline : (W, P, K) float, of the prediction and of the mean latent of the context
         Per window, parcel and time patch; NaN where that was context, the same in every window.
+    windows : (W,) int, numbers of the windows
     """
     error, baseline = np.asarray(error, float), np.asarray(baseline, float)
     count, parcels, patches = error.shape
@@ -35,8 +37,8 @@ def latent_error(
                           extent=(-0.5, patches - 0.5, parcels, 0))  # fmt: skip
     style.whole_numbers(axes.xaxis)
     axes.set(xlabel='time patch', ylabel=f'parcel ({order_label})')
-    windows = f', mean of {count} windows' if count > 1 else ''
-    axes.set_title(f'Prediction error{windows} (grey: context)')
+    averaged = f', mean of {count} windows' if count > 1 else ''
+    axes.set_title(f'Prediction error{averaged} (grey: context)')
     label = 'smooth L1 error'
     figure.colorbar(picture, ax=axes, extend='both', shrink=0.8, aspect=30, pad=0.01, label=label)
 
@@ -55,8 +57,9 @@ def latent_error(
     if count > 1:
         lower = figure.add_subplot(grid[1, 1])
         for values, colour, label in ((baseline, GREY, 'baseline'), (error, BLUE, 'prediction')):
-            lower.plot(np.nanmean(values, axis=(1, 2)), 'o-', color=colour, markersize=3.5,
-                       linewidth=1, label=label)  # fmt: skip
+            mean_error = np.nanmean(values, axis=(1, 2))
+            lower.plot(windows, mean_error, 'o-', color=colour, markersize=3.5, linewidth=1,
+                       label=label)  # fmt: skip
         style.whole_numbers(lower.xaxis)
         lower.set(ylim=(0, 1.1 * lower.dataLim.ymax), xlabel='window', ylabel='mean error')
         lower.legend(loc='lower left', ncols=2)
