@@ -94,7 +94,7 @@ def test_precisions_are_not_mixed(outputs):
         BrainfmError, match=r'run-1.* in float32 and .*run-2.* in tf32: a difference'
     ):
         find_whole(outputs, 'boldmap', {}, 7)
-    assert len(find_whole(outputs, 'boldmap', {'run': ('1', '3')})) == 2
+    assert len(find_whole(outputs, 'boldmap', {'run': ('1', '3')}, 7)) == 2
 
 
 @pytest.mark.parametrize('name', inputs.ADAPTERS)
