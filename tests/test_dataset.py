@@ -86,15 +86,15 @@ def test_precisions_are_not_mixed(outputs):
     ):  # fmt: skip
         path = stem.with_name(f'{stem.name}_run-{run}_stat-attention_desc-{label}_boldmap.tsv')
         path.write_text('a\n1\n')
-        write_sidecar(path, {'Precision': precision})
-    assert len(find_whole(outputs, 'boldmap', {})) == 3
+        write_sidecar(path, {'Precision': precision, 'ResultsVersion': 7})
+    assert len(find_whole(outputs, 'boldmap', {}, 7)) == 3
     path = stem.with_name(f'{stem.name}_run-2_stat-attention_desc-m_boldmap.tsv')
-    write_sidecar(path, {'Precision': 'tf32'})
+    write_sidecar(path, {'Precision': 'tf32', 'ResultsVersion': 7})
     with pytest.raises(
         BrainfmError, match=r'run-1.* in float32 and .*run-2.* in tf32: a difference'
     ):
-        find_whole(outputs, 'boldmap', {})
-    assert len(find_whole(outputs, 'boldmap', {'run': ('1', '3')})) == 2
+        find_whole(outputs, 'boldmap', {}, 7)
+    assert len(find_whole(outputs, 'boldmap', {'run': ('1', '3')}, 7)) == 2
 
 
 @pytest.mark.parametrize('name', inputs.ADAPTERS)

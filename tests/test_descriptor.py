@@ -68,7 +68,7 @@ def test_types(descriptor):
     assert types['tokens'] == types['verbose'] == 'Flag'
     assert {n for n, e in entries.items() if e.get('integer')} == {
         'stride', 'forecast_points', 'random_seed', 'batch_size', 'nprocs', 'omp_nthreads',
-        'scrub', 'motion_filter_order', 'min_dof',
+        'scrub', 'motion_filter_order', 'min_dof', 'token_shuffles',
     }  # fmt: skip
     assert {n for n, e in entries.items() if not e['optional']} == {
         'bids_dir', 'output_dir', 'analysis_level',

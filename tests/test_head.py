@@ -293,7 +293,7 @@ def test_predictions_are_those_by_hand(done, cards, name):
     wanted = F.softmax(outputs, -1) if head['task'] == 'classification' else outputs * 12.5 + 43
     columns = ['age'] if name == 'brainlm-demo' else ['sex_F', 'sex_M', 'sex_X']
     table = pd.read_csv(prediction_of(done, name), sep='\t')
-    first = ['window', 'onset', 'duration', 'real', 'flagged']
+    first = ['window', 'onset', 'duration', 'real', 'flagged', 'excluded']
     assert list(table.columns) == [*first, 'part', *columns]
     np.testing.assert_allclose(table[columns], wanted, rtol=1e-3, atol=1e-4)
     embedding = pd.read_csv(

@@ -48,6 +48,12 @@ def test_quality_is_one_row_of_the_known_columns(excluded, simulated):
     flagged = (fd > 0.5) | (confounds['std_dvars'] > 1.5)
     assert (row['num_volumes'], row['num_censored_volumes']) == (210, flagged.sum())
     assert row['minutes_retained'] == pytest.approx((210 - flagged.sum()) * 0.735 / 60)
+    assert row['degrees_of_freedom'] == 210 - flagged.sum() - row['num_regressors'] - 1
+    for name in ('stat-pearsoncorrelation_relmat', 'desc-connectome_embedding'):
+        sidecar = describe(excluded, name)
+        assert sidecar['NumberOfSamples'] == 210 - flagged.sum()
+        assert sidecar['DegreesOfFreedom'] == row['degrees_of_freedom']
+    assert 30 < row['median_tsnr'] < 300
     assert 0.1 < row['order_r'] < 1
     assert row['min_coverage'] == 1
 

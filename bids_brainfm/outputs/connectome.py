@@ -47,6 +47,10 @@ def write(context: SeriesContext, result: np.ndarray) -> None:
     order, label = display_order(atlas.xyz)
     drawn = figures.connectivity(result, order, order_label=label)
     save_figure(drawn, place.figure(run, 'connectivity'))
+    used: dict[str, Any] = {
+        'NumberOfSamples': np.count_nonzero(~series.flagged),
+        'DegreesOfFreedom': context.quality['degrees_of_freedom'], 'Excluded': context.excluded,
+    }  # fmt: skip
     content: dict[str, Any] = {
         'Description': 'Functional connectivity as an embedding of the whole run: the '
         'baseline to compare model embeddings with.',
@@ -54,11 +58,10 @@ def write(context: SeriesContext, result: np.ndarray) -> None:
         'Pooling': 'upper triangle of the relmat, row by row, without the diagonal',
         'Warnings': context.warnings,
     }
-    context.write_sidecar(embedding, content)
+    context.write_sidecar(embedding, content | used)
     content = {
         'Description': 'Functional connectivity between parcels.',
         'RelationshipMeasure': 'Pearson correlation', 'Weighted': True, 'Directed': False,
         'ValidDiagonal': True, 'StorageFormat': 'Full',
-        'NumberOfSamples': np.count_nonzero(~series.flagged), 'Excluded': context.excluded,
     }  # fmt: skip
-    context.write_sidecar(table, content)
+    context.write_sidecar(table, content | used)
