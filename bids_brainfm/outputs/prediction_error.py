@@ -19,8 +19,8 @@ NAME = 'prediction_error'
 FIGURES = {'latent': Figure('Prediction error',
     'Error of the predicted latents of the masked block of a window (mean over the windows '
     'that are not excluded), compared with the error of the mean latent of the context, which '
-    'needs no model. Grey cells were the context. The error does not measure the quality of the data: noise can have a lower '
-    'error than a good run.')}  # fmt: skip
+    'needs no model. Grey cells were the context. The error does not measure the quality of the '
+    'data: noise can have a lower error than a good run.')}  # fmt: skip
 DESCRIBED = {
     'cross-time': 'the last time patches of all parcels, from the patches before',
     'cross-roi': 'every second parcel, from the others at the same times',
