@@ -777,8 +777,8 @@ def test_parcels_that_were_filled_have_no_features(tmp_path):
 
     from bids_brainfm.bids.files import write_matrix
     from bids_brainfm.bids.run import BoldRun
-    from bids_brainfm.outputs.networks import NetworksTask, features_of
-    from bids_brainfm.outputs.tasks import Place
+    from bids_brainfm.outputs.networks import features_of
+    from bids_brainfm.outputs.tasks import NetworksTask, Place
 
     entities = {'sub': '01', 'task': 'rest', 'space': 'X'}
     run = BoldRun('sub-01_task-rest', entities, 'x', tmp_path, tmp_path / 'bold.nii.gz')

@@ -2,14 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from bids_brainfm.atlases.atlas import Atlas, load_atlas
+from bids_brainfm.atlases.reference import NONE, reference_networks
 from bids_brainfm.bids.naming import derivative_path
 from bids_brainfm.bids.run import BoldRun
 from bids_brainfm.models.spec import ModelSpec
 from bids_brainfm.outputs.registry import BY_NAME
 from bids_brainfm.reports.report import figure_path
+from bids_brainfm.signals.connectome import LABEL as CONNECTOME
 from bids_brainfm.signals.contract import Contract
 from bids_brainfm.signals.strategy import Strategy
 
@@ -106,3 +110,62 @@ class ModelTask:
         """What is written as HDF5 next to the table of embeddings."""
         per_parcel = self.spec.capabilities.patches is not None
         return ['parcels'] * per_parcel + ['tokens'] * self.tokens
+
+
+@dataclass(frozen=True)
+class Search:
+    """How networks are found, for all runs of one atlas."""
+
+    card: str  # name of the atlas, or the path of its card
+    home: Path  # where fetched atlases are kept
+    # Number of clusters, or 'auto' for the best silhouette; None: that of reference networks
+    n_clusters: str | None
+    reference: Path | None  # table of reference networks; None: the atlas's own
+    seed: int
+
+    @cached_property
+    def atlas(self) -> Atlas:
+        """The atlas."""
+        return load_atlas(self.card, self.home)
+
+    @cached_property
+    def networks(self) -> tuple[str, ...] | None:
+        """Reference network of each parcel, None where nothing is known."""
+        return reference_networks(self.atlas, self.reference)
+
+    @property
+    def clusters(self) -> int | None:
+        """Number of clusters to make, None for the best silhouette."""
+        if self.n_clusters not in (None, 'auto'):
+            return int(self.n_clusters)
+        if self.n_clusters == 'auto' or self.networks is None:
+            return None
+        return len(set(self.networks) - {NONE})
+
+
+@dataclass(frozen=True)
+class NetworksTask:
+    """Networks of one atlas from one source of features."""
+
+    place: Place  # its label is that of the model, or of the connectome
+    search: Search
+    kind: str  # of features: 'connectome', 'attention' or 'parcels'
+    gradients: Path | None  # table by which the model is given the places of parcels
+    version: str
+
+    def step(self, of: BoldRun) -> str:
+        """What finding the networks of a run, or of a participant in a space, is called."""
+        whose = '' if 'task' in of.entities else f'-{of.space}'
+        return f'atlas-{self.place.atlas}_networks{whose}_desc-{self.place.label}'
+
+    @property
+    def feature_product(self) -> str:
+        """Name of the product that features are read from."""
+        return 'embedding' if self.kind == 'parcels' else self.kind
+
+    def features_file(self, run: BoldRun) -> Path:
+        """File that features of a run are read from."""
+        if self.kind == 'parcels':
+            return self.place.path(run, 'embedding', extension='.h5')
+        place = self.place.of_series if self.kind == CONNECTOME else self.place
+        return place.table(run, self.kind)

@@ -24,12 +24,11 @@ from bids_brainfm.models.cards import ModelCard
 from bids_brainfm.models.model import check_fit
 from bids_brainfm.outputs import networks
 from bids_brainfm.outputs.encoding import run_current
-from bids_brainfm.outputs.networks import NetworksTask
 from bids_brainfm.outputs.outcome import Outcome, read_failures
 from bids_brainfm.outputs.products import claim
 from bids_brainfm.outputs.registry import BY_NAME, DENOISING, OF_SERIES
 from bids_brainfm.outputs.series import series_current
-from bids_brainfm.outputs.tasks import ModelTask, Place, SeriesTask
+from bids_brainfm.outputs.tasks import ModelTask, NetworksTask, Place, SeriesTask
 from bids_brainfm.resources import home
 from bids_brainfm.signals.strategy import Strategy, load_strategy, override
 from bids_brainfm.workflows import resolve

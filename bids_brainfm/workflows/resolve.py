@@ -15,7 +15,6 @@ from bids_brainfm.models import spec as specs
 from bids_brainfm.models.cards import ModelCard, load_card
 from bids_brainfm.models.model import contract_of
 from bids_brainfm.models.spec import ModelSpec
-from bids_brainfm.outputs.networks import NetworksTask, Search
 from bids_brainfm.outputs.products import module_of
 from bids_brainfm.outputs.registry import (
     ALL,
@@ -26,7 +25,7 @@ from bids_brainfm.outputs.registry import (
     OF_MODELS,
     Product,
 )  # fmt: skip
-from bids_brainfm.outputs.tasks import ModelTask, Place
+from bids_brainfm.outputs.tasks import ModelTask, NetworksTask, Place, Search
 from bids_brainfm.signals.connectome import LABEL as CONNECTOME
 from bids_brainfm.signals.contract import Contract
 from bids_brainfm.signals.scale import STATISTICS, kind_of
