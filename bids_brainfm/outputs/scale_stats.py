@@ -68,7 +68,9 @@ def find(dataset: Path, filters: Filters, settings: Settings) -> dict[str, list[
 def selection(settings: Settings) -> dict[str, Any] | None:
     """Entry of a sidecar on the table that selected the participants, None for all of them."""
     path = settings.participants_file
-    return path and {'Name': path.name, 'SHA256': sha256_of(path), 'Part': settings.part}
+    if path is None:
+        return None
+    return {'Name': path.name, 'SHA256': sha256_of(path), 'Part': settings.part}
 
 
 def write(
