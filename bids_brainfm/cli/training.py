@@ -182,9 +182,11 @@ def run(options: argparse.Namespace) -> int:
         raise
     except Interrupted:
         if is_first_process():
-            words = 'Training was told to end; its checkpoint is written.'
+            words = 'Training was interrupted; its checkpoint is written.'
             print(f'{words} The same command goes on from there.', file=sys.stderr)
         return INTERRUPTED
     if card is not None:
         print(f'The trained model is {card}: give it as --model.')
+        if (scores := card.with_name('scores.json')).is_file():
+            print(f'Its scores on the test part, with those of the baselines, are in {scores}.')
     return 0

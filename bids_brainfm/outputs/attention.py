@@ -13,7 +13,8 @@ from bids_brainfm.reports.report import Figure
 FIGURES = {'attention': Figure('Attention',
     'Attention in the last layer to the token of each parcel, mean over time, as a multiple of '
     'uniform attention: 1 is what every token would receive if attention did not distinguish '
-    'between them.')}  # fmt: skip
+    'between them. Tokens of padding count, too, so all parcels may lie above or below 1.'
+)}  # fmt: skip
 
 
 @dataclass(frozen=True)

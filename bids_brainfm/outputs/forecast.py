@@ -29,8 +29,8 @@ MEASURES = ('mse', 'r2', 'r')
 FIGURES = {'forecast': Figure('Forecast',
     'The end of each window forecast from what comes before it, rolling over the run. '
     'Shading is one and two times the error that forecasts of the parcel have at that step. '
-    'Below, scores at each step over windows and parcels, beside the last value seen, the '
-    'mean of what was seen, and an autoregressive model fitted on it.')}  # fmt: skip
+    'Below, scores at each step over windows and parcels, compared with the last value seen, '
+    'the mean of what was seen, and an autoregressive model fitted to it.')}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -28,15 +28,16 @@ if TYPE_CHECKING:
 NAME = 'reconstruction'
 FIGURES = {
     'reconstruction': Figure('Reconstruction',
-        'Traces of the parcels that the model reconstructs best, middling and worst, in the '
+        'Traces of the parcels with the highest, the median and the lowest R2, in the '
         "model's units: shaded stretches were hidden from it in the first pass. Below, all "
         'parcels as they are, as the model saw them in that pass, and as it reconstructed them, '
         'each point from windows in which it was hidden.'),
     'r2': Figure('Where the reconstruction holds',
-        'Proportion of variance explained (R2) of hidden points, not floored: below 0 the mean of '
-        'the parcel is nearer. The baselines fill the same points with the mean of what was '
-        'visible of the parcel, by linear interpolation in time, and with the conditional mean '
-        'given the parcels visible at that instant, from the covariance between parcels.'),
+        'Proportion of variance explained (R2) of hidden points, not floored: below 0, the '
+        'mean of the parcel is the better prediction. The baselines fill the same points with the '
+        'mean of what was visible of the parcel, by linear interpolation in time, and with the '
+        'conditional mean given the parcels visible at that instant, from the covariance between '
+        'parcels.'),
     'gain': Figure('Gain check',
         'R2 of hidden points of the first window when the input is made smaller or larger. It '
         'needs no labels. A model reconstructs best what has the amplitude of its training data, '
