@@ -12,10 +12,10 @@ from bids_brainfm.reports.report import Figure
 
 FIGURES: dict[str, Figure] = {}
 PARTS = {
-    'train': 'The model was fitted to this participant',
-    'validation': 'The best epoch was chosen by this participant and others',
-    'test': 'The model was tested on this participant, and not fitted',
-    'unseen': 'No participant of this label took part in the training',
+    'train': 'The model was fitted to these participants',
+    'validation': 'The best epoch was chosen by the predictions of these participants',
+    'test': 'The model was tested on these participants, and not fitted to them',
+    'unseen': 'No participant with this label took part in the training',
 }
 HELD_OUT = ('test', 'unseen')
 

@@ -239,8 +239,8 @@ def methods(task: SeriesTask) -> str:
         'n/a. The temporal signal-to-noise ratio (mean by standard deviation over time) was '
         'computed for each voxel of the preprocessed series and its median taken over each parcel '
         f'(Esteban et al. 2017). {dropped}{_denoising(task)} Functional connectivity (Pearson '
-        'correlation between the denoised parcel series) was computed as the baseline to compare '
-        'embeddings with.\n\n'
+        'correlation between the denoised parcel series over the volumes that were not flagged) '
+        'was computed as the baseline to compare embeddings with.\n\n'
     )
 
 

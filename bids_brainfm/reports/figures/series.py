@@ -52,7 +52,7 @@ def carpet(before: np.ndarray, after: np.ndarray, tr: float, flagged: np.ndarray
     trace.set_ylim(bottom=0)
     words = f'{np.sum(flagged)} of {volumes} volumes flagged (orange)'
     trace.set(ylabel='change (%)', title=f'Change from volume to volume; {words}')
-    trace.legend(loc='upper right', ncols=2, borderaxespad=0)
+    style.legend_above(trace, 'lower right', 0, ncols=2)
 
     titles = [f'Before denoising: {parcels} parcels', 'After denoising']
     if missing.any():
