@@ -44,7 +44,8 @@ def add_commands(commands: 'argparse._SubParsersAction[argparse.ArgumentParser]'
         description='Fit a head on MODEL that predicts a column of participants.tsv from parcel '
         'series that "bids_brainfm DATA OUT participant" wrote. Participants are split into '
         'training, validation (which picks the best epoch; not with --mode probe) and test. Test '
-        'scores are compared with a constant and with linear regression on the connectome. '
+        'scores are compared with a constant, with linear regression on the connectome and, with '
+        '--mode probe, on embeddings by random weights. '
         '"bids_brainfm DATA OUT participant --model OUT/card.yml" then writes predictions.',
     )
     _add_common(tuning, 'MODEL', 'a model (see list), NAME=CHECKPOINT, or the path of a card')
@@ -55,7 +56,7 @@ def add_commands(commands: 'argparse._SubParsersAction[argparse.ArgumentParser]'
     add('--mode', choices=('full', 'head', 'probe'), default='full',
         help='full: the whole network learns; head: only a linear head learns, by gradient '
         'descent; probe: ridge or logistic regression on the frozen embeddings, the penalty '
-        'chosen by cross-validation, also with random weights (default: full)')
+        'chosen by cross-validation (default: full)')
     add('--pooling', choices=('class-token', 'mean'),
         help='what the head is given (default: the class token where there is one)')
     add('--dropout', type=number(float, lambda x: 0 <= x < 1, 'a proportion from 0 to below 1'),
@@ -65,7 +66,7 @@ def add_commands(commands: 'argparse._SubParsersAction[argparse.ArgumentParser]'
     add('--patience', type=positive(int), metavar='EPOCHS',
         help='end after so many epochs without a better validation score')
     add('--test-share', type=ratio, default=0.2,
-        help='proportion of participants (default: 0.2)')
+        help='proportion of participants in the test part (default: 0.2)')
 
 
 def _add_common(parser: argparse.ArgumentParser, what: str, explained: str) -> None:
@@ -92,7 +93,7 @@ def _add_common(parser: argparse.ArgumentParser, what: str, explained: str) -> N
         help='columns of participants.tsv, such as family or site: participants with the same '
         'value are in the same part of the split')
     add('--validation-share', type=ratio,
-        help='proportion of participants (default: 0.1, finetune 0.2)')
+        help='proportion of participants in the validation part (default: 0.1, finetune 0.2)')
     add = parser.add_argument_group('training').add_argument
     add('--recipe', metavar='NAME',
         help='schedule (default: that of the family): brainlm-vit, brainlm-legacy, fixed or '

@@ -220,7 +220,7 @@ def describe(strategy: Strategy) -> str:
         }[bool(band[0]), bool(band[1])].format(*(f'{limit or 0:g}' for limit in band))  # fmt: skip
         what = f'Discrete cosines {kept} were added as regressors of the same model'
         if strategy.replaces_cosines:
-            what = f"FMRIPrep's cosines were replaced by discrete cosines {kept} in the same model"
+            what = f"Of these, fMRIPrep's cosines were replaced by discrete cosines {kept}"
         sentences.append(
             f'{what}, so that neither the filter nor the other regressors reintroduce what the '
             'other removed (Lindquist et al. 2019, doi:10.1002/hbm.24528).'
