@@ -87,7 +87,7 @@ def embedding(summary: np.ndarray, onset: np.ndarray) -> Figure:
     Parameters
     ----------
     summary : (W, D) float, one embedding per window
-    onset : (W,) float, seconds since the run's first volume
+    onset : (W,) float, in seconds since the run's start
     """
     summary = np.asarray(summary, float)
     if len(summary) < 3:
