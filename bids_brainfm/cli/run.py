@@ -289,18 +289,22 @@ def write_graph(workflow: 'pe.Workflow', folder: Path) -> None:
 
 def announce(plan: 'Plan') -> None:
     """Say what is about to happen."""
+    from bids_brainfm.reports.fragments import count
+
     for atlas in plan.atlases:
-        counts = len(atlas.runs), len({run.subject for run in atlas.runs})
-        form = '%d runs of %d participants in atlas %s, %d parcel series to make'
-        LOGGER.info(form, *counts, atlas.name, len(atlas.todo))
+        people = count(len({run.subject for run in atlas.runs}), 'participant')
+        form = '%s of %s in atlas %s, %d parcel series to make'
+        LOGGER.info(form, count(len(atlas.runs), 'run'), people, atlas.name, len(atlas.todo))
         for model in atlas.models:
             spec, where = model.task.spec, (model.task.device, model.task.precision)
-            form = '%s: %d runs to encode on %s in %s; weights: %s'
-            LOGGER.info(form, spec.card.name, len(model.todo), *where, spec.weights)
+            form = '%s: %s to encode on %s in %s; weights: %s'
+            LOGGER.info(form, spec.card.name, count(len(model.todo), 'run'), *where, spec.weights)
 
 
 def conclude(plan: 'Plan', crashed: Exception | None, seconds: float) -> int:
     """Say what is written and what failed; returns the exit code."""
+    from bids_brainfm.reports.fragments import count
+
     output = plan.settings.output_dir
     failures = plan.read_failures()
     for sentence in failures:
@@ -316,9 +320,9 @@ def conclude(plan: 'Plan', crashed: Exception | None, seconds: float) -> int:
         if report.is_file():
             LOGGER.info('Report: %s', report)
     runs = {run.name for atlas in plan.atlases for run in atlas.runs}
-    counts, end = (len(runs), len(failures)), 'Finished' if crashed is None else 'Stopped'
-    form = '%s after %.1f s: %d runs, %d failures; outputs in %s'
-    LOGGER.info(form, end, seconds, *counts, output)
+    counts = count(len(runs), 'run'), count(len(failures), 'failure')
+    end = 'Finished' if crashed is None else 'Stopped'
+    LOGGER.info('%s after %.1f s: %s, %s; outputs in %s', end, seconds, *counts, output)
     return 1 if failures or crashed else 0
 
 

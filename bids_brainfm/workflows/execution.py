@@ -30,7 +30,7 @@ class Progress:
         """Take Nipype's report on a node."""
         stopping.check()  # Nipype says of an interrupted node that it has ended
         if node.name.startswith('networks_') and status == 'end':
-            LOGGER.info('%s: networks found', node.name.removeprefix('networks_'))
+            LOGGER.info('%s: networks done', node.name.removeprefix('networks_'))
         if not node.name.startswith('series_'):
             return
         if status == 'start':
