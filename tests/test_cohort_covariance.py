@@ -73,7 +73,7 @@ def test_a_reconstruction_is_compared_with_other_people(simulated, cohort, tmp_p
 def test_files_that_do_not_fit(cohort, simulated, tmp_path, app, capfd):
     path, other = cohort[1], tmp_path / 'other.h5'
     other.write_text('x')
-    with pytest.raises(BrainfmError, match=r'other\.h5 is no file that'):
+    with pytest.raises(BrainfmError, match=r'other\.h5 is not a file that'):
         atlas_of(other)
     with pytest.raises(BrainfmError, match='None of the files of --covariance are of the atlas A'):
         choose((path,), 'A')

@@ -324,7 +324,7 @@ def test_one_end_of_the_band_may_be_open(tmp_path):
     path.write_text('columns: [csf]\nbandpass: [0.01, null]\n')
     assert load_strategy(path).bandpass == (0.01, None)
     for band in ((0.08, 0.01), (0, 0)):
-        refused('is no band', override, low, bandpass=band)
+        refused('is not a band', override, low, bandpass=band)
 
 
 # Equal to nilearn
@@ -790,7 +790,7 @@ def test_a_users_own_file(tmp_path):
         ('outliers: {std_dvars: high}', "outliers 'high' is not a number"),
         ('compcor: {masks: [GM]}', 'a list of combined, CSF, WM'),
         ('ica: fix', "ica 'fix' is not one of aroma, tedana"),
-        ('bandpass: [0.1, 0.01]', 'band-pass 0.1 to 0.01 Hz is no band'),
+        ('bandpass: [0.1, 0.01]', 'band-pass 0.1 to 0.01 Hz is not a band'),
         ('bandpass: 0.1', 'bandpass 0.1 is not a list of 2 values'),
         ('scrub: -1', 'scrub -1 is not 0 or above'),
         ('- csf', 'is not a YAML mapping .it is a list'),

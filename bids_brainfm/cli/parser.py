@@ -271,7 +271,8 @@ def _check(settings: Settings) -> None:
         '--participants-file is an option of the group level: name participants with '
         '--participant-label.': not group and listed,
         '--participants-file and --participant-label both name participants: use one.': twice,
-        '--part is of a table of participants: add --participants-file TSV.': part and not listed,
+        '--part selects from a table of participants: add --participants-file TSV.': part
+        and not listed,
     }
     for sentence, holds in refused.items():
         if holds:

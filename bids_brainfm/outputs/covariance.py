@@ -121,8 +121,8 @@ def atlas_of(path: Path) -> str:
             return str(file.attrs['atlas'])
     except (OSError, KeyError):
         raise BrainfmError(
-            f'--covariance {path} is no file that bids_brainfm OUT OUT group --covariance wrote: '
-            f'check the path.'
+            f'--covariance {path} is not a file that bids_brainfm OUT OUT group --covariance '
+            f'wrote: check the path.'
         ) from None
 
 

@@ -108,8 +108,8 @@ class Strategy:
         low, high = self.bandpass or (None, None)
         if self.bandpass and (not (low or high) or (low and high and low >= high)):
             raise BrainfmError(
-                f'the band-pass {low or 0:g} to {high or 0:g} Hz is no band: give the lower limit '
-                'first, and 0 (or null) for at most one of them.'
+                f'the band-pass {low or 0:g} to {high or 0:g} Hz is not a band: give the lower '
+                'limit first, and 0 (or null) for at most one of them.'
             )
 
     @property
