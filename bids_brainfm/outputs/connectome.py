@@ -55,10 +55,11 @@ def write(context: SeriesContext, result: np.ndarray) -> None:
         'Warnings': context.warnings,
     }
     context.write_sidecar(embedding, content)
+    left = context.degrees_of_freedom
     content = {
         'Description': 'Functional connectivity between parcels.',
         'RelationshipMeasure': 'Pearson correlation', 'Weighted': True, 'Directed': False,
         'ValidDiagonal': True, 'StorageFormat': 'Full',
-        'NumberOfSamples': np.count_nonzero(~series.flagged), 'Excluded': context.excluded,
+        'NumberOfSamples': np.count_nonzero(~series.flagged), 'DegreesOfFreedom': left,
     }  # fmt: skip
     context.write_sidecar(table, content)

@@ -48,14 +48,12 @@ def metrics(context: 'SeriesContext') -> dict[str, float]:
     series, xyz = context.series, context.atlas.xyz
     kept = ~series.flagged
     near = nearness(series.data[kept], xyz)
-    # Of what the pipeline regressed out nothing is known
-    done = None if context.task.denoised else series.denoised
     return motion(context.run.confounds) | {
         'num_volumes': len(kept),
         'num_censored_volumes': np.count_nonzero(~kept) if context.assessed else np.nan,
         'minutes_retained': np.count_nonzero(kept) * series.tr / 60,
         'num_regressors': len(series.names),
-        'degrees_of_freedom': done.freedom.residual if done else np.nan,
+        'degrees_of_freedom': context.degrees_of_freedom,
         'median_tsnr': np.nanmedian(series.tsnr),
         'min_coverage': series.coverage.min(),
         'fc_distance_r': distance_dependence(context.relmat, xyz),

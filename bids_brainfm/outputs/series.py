@@ -73,6 +73,12 @@ class SeriesContext:
         """Correlations between parcels over unflagged volumes, (P, P) float32."""
         return connectome(self.series.data, self.series.flagged)
 
+    @property
+    def degrees_of_freedom(self) -> float:
+        """Residual degrees of freedom; NaN where a pipeline regressed confounds out."""
+        done = None if self.task.denoised else self.series.denoised
+        return done.freedom.residual if done else float('nan')
+
     @cached_property
     def quality(self) -> dict[str, float]:
         """Quality metrics by name, see :mod:`bids_brainfm.outputs.quality`."""
@@ -138,6 +144,7 @@ class SeriesContext:
             'InputFiles': input_fingerprints(self.run),
             'SoftwareVersion': self.task.version,
             'ResultsVersion': self.results_version,
+            'Excluded': self.excluded,
         }
         write_sidecar(path, content | common)
 
@@ -301,7 +308,7 @@ def _describe(context: SeriesContext) -> dict[str, Any]:
         f'{DISCARDED}{by}': series.dummy,
         'NumberOfVolumesFlagged': int(series.flagged.sum()) if context.assessed else None,
         'FlaggedVolumes': np.flatnonzero(series.flagged),
-        'MaxFlagged': context.task.max_flagged, 'Excluded': context.excluded,
+        'MaxFlagged': context.task.max_flagged,
         'FlaggedVolumesInterpolated': context.assessed,
         'Denoising': _describe_denoising(context),
         'Atlas': {
