@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 NAME = 'quality'
 FIGURES: dict[str, Figure] = {}
 COLUMNS = {
-    'mean_fd': {'Description': 'Mean framewise displacement over all volumes', 'Units': 'mm'},
+    'mean_fd': {'Description': 'Mean framewise displacement over num_volumes volumes', 'Units': 'mm'},
     'median_fd': {'Description': 'Median framewise displacement', 'Units': 'mm'},
     'max_fd': {'Description': 'Largest framewise displacement', 'Units': 'mm'},
     'mean_std_dvars': {'Description': 'Mean standardised DVARS'},
@@ -48,7 +48,7 @@ def metrics(context: 'SeriesContext') -> dict[str, float]:
     series, xyz = context.series, context.atlas.xyz
     kept = ~series.flagged
     near = nearness(series.data[kept], xyz)
-    return motion(context.run.confounds) | {
+    return motion(context.run.confounds, series.dummy) | {
         'num_volumes': len(kept),
         'num_censored_volumes': np.count_nonzero(~kept) if context.assessed else np.nan,
         'minutes_retained': np.count_nonzero(kept) * series.tr / 60,

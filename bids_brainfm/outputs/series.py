@@ -22,7 +22,7 @@ from bids_brainfm.outputs.tasks import Place, SeriesTask
 from bids_brainfm.reports.report import Figure
 from bids_brainfm.signals.connectome import connectome
 from bids_brainfm.signals.series import coverage_path
-from bids_brainfm.signals.strategy import describe
+from bids_brainfm.signals.strategy import Strategy, describe
 
 if TYPE_CHECKING:
     from bids_brainfm.signals.bold import BoldSeries
@@ -173,8 +173,9 @@ def compute_series(run: BoldRun, task: SeriesTask) -> SeriesContext:
         )
     atlas = load_atlas(task.card, task.home)
     raw = parcellate(
-        run.bold, atlas, run.mask, run.space, tr, start or 0.0, task.parcel_voxels, run.confounds
-    )
+        run.bold, atlas, run.mask, run.space, tr, start or 0.0, task.parcel_voxels, run.confounds,
+        strategy.dummy_scans,
+    )  # fmt: skip
     tables = Tables(run.confounds, run.confounds_json, run.custom, run.mixing, run.metrics)
     series, _ = clean_series(raw, tables, strategy)
     covered = (series.coverage >= task.min_coverage) & np.isfinite(series.data).all(axis=0)
@@ -213,7 +214,10 @@ def settings(task: SeriesTask) -> dict[str, Any]:
         'denoise': rules['name'], 'min_coverage': task.min_coverage,
         'parcel_voxels': task.parcel_voxels, 'max_flagged': task.max_flagged,
     }  # fmt: skip
-    found |= {f'denoise_{key}': v for key, v in rules.items() if v and key not in aside}
+    default = dataclasses.asdict(Strategy('none'))
+    found |= {
+        f'denoise_{key}': v for key, v in rules.items() if v != default[key] and key not in aside
+    }
     found |= {'custom_confounds': True} if task.custom_confounds else {}
     return found | ({'denoised_by_pipeline': True} if task.denoised else {})
 
