@@ -510,22 +510,26 @@ def test_families_stay_together(mae, cohort, tmp_path):
 
 
 def test_runs_with_many_flagged_volumes_are_left_out(mae, tmp_path, capsys):
-    """--max-flagged: counted, named, and on record; at the limit a run is kept."""
+    """Counted, named, and on record; at the limit of --max-flagged a run is kept.
+
+    So are runs that the participant level excluded, whatever the limit of the training.
+    """
     cohort, out = write_cohort(tmp_path / 'flagged', 6), tmp_path / 'out'
-    for label, n in (('02', 49), ('03', 50)):
+    for label, n in (('02', 49), ('03', 50), ('04', 0)):
         (path,) = (cohort / f'sub-{label}').rglob('*timeseries.tsv')
-        content = read_sidecar(sidecar_path(path)) | {'FlaggedVolumes': list(range(n))}
-        write_sidecar(path, content)
+        content = {'FlaggedVolumes': list(range(n)), 'Excluded': label == '04'}
+        write_sidecar(path, read_sidecar(sidecar_path(path)) | content)
     run('pretrain', mae, out, '--data', cohort, '--epochs', 1, '--batch-size', 2, '--device',
         'cpu', '--validation-share', 0.4, '--max-flagged', 0.1)  # fmt: skip
-    assert '1 of 6 runs are left out' in capsys.readouterr().out
+    assert '2 of 6 runs are left out' in capsys.readouterr().out
     left = pd.read_csv(out / 'left_out.tsv', sep='\t')
-    assert list(left['run']) == [STEM.format('03')]
+    assert list(left['run']) == [STEM.format('03'), STEM.format('04')]
     assert '10.2% of its samples are flagged, more than --max-flagged 0.1' in left['reason'][0]
+    assert 'the --max-flagged of "bids_brainfm" allows' in left['reason'][1]
     training = yaml.safe_load((out / 'card.yml').read_text())['training']
     parts = pd.read_csv(out / 'participants.tsv', sep='\t').set_index('participant_id')['part']
-    trained = [p for p in parts.index if parts[p] == 'train' and p != 'sub-03']
-    assert training['runs_left_out'] == 1
+    trained = [p for p in parts.index if parts[p] == 'train' and p not in ('sub-03', 'sub-04')]
+    assert training['runs_left_out'] == 2
     flagged = 49 * ('sub-02' in trained) / (len(trained) * VOLUMES)
     assert training['flagged'] == pytest.approx(flagged, rel=1e-4)
 

@@ -23,6 +23,7 @@ class CohortRun:
     # Label, 01. The same in two datasets is taken for one person, so that nobody is in two splits.
     participant: str
     tr: float  # repetition time of the recording in seconds
+    excluded: bool = False  # by the participant level, for its flagged volumes
 
     @property
     def name(self) -> str:
@@ -74,7 +75,8 @@ def find_cohort(datasets: Sequence[Path], atlas: str, mix_trs: bool = False) -> 
                     f'numbers differ: run the participant level again with --recompute.'
                 )
             tr = float(sidecar['RepetitionTime'])
-            runs.append(CohortRun(record.path, dataset, record.entities['sub'], tr))
+            excluded = bool(sidecar.get('Excluded'))
+            runs.append(CohortRun(record.path, dataset, record.entities['sub'], tr, excluded))
     if len(versions) > 1:
         one, other, *_ = versions.values()
         raise BrainfmError(

@@ -32,6 +32,10 @@ class Preparation:
     max_flagged: float | None = None  # proportion of flagged samples above which a run is refused
 
     def __call__(self, run: CohortRun) -> Samples:
+        if run.excluded:
+            raise BrainfmError(
+                'more of its volumes are flagged than the --max-flagged of "bids_brainfm" allows.'
+            )
         atlas, contract = self.model.atlas, self.model.contract
         series = read_series(run.path)
         if series.data.shape[1] != atlas.n_parcels:
