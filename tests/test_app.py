@@ -424,6 +424,8 @@ def test_options_of_denoising(dataset, tmp_path, app, capfd):
     assert f'{left} (regressors of rank' in (out / 'sub-01.html').read_text()
 
     assert app(dataset, out, *asked, *one, '--min-dof', '25') == 0  # a limit changes no value
+    assert app(dataset, out, *asked, *one, '--min-dof', '200') == 1  # but holds for what is there
+    assert 'fewer than the 200 of --min-dof' in capfd.readouterr().err
     assert app(dataset, out, *asked, *one, '--scrub', '4') == 2
     assert 'denoise_scrub was 2 and is now 4' in capfd.readouterr().err
     assert app(dataset, tmp_path / 'other', *asked) == 1  # sub-02 has no such table

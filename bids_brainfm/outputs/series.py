@@ -11,7 +11,12 @@ import numpy as np
 from bids_brainfm.atlases.atlas import Atlas, load_atlas
 from bids_brainfm.atlases.export import export_atlas
 from bids_brainfm.bids.files import write_matrix, write_table
-from bids_brainfm.bids.freshness import input_fingerprints, write_sidecar
+from bids_brainfm.bids.freshness import (
+    input_fingerprints,
+    read_sidecar,
+    sidecar_path,
+    write_sidecar,
+)
 from bids_brainfm.bids.naming import own_uri
 from bids_brainfm.bids.run import BoldRun, metadata, repetition_time, start_time
 from bids_brainfm.errors import BrainfmError
@@ -21,6 +26,7 @@ from bids_brainfm.outputs.registry import BY_NAME, OF_SERIES
 from bids_brainfm.outputs.tasks import Place, SeriesTask
 from bids_brainfm.reports.report import Figure
 from bids_brainfm.signals.connectome import connectome
+from bids_brainfm.signals.denoise import Freedom
 from bids_brainfm.signals.series import coverage_path
 from bids_brainfm.signals.strategy import Strategy, describe
 
@@ -184,8 +190,30 @@ def compute_series(run: BoldRun, task: SeriesTask) -> SeriesContext:
 
 
 def series_current(run: BoldRun, task: SeriesTask) -> bool:
-    """Whether series and connectome of a run exist and fit the inputs."""
-    return all(products.product_current(BY_NAME[name], run, task) for name in task.parameters)
+    """Whether series and connectome of a run exist, fit the inputs, and have enough data left."""
+    current = all(products.product_current(BY_NAME[name], run, task) for name in task.parameters)
+    return current and _enough_left(task.place.table(run, 'series'), task.strategy)
+
+
+def _enough_left(series: Path, strategy: Strategy) -> bool:
+    """Whether denoising left of a run what the limits ask for, which may be others now."""
+    sidecar = read_sidecar(sidecar_path(series)) or {}
+    found = sidecar['Denoising']
+    try:
+        Freedom(
+            volumes=sidecar['NumberOfVolumes'] - _discarded(sidecar),
+            unflagged=found['NumberOfVolumesUnflagged'], regressors=found['NumberOfRegressors'],
+            nuisance_rank=found['RankOfRegressors'],
+            total_rank=found['RankOfRegressorsAndFilter'], minutes=found['MinutesUnflagged'],
+        ).refuse(strategy)  # fmt: skip
+    except BrainfmError:
+        return False
+    return True
+
+
+def _discarded(sidecar: dict[str, Any]) -> int:
+    """Number of volumes that were left out at the start."""
+    return int(next(sidecar[f'{DISCARDED}{by}'] for by in BY if f'{DISCARDED}{by}' in sidecar))
 
 
 def make_series(run: BoldRun, task: SeriesTask, stop: bool = False) -> Outcome:
@@ -206,7 +234,8 @@ def companions(run: BoldRun, place: Place, task: SeriesTask | None = None) -> li
 def settings(task: SeriesTask) -> dict[str, Any]:
     """Denoising, voxels of the parcels, and limit of coverage.
 
-    What does not change values is left out: the wording, and limits below which a run fails.
+    What does not change values is left out: the wording, and limits below which a run fails, which
+    are checked anew each time.
     """
     rules = dataclasses.asdict(task.strategy)
     aside = ('name', 'description', 'min_dof', 'min_minutes')
@@ -357,13 +386,12 @@ def _describe_denoising(context: SeriesContext) -> dict[str, Any]:
 def facts(sidecar: dict[str, Any]) -> dict[str, Any]:
     """What was read and what was done to it."""
     denoising = sidecar['Denoising']
-    dropped = next(sidecar[f'{DISCARDED}{by}'] for by in BY if f'{DISCARDED}{by}' in sidecar)
     found = {
         'BOLD': sidecar['Sources'][0],
         'Space': f'{sidecar["Space"]}, atlas image: {sidecar["Atlas"]["Provenance"]}',
         'Volumes': f'{sidecar["NumberOfVolumes"]} at a repetition time of '
         f'{sidecar["RepetitionTime"]:g} s',
-        'Left out at the start': f'{dropped} volumes',
+        'Left out at the start': f'{_discarded(sidecar)} volumes',
         'First row at': f'{sidecar["StartTime"]:g} s',
         'Flagged volumes': f'{sidecar["NumberOfVolumesFlagged"]} (interpolated)'
         if sidecar['FlaggedVolumesInterpolated']
