@@ -52,7 +52,7 @@ def metrics(context: 'SeriesContext') -> dict[str, float]:
         'num_volumes': len(kept),
         'num_censored_volumes': np.count_nonzero(~kept) if context.assessed else np.nan,
         'minutes_retained': np.count_nonzero(kept) * series.tr / 60,
-        'num_regressors': len(series.names),
+        'num_regressors': np.nan if context.task.denoised else len(series.names),
         'degrees_of_freedom': context.degrees_of_freedom,
         'median_tsnr': np.nanmedian(series.tsnr),
         'min_coverage': series.coverage.min(),

@@ -199,6 +199,8 @@ def _enough_left(series: Path, strategy: Strategy) -> bool:
     """Whether denoising left of a run what the limits ask for, which may be others now."""
     sidecar = read_sidecar(sidecar_path(series)) or {}
     found = sidecar['Denoising']
+    if 'DegreesOfFreedom' not in found:  # denoised by its pipeline
+        return True
     try:
         Freedom(
             volumes=sidecar['NumberOfVolumes'] - _discarded(sidecar),
@@ -374,12 +376,15 @@ def _describe_denoising(context: SeriesContext) -> dict[str, Any]:
         'OutlierThresholds': strategy.outliers or None,
         'ShortestSegment': strategy.scrub or None,
         'NumberOfVolumesUnflagged': freedom.unflagged, 'MinutesUnflagged': freedom.minutes,
-        'NumberOfRegressors': freedom.regressors,
-        # on unflagged volumes, with the mean
-        'RankOfRegressors': freedom.nuisance_rank,
-        'RankOfRegressorsAndFilter': freedom.total_rank,
-        'DegreesOfFreedom': freedom.residual,
     }  # fmt: skip
+    if not context.task.denoised:  # else what was regressed out is not known
+        found |= {
+            'NumberOfRegressors': freedom.regressors,
+            # on unflagged volumes, with the mean
+            'RankOfRegressors': freedom.nuisance_rank,
+            'RankOfRegressorsAndFilter': freedom.total_rank,
+            'DegreesOfFreedom': freedom.residual,
+        }
     return {key: value for key, value in found.items() if value is not None}
 
 
@@ -402,7 +407,7 @@ def facts(sidecar: dict[str, Any]) -> dict[str, Any]:
         'Parcels below coverage': f'{len(sidecar["ParcelsBelowMinimumCoverage"])} '
         f'(limit {sidecar["MinimumCoverage"]:g})',
     } | quality.lines(sidecar['Quality'])
-    if 'DegreesOfFreedom' not in denoising:  # written before these were counted
+    if 'DegreesOfFreedom' not in denoising:  # denoised by its pipeline, or not counted yet
         return found
     return found | {
         'Unflagged data': f'{denoising["MinutesUnflagged"]:.1f} minutes '
