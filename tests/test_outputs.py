@@ -820,3 +820,18 @@ def test_a_run_of_whose_windows_all_are_excluded_has_no_networks_of_the_model(tm
     assert members(False, False) == [1, 1, 1, 1]
     assert members(False, True) == [1, 0, 1, 0]
     assert members(True, True) == [0, 0, 0, 0]
+
+
+def test_a_window_that_is_excluded_is_not_perturbed(dataset, tmp_path, app, tiny):
+    path = next(dataset.glob('sub-01/func/*_desc-confounds_timeseries.tsv'))
+    table = pd.read_csv(path, sep='\t', na_values='n/a')
+    table.loc[10:49, 'framewise_displacement'] = 1.0
+    table.to_csv(path, sep='\t', index=False, na_rep='n/a')
+    out = tmp_path / 'out'
+    options = ('--outputs', 'perturbation', '--model', tiny, '--participant-label', '01')
+    assert app(dataset, out, *options, '--max-flagged', '0.3') == 0
+    assert about(out, f'desc-{PARCELS}_embedding')['WindowsExcluded'] == [0]
+    sidecar = about(out, f'stat-perturbation_desc-{PARCELS}_boldmap')
+    assert sidecar['Excluded'] is False
+    assert sidecar['WindowOnset'] == pytest.approx(100 * 0.735)  # of the second window
+    assert 'that is not excluded' in (out / 'logs' / 'CITATION.md').read_text()
