@@ -334,7 +334,8 @@ def test_parcels_that_go_together_predict_each_other():
         objective = MaskedAutoencoding(Double(ANSWERS['zero']), 0.5, normalise=normalise)
         scale = 5 * torch.arange(1.0, PARCELS + 1)[:, None]
         objective.covariance = covariance_of(scale * signal[:4])
-        found = objective.evaluate([(scale * signal[4:], range(4))], alone)
+        unflagged = torch.zeros(4, TIMES, dtype=torch.bool)
+        found = objective.evaluate([(scale * signal[4:], unflagged, range(4))], alone)
         assert found['r2_covariance'] > 0.6 > 0 > found['r2_interpolation']
 
 
