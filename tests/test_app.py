@@ -365,7 +365,7 @@ def test_denoise_none_drops_non_steady_volumes(dataset, tmp_path, app):
 
 
 def test_volumes_that_the_user_drops_count_nowhere(dataset, tmp_path, app, capfd):
-    """Not in motion, tSNR or the mean of the brain; nor are 0 dropped volumes those of fMRIPrep."""
+    """Not in motion or tSNR; and to drop none is another setting than to drop those found."""
     path = next(dataset.glob('sub-01/func/*_desc-confounds_timeseries.tsv'))
     table = pd.read_csv(path, sep='\t', na_values='n/a')
     table['non_steady_state_outlier00'] = (table.index == 0).astype(int)

@@ -147,9 +147,7 @@ def compute(context: Context) -> Result:
     )  # fmt: skip
     given = stimuli(window, target, found.times, mean, sd, asked.k_sd, asked.mode)
     onset = data.series.start + samples[0] * data.tr
-    return Result(
-        found, named, sd, onset, departure(data.data, given, target, found.times)
-    )
+    return Result(found, named, sd, onset, departure(data.data, given, target, found.times))
 
 
 def first_kept(samples: np.ndarray, flagged: np.ndarray, limit: float) -> int:

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 NAME = 'quality'
 FIGURES: dict[str, Figure] = {}
 COLUMNS = {
-    'mean_fd': {'Description': 'Mean framewise displacement over num_volumes volumes', 'Units': 'mm'},
+    'mean_fd': {
+        'Description': 'Mean framewise displacement, of the volumes after those dropped',
+        'Units': 'mm',
+    },
     'median_fd': {'Description': 'Median framewise displacement', 'Units': 'mm'},
     'max_fd': {'Description': 'Largest framewise displacement', 'Units': 'mm'},
     'mean_std_dvars': {'Description': 'Mean standardised DVARS'},
