@@ -11,6 +11,7 @@ from bids_brainfm.bids.description import write_dataset_files
 from bids_brainfm.bids.files import read_matrix
 from bids_brainfm.bids.freshness import write_sidecar
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.outputs.registry import BY_NAME
 from bids_brainfm.outputs.scale_stats import find
 from bids_brainfm.signals.cohort_stats import CohortFit, Sketch
 from bids_brainfm.signals.scale import fit_scaling, load_scale_stats, stats_content
@@ -217,8 +218,9 @@ def test_fitted_statistics_scale_the_runs_they_are_of(simulated, tmp_path, app, 
 
     pooled, brain = [], {}
     for path in sorted(out.rglob('*_stat-mean_timeseries.tsv')):
-        brain[path] = json.loads(path.with_suffix('.json').read_text())['BrainMean']
-        data = read_matrix(path)[0].astype(float)
+        sidecar = json.loads(path.with_suffix('.json').read_text())
+        brain[path] = sidecar['BrainMean']
+        data = np.delete(read_matrix(path)[0].astype(float), sidecar['FlaggedVolumes'], axis=0)
         pooled.append((data - data.mean(0)) * 1e4 / brain[path])
     first, third = np.quantile(np.concatenate(pooled), [0.25, 0.75], axis=0)
     np.testing.assert_allclose(about['IQR'], third - first, rtol=2e-3)
@@ -336,7 +338,7 @@ def test_a_recording_in_two_spaces_counts_once(tmp_path):
         path = tmp_path / 'sub-01' / 'func' / f'{stem}.tsv'
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text('a\n1\n2\n')
-        write_sidecar(path, {})
+        write_sidecar(path, {'ResultsVersion': BY_NAME['series'].results_version})
     with pytest.raises(BrainfmError, match='choose one with --space'):
         find(tmp_path, {}, None)
     assert len(find(tmp_path, {'space': ('fsLR',)}, None)['A424']) == 1
