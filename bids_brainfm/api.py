@@ -89,7 +89,8 @@ def parcellate(
         Of each parcel, ``coverage`` is the proportion of voxels that are inside the brain mask and
         vary, ``level`` the mean over time in BOLD units, and ``tsnr`` the temporal signal-to-noise
         ratio: mean by standard deviation over time of a voxel, and the median over voxels.
-        ``level`` and ``tsnr`` leave out the volumes that fMRIPrep found not to be in steady state.
+        ``level``, ``tsnr`` and the mean of the brain leave out the volumes that fMRIPrep found not
+        to be in steady state.
         ``start`` is the StartTime of the sidecar, 0 where there is none.
 
     Raises

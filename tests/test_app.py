@@ -364,6 +364,29 @@ def test_denoise_none_drops_non_steady_volumes(dataset, tmp_path, app):
     assert any('before the steady state could not be found' in w for w in other['Warnings'])
 
 
+def test_volumes_that_the_user_drops_count_nowhere(dataset, tmp_path, app, capfd):
+    """Not in motion or tSNR; and to drop none is another setting than to drop those found."""
+    path = next(dataset.glob('sub-01/func/*_desc-confounds_timeseries.tsv'))
+    table = pd.read_csv(path, sep='\t', na_values='n/a')
+    table['non_steady_state_outlier00'] = (table.index == 0).astype(int)
+    table.loc[1:7, ['framewise_displacement', 'std_dvars']] = 30.0
+    table.to_csv(path, sep='\t', index=False, na_rep='n/a')
+    out, other = tmp_path / 'out', tmp_path / 'other'
+    asked = ('--participant-label', '01', '--stop-after', 'timeseries', '--dummy-scans')
+    assert app(dataset, out, *asked, '8') == 0
+    row = pd.read_csv(next(out.glob('sub-01/func/*_desc-quality_bold.tsv')), sep='\t').iloc[0]
+    kept = table[8:]
+    assert row['num_volumes'] == 202
+    assert row['mean_fd'] == pytest.approx(kept['framewise_displacement'].mean())
+    assert row['mean_std_dvars'] == pytest.approx(kept['std_dvars'].mean())
+    coverage = next(out.glob('sub-01/func/*_stat-coverage_bold.json'))
+    assert json.loads(coverage.read_text())['NumberOfVolumesLeftOut'] == 8
+    assert app(dataset, other, *asked, '0') == 0
+    assert series_sidecar(other)['NumberOfVolumesDiscardedByUser'] == 0
+    assert app(dataset, other, *asked, 'auto') == 2
+    assert 'denoise_dummy_scans was 0 and is now None' in capfd.readouterr().err
+
+
 def test_options_of_denoising(dataset, tmp_path, app, capfd):
     """They reach the series from the command line and from a file; others are not mixed in."""
     folder, out = tmp_path / 'tables', tmp_path / 'out'
@@ -401,6 +424,8 @@ def test_options_of_denoising(dataset, tmp_path, app, capfd):
     assert f'{left} (regressors of rank' in (out / 'sub-01.html').read_text()
 
     assert app(dataset, out, *asked, *one, '--min-dof', '25') == 0  # a limit changes no value
+    assert app(dataset, out, *asked, *one, '--min-dof', '200') == 1  # but holds for what is there
+    assert 'fewer than the 200 of --min-dof' in capfd.readouterr().err
     assert app(dataset, out, *asked, *one, '--scrub', '4') == 2
     assert 'denoise_scrub was 2 and is now 4' in capfd.readouterr().err
     assert app(dataset, tmp_path / 'other', *asked) == 1  # sub-02 has no such table

@@ -95,7 +95,8 @@ def test_official_scales_the_whole_run_and_then_picks():
     series = run(490, 0.735)
     series.data[480:] += 5000
     windows = cut_windows(prepare_input(series, OFFICIAL, np.zeros((P, 3)), 'Toy'), OFFICIAL)
-    z = fit_scaling(series.data, 'global-z', 9000.0).apply(series.data)
+    known = series.data[~series.flagged]
+    z = fit_scaling(known, 'global-z', 9000.0).apply(series.data)
     np.testing.assert_array_equal(windows.data[0, :, 80], z[241])
     np.testing.assert_array_equal(windows.data[0, :, 159], z[479])
     assert windows.tr == pytest.approx(0.735 * 479 / 159)
@@ -198,3 +199,19 @@ def test_all_windows_of_a_run_above_the_limit_are_excluded():
     windows = cut_windows(prepare_input(mostly, contract, np.zeros((P, 3)), 'Toy'), contract)
     assert windows.flagged.tolist() == [0.25, 1.0]
     assert windows.excluded.tolist() == [True, True]
+
+
+@pytest.mark.parametrize('scaling', ['run-robust', 'global-z', 'parcel-z'])
+def test_the_scale_is_that_of_unflagged_samples(scaling):
+    """Interpolated volumes vary less, and would make all others larger."""
+    rng = np.random.default_rng(0)
+    data = (9000 + rng.normal(0, 80, (400, P))).astype(np.float32)
+    flagged = np.arange(400) % 2 == 1
+    filled = data.copy()
+    filled[flagged] = 9000
+    made = lambda data, flagged: prepare_input(
+        ParcelSeries(data, BRAINLM.tr, np.ones(P), flagged, brain_mean=9000.0),
+        replace(BRAINLM, scaling=scaling), np.zeros((P, 3)), 'Toy',
+    ).data  # fmt: skip
+    alone = made(data[~flagged], np.zeros(200, bool))
+    np.testing.assert_allclose(made(filled, flagged)[~flagged], alone, atol=1e-5)

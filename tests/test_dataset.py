@@ -170,6 +170,13 @@ def test_denoised_runs_are_not_denoised_again(simulated, tmp_path, monkeypatch, 
         assert app(*asked, '--denoise', '36P') == 2
         assert 'were denoised by their pipeline (clean)' in capfd.readouterr().err
         assert app(*asked) == 0
+        assert app(*asked) == 0  # and it is current
+    (series,) = (tmp_path / 'out').glob('sub-01/func/*_stat-mean_timeseries.json')
+    found = json.loads(series.read_text())
+    for unknown in ('DegreesOfFreedom', 'NumberOfRegressors'):
+        assert unknown not in found['Denoising']
+    assert found['Quality']['degrees_of_freedom'] is found['Quality']['num_regressors'] is None
+    assert 'Degrees of freedom' not in (tmp_path / 'out' / 'sub-01.html').read_text()
     text = (tmp_path / 'out' / 'logs' / 'CITATION.md').read_text()
     assert 'taken from clean files' in text
     assert 'had been denoised by the pipeline' in text

@@ -792,3 +792,49 @@ def test_parcels_that_were_filled_have_no_features(tmp_path):
         file['excluded'] = [False, False, True]
     features = features_of(run, task)
     np.testing.assert_array_equal(features, [[0.5, 0.5], [0.5, 0.5], [np.nan, np.nan]])
+
+
+def test_a_run_of_whose_windows_all_are_excluded_has_no_networks_of_the_model(tmp_path):
+    """It has those of its connectivity, unless too many volumes of the whole run are flagged."""
+    from bids_brainfm.bids.freshness import input_fingerprints, write_sidecar
+    from bids_brainfm.bids.run import BoldRun
+    from bids_brainfm.outputs.networks import NetworksTask, sources
+    from bids_brainfm.outputs.registry import BY_NAME
+    from bids_brainfm.outputs.tasks import Place
+
+    entities = {'sub': '01', 'task': 'rest', 'space': 'X'}
+    run = BoldRun('sub-01_task-rest', entities, 'x', tmp_path, tmp_path / 'bold.nii.gz')
+    run.bold.write_text('x')
+    tasks = [
+        NetworksTask(Place(tmp_path, 'Toy', label), None, kind, None, '')
+        for label, kind in (('connectome', 'connectome'), ('jepa', 'parcels'))
+    ]
+
+    def members(*excluded):
+        for task, state in zip(tasks, excluded, strict=True):
+            file, product = task.features_file(run), BY_NAME[task.feature_product]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text('x')
+            content = {'InputFiles': input_fingerprints(run), 'Excluded': state}
+            write_sidecar(file, content | {'ResultsVersion': product.results_version})
+        return [len(used) for _, _, used in sources([run], tasks)]
+
+    # of the run, and of all runs of the participant; from connectivity, and from the model
+    assert members(False, False) == [1, 1, 1, 1]
+    assert members(False, True) == [1, 0, 1, 0]
+    assert members(True, True) == [0, 0, 0, 0]
+
+
+def test_a_window_that_is_excluded_is_not_perturbed(dataset, tmp_path, app, tiny):
+    path = next(dataset.glob('sub-01/func/*_desc-confounds_timeseries.tsv'))
+    table = pd.read_csv(path, sep='\t', na_values='n/a')
+    table.loc[10:49, 'framewise_displacement'] = 1.0
+    table.to_csv(path, sep='\t', index=False, na_rep='n/a')
+    out = tmp_path / 'out'
+    options = ('--outputs', 'perturbation', '--model', tiny, '--participant-label', '01')
+    assert app(dataset, out, *options, '--max-flagged', '0.3') == 0
+    assert about(out, f'desc-{PARCELS}_embedding')['WindowsExcluded'] == [0]
+    sidecar = about(out, f'stat-perturbation_desc-{PARCELS}_boldmap')
+    assert sidecar['Excluded'] is False
+    assert sidecar['WindowOnset'] == pytest.approx(100 * 0.735)  # of the second window
+    assert 'that is not excluded' in (out / 'logs' / 'CITATION.md').read_text()

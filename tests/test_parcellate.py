@@ -246,6 +246,10 @@ def test_level_and_temporal_signal_to_noise_ratio(case, dtype, slope):
             assert found.level[parcel - 1] == pytest.approx(values[used].mean(), rel=1e-5)
             assert found.tsnr[parcel - 1] == pytest.approx(np.median(ratio[used]), rel=1e-5)
         assert np.isnan([found.level[1], found.tsnr[1]]).all()
+        assert found.brain_mean == pytest.approx(values[inside].mean(), rel=1e-6)
+        without = parcellate(path, case['atlas'], P, skip=skip)
+        used = (case['labels'] > 0) & (spread > 0)
+        assert without.brain_mean == pytest.approx(values[used].mean(), rel=1e-6)
     if slope == 1:
         assert 190 < found.tsnr[0] < 210  # and 33 with the bright volumes
 
@@ -327,6 +331,7 @@ def test_cifti_takes_the_same_way(tmp_path, monkeypatch):
         assert steady.level[parcel - 1] == pytest.approx(values[:, used].mean(), rel=1e-5)
         assert steady.tsnr[parcel - 1] == pytest.approx(np.median(ratio[used]), rel=1e-5)
     assert np.isnan([steady.level[3], steady.tsnr[3]]).all()
+    assert steady.brain_mean == pytest.approx(values[:, keep].mean(), rel=1e-6)
     assert found.header_tr == pytest.approx(0.8)
 
 

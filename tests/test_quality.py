@@ -64,6 +64,9 @@ def test_the_sidecar_of_the_series_holds_the_same_metrics(excluded):
     assert {k: pytest.approx(v) for k, v in stored.items() if v is not None} == {
         k: v for k, v in row.items() if not np.isnan(v)
     }
+    relmat = describe(excluded, 'stat-pearsoncorrelation_relmat')
+    assert relmat['DegreesOfFreedom'] == row['degrees_of_freedom']
+    assert relmat['NumberOfSamples'] == row['num_volumes'] - row['num_censored_volumes']
     described = describe(excluded, 'desc-quality_bold')
     assert all(described[name]['Description'] for name in COLUMNS)
 
@@ -74,7 +77,8 @@ def test_an_excluded_run_stays_in_the_tables_and_is_marked(excluded):
         assert table['excluded'].tolist() == [1]
         assert table.filter(like='dim').notna().any(axis=None)
     series = describe(excluded, 'stat-mean_timeseries')
-    assert series['Excluded'] is True
+    for path in excluded.glob('sub-01/func/*.json'):  # of series and models alike
+        assert json.loads(path.read_text())['Excluded'] is True, path.name
     (warning,) = [w for w in series['Warnings'] if '--max-flagged' in w]
     assert warning.startswith('2% of the volumes are flagged, more than --max-flagged 0.01')
     report = (excluded / 'sub-01.html').read_text()

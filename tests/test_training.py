@@ -510,12 +510,12 @@ def test_families_stay_together(mae, cohort, tmp_path):
 
 
 def test_runs_with_many_flagged_volumes_are_left_out(mae, tmp_path, capsys):
-    """--max-flagged: counted, named, and on record; at the limit a run is kept."""
+    """Counted, named, and on record; at the limit of --max-flagged a run is kept."""
     cohort, out = write_cohort(tmp_path / 'flagged', 6), tmp_path / 'out'
     for label, n in (('02', 49), ('03', 50)):
         (path,) = (cohort / f'sub-{label}').rglob('*timeseries.tsv')
-        content = read_sidecar(sidecar_path(path)) | {'FlaggedVolumes': list(range(n))}
-        write_sidecar(path, content)
+        content = {'FlaggedVolumes': list(range(n))}
+        write_sidecar(path, read_sidecar(sidecar_path(path)) | content)
     run('pretrain', mae, out, '--data', cohort, '--epochs', 1, '--batch-size', 2, '--device',
         'cpu', '--validation-share', 0.4, '--max-flagged', 0.1)  # fmt: skip
     assert '1 of 6 runs are left out' in capsys.readouterr().out
@@ -534,18 +534,8 @@ def test_runs_that_the_participant_level_excluded_are_left_out(mae, tmp_path, ca
     cohort = write_cohort(tmp_path / 'flagged', 6)
     (path,) = (cohort / 'sub-03').rglob('*timeseries.tsv')
     write_sidecar(path, read_sidecar(sidecar_path(path)) | {'Excluded': True})
-    options = (
-        '--data',
-        cohort,
-        '--epochs',
-        1,
-        '--batch-size',
-        2,
-        '--validation-share',
-        0.4,
-        '--device',
-        'cpu',
-    )
+    options = '--data', cohort, '--epochs', 1, '--batch-size', 2, '--validation-share', 0.4
+    options = *options, '--device', 'cpu'
     run('pretrain', mae, tmp_path / 'out', *options)
     left = pd.read_csv(tmp_path / 'out' / 'left_out.tsv', sep='\t')
     assert list(left['run']) == [STEM.format('03')]

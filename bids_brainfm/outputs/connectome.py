@@ -49,8 +49,8 @@ def write(context: SeriesContext, result: np.ndarray) -> None:
     save_figure(drawn, place.figure(run, 'connectivity'))
     used: dict[str, Any] = {
         'NumberOfSamples': np.count_nonzero(~series.flagged),
-        'DegreesOfFreedom': context.quality['degrees_of_freedom'], 'Excluded': context.excluded,
-    }  # fmt: skip
+        'DegreesOfFreedom': context.degrees_of_freedom,
+    }
     content: dict[str, Any] = {
         'Description': 'Functional connectivity as an embedding of the whole run: the '
         'baseline to compare model embeddings with.',

@@ -74,15 +74,11 @@ class Member:
 def members_of(runs: Sequence[BoldRun], place: Place) -> list[tuple[BoldRun, list[Member]]]:
     """List what networks are found of: each run, and each participant's runs in a space.
 
-    A participant's runs are all that the output holds, also those of other commands. Runs that are
-    excluded, since too many of their volumes are flagged, have no networks and add to none.
+    A participant's runs are all that the output holds, also those of other commands.
     """
     connectome = BY_NAME['connectome']
-    excluded = lambda run: (freshness.read_sidecar(
-        freshness.sidecar_path(place.of_series.table(run, connectome.name))
-    ) or {}).get('Excluded')  # fmt: skip
     live = {(run.name, run.space): Member(run, freshness.input_fingerprints(run)) for run in runs}
-    found = [(run, [live[run.name, run.space]] * (not excluded(run))) for run in runs]
+    found = [(run, [live[run.name, run.space]]) for run in runs]
     for space, run in {run.space: run for run in reversed(runs)}.items():
         records = iterate_records(
             place.output, connectome.suffix, subjects=[run.subject], space=space,
@@ -90,7 +86,7 @@ def members_of(runs: Sequence[BoldRun], place: Place) -> list[tuple[BoldRun, lis
         )  # fmt: skip
         members = []
         for record in records:
-            if record.sidecar is not None and not record.sidecar.get('Excluded'):
+            if record.sidecar is not None:
                 other = dataclasses.replace(run, name=record.name, entities=record.entities)
                 stored = Member(other, record.sidecar['InputFiles'])
                 members.append(live.get((record.name, space), stored))
@@ -101,13 +97,21 @@ def members_of(runs: Sequence[BoldRun], place: Place) -> list[tuple[BoldRun, lis
 def sources(
     runs: Sequence[BoldRun], tasks: Sequence[NetworksTask]
 ) -> Iterator[tuple[BoldRun, NetworksTask, list[Member]]]:
-    """Yield what networks are found of, how, and the runs with features of the same inputs."""
+    """Yield what networks are found of, how, and the runs with features of the same inputs.
+
+    Where too many volumes of a run, or of all windows of a model, are flagged, its features are
+    excluded: they have no networks and add to none.
+    """
     for of, members in members_of(runs, tasks[0].place):
         for task in tasks:
-            file = task.features_file
-            version = BY_NAME[task.feature_product].results_version
-            current = [m for m in members if freshness.is_current(file(m.run), m.inputs, version)]
-            yield of, task, current
+            yield of, task, [member for member in members if _usable(member, task)]
+
+
+def _usable(member: Member, task: NetworksTask) -> bool:
+    """Whether the features of a run are of its inputs as they are now, and not excluded."""
+    file, version = task.features_file(member.run), BY_NAME[task.feature_product].results_version
+    sidecar = freshness.read_sidecar(freshness.sidecar_path(file)) or {}
+    return freshness.is_current(file, member.inputs, version) and not sidecar.get('Excluded')
 
 
 def features_of(run: BoldRun, task: NetworksTask) -> np.ndarray:

@@ -99,10 +99,11 @@ def methods(task: ModelTask) -> str:
     from bids_brainfm.analyses.perturb import PULSES, SHAMS
 
     asked, where = task.parameters[NAME], 'throughout the first window of each run'
+    kept = ' that is not excluded for its flagged volumes' * (task.contract.max_flagged < 1)
     if asked.mode == 'pulse':
         where = f'at up to {PULSES} times spread over the first window of each run'
     return (
-        f'{asked.target_name} was {asked.action} {where}, and the other parcels were '
+        f'{asked.target_name} was {asked.action} {where}{kept}, and the other parcels were '
         f'reconstructed by {task.spec.card.name} with and without this perturbation under the '
         f'same masks ({asked.mask_ratio:.0%} of the tokens in each pass). The change of the '
         'reconstruction during the perturbation, in SD of each parcel, was compared with the '
@@ -120,11 +121,12 @@ class Result:
     found: 'Perturbation'
     named: np.ndarray  # (P,) bool, parcels that were asked for
     sd: np.ndarray  # (P,) of each parcel in the units of the model
+    onset: float  # of the window, in seconds since the run's start
     departure: float  # of the perturbed stretches from the run, see analyses.perturb.departure
 
 
 def compute(context: Context) -> Result:
-    """Perturb the target in the first window, in float32."""
+    """Perturb the target in the first window that is not excluded, in float32."""
     from bids_brainfm.analyses.perturb import departure, perturb, stimuli
 
     data, asked = context.data, context.task.parameters[NAME]
@@ -136,13 +138,30 @@ def compute(context: Context) -> Result:
             f'another one with --perturb.'
         )
     windows, samples = cover(data.data, context.task.spec.card.window)
+    number = first_kept(samples, data.flagged, context.task.contract.max_flagged)
+    window, samples = windows[number], samples[number]
     mean, sd = data.data.mean(axis=0), data.data.std(axis=0)
     found = perturb(
-        context.model.exact, windows[0], target, mean, sd, context.atlas.xyz, asked.k_sd,
-        asked.mask_ratio, asked.mode, asked.seed, eligible=data.own, recorded=samples[0] >= 0,
+        context.model.exact, window, target, mean, sd, context.atlas.xyz, asked.k_sd,
+        asked.mask_ratio, asked.mode, asked.seed, eligible=data.own, recorded=samples >= 0,
     )  # fmt: skip
-    given = stimuli(windows[0], target, found.times, mean, sd, asked.k_sd, asked.mode)
-    return Result(found, named, sd, departure(data.data, given, target, found.times))
+    given = stimuli(window, target, found.times, mean, sd, asked.k_sd, asked.mode)
+    onset = data.series.start + samples[0] * data.tr
+    return Result(found, named, sd, onset, departure(data.data, given, target, found.times))
+
+
+def first_kept(samples: np.ndarray, flagged: np.ndarray, limit: float) -> int:
+    """Number of the first window whose proportion of flagged samples is not above a limit.
+
+    `samples` (W, T) int are as of :func:`bids_brainfm.signals.windows.cover`, `flagged` is (S,)
+    bool. It is 0 where all are above.
+
+    >>> first_kept(np.array([[0, 1], [2, 3]]), np.array([True, True, False, True]), 0.5)
+    1
+    """
+    recorded = samples >= 0
+    marked = (recorded & flagged[samples]).sum(axis=1) / recorded.sum(axis=1)
+    return int(np.argmax(marked <= limit))
 
 
 def write(context: Context, result: Result) -> None:
@@ -192,7 +211,7 @@ def _describe(context: Context, result: Result) -> dict[str, Any]:
         'Target': asked.target_name,
         'TargetParcels': [atlas.names[i] for i in np.flatnonzero(target)],
         'Mode': asked.mode, 'SD': asked.k_sd, 'NumberOfStimuli': len(found.times),
-        'StimulusOnsets': found.times.argmax(axis=1) * tr,
+        'WindowOnset': result.onset, 'StimulusOnsets': found.times.argmax(axis=1) * tr,
         'StimulusDuration': found.times[0].sum() * tr,
         'DepartureFromData': result.departure,
         'MaskRatio': asked.mask_ratio, 'Seed': asked.seed, 'NumberOfShams': len(found.null),

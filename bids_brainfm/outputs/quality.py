@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 NAME = 'quality'
 FIGURES: dict[str, Figure] = {}
 COLUMNS = {
-    'mean_fd': {'Description': 'Mean framewise displacement over all volumes', 'Units': 'mm'},
+    'mean_fd': {
+        'Description': 'Mean framewise displacement, of the volumes after those dropped',
+        'Units': 'mm',
+    },
     'median_fd': {'Description': 'Median framewise displacement', 'Units': 'mm'},
     'max_fd': {'Description': 'Largest framewise displacement', 'Units': 'mm'},
     'mean_std_dvars': {'Description': 'Mean standardised DVARS'},
@@ -48,14 +51,12 @@ def metrics(context: 'SeriesContext') -> dict[str, float]:
     series, xyz = context.series, context.atlas.xyz
     kept = ~series.flagged
     near = nearness(series.data[kept], xyz)
-    # Of what the pipeline regressed out nothing is known
-    done = None if context.task.denoised else series.denoised
-    return motion(context.run.confounds) | {
+    return motion(context.run.confounds, series.dummy) | {
         'num_volumes': len(kept),
         'num_censored_volumes': np.count_nonzero(~kept) if context.assessed else np.nan,
         'minutes_retained': np.count_nonzero(kept) * series.tr / 60,
-        'num_regressors': len(series.names),
-        'degrees_of_freedom': done.freedom.residual if done else np.nan,
+        'num_regressors': np.nan if context.task.denoised else len(series.names),
+        'degrees_of_freedom': context.degrees_of_freedom,
         'median_tsnr': np.nanmedian(series.tsnr),
         'min_coverage': series.coverage.min(),
         'fc_distance_r': distance_dependence(context.relmat, xyz),

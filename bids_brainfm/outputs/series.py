@@ -11,7 +11,12 @@ import numpy as np
 from bids_brainfm.atlases.atlas import Atlas, load_atlas
 from bids_brainfm.atlases.export import export_atlas
 from bids_brainfm.bids.files import write_matrix, write_table
-from bids_brainfm.bids.freshness import input_fingerprints, write_sidecar
+from bids_brainfm.bids.freshness import (
+    input_fingerprints,
+    read_sidecar,
+    sidecar_path,
+    write_sidecar,
+)
 from bids_brainfm.bids.naming import own_uri
 from bids_brainfm.bids.run import BoldRun, metadata, repetition_time, start_time
 from bids_brainfm.errors import BrainfmError
@@ -21,8 +26,9 @@ from bids_brainfm.outputs.registry import BY_NAME, OF_SERIES
 from bids_brainfm.outputs.tasks import Place, SeriesTask
 from bids_brainfm.reports.report import Figure
 from bids_brainfm.signals.connectome import connectome
+from bids_brainfm.signals.denoise import Freedom
 from bids_brainfm.signals.series import coverage_path
-from bids_brainfm.signals.strategy import describe
+from bids_brainfm.signals.strategy import Strategy, describe
 
 if TYPE_CHECKING:
     from bids_brainfm.signals.bold import BoldSeries
@@ -72,6 +78,12 @@ class SeriesContext:
     def relmat(self) -> np.ndarray:
         """Correlations between parcels over unflagged volumes, (P, P) float32."""
         return connectome(self.series.data, self.series.flagged)
+
+    @property
+    def degrees_of_freedom(self) -> float:
+        """Residual degrees of freedom; NaN where a pipeline regressed confounds out."""
+        done = None if self.task.denoised else self.series.denoised
+        return done.freedom.residual if done else float('nan')
 
     @cached_property
     def quality(self) -> dict[str, float]:
@@ -138,6 +150,7 @@ class SeriesContext:
             'InputFiles': input_fingerprints(self.run),
             'SoftwareVersion': self.task.version,
             'ResultsVersion': self.results_version,
+            'Excluded': self.excluded,
         }
         write_sidecar(path, content | common)
 
@@ -166,8 +179,9 @@ def compute_series(run: BoldRun, task: SeriesTask) -> SeriesContext:
         )
     atlas = load_atlas(task.card, task.home)
     raw = parcellate(
-        run.bold, atlas, run.mask, run.space, tr, start or 0.0, task.parcel_voxels, run.confounds
-    )
+        run.bold, atlas, run.mask, run.space, tr, start or 0.0, task.parcel_voxels, run.confounds,
+        strategy.dummy_scans,
+    )  # fmt: skip
     tables = Tables(run.confounds, run.confounds_json, run.custom, run.mixing, run.metrics)
     series, _ = clean_series(raw, tables, strategy)
     covered = (series.coverage >= task.min_coverage) & np.isfinite(series.data).all(axis=0)
@@ -176,8 +190,32 @@ def compute_series(run: BoldRun, task: SeriesTask) -> SeriesContext:
 
 
 def series_current(run: BoldRun, task: SeriesTask) -> bool:
-    """Whether series and connectome of a run exist and fit the inputs."""
-    return all(products.product_current(BY_NAME[name], run, task) for name in task.parameters)
+    """Whether series and connectome of a run exist, fit the inputs, and have enough data left."""
+    current = all(products.product_current(BY_NAME[name], run, task) for name in task.parameters)
+    return current and _enough_left(task.place.table(run, 'series'), task.strategy)
+
+
+def _enough_left(series: Path, strategy: Strategy) -> bool:
+    """Whether denoising left of a run what the limits ask for, which may be others now."""
+    sidecar = read_sidecar(sidecar_path(series)) or {}
+    found = sidecar['Denoising']
+    if 'DegreesOfFreedom' not in found:  # denoised by its pipeline
+        return True
+    try:
+        Freedom(
+            volumes=sidecar['NumberOfVolumes'] - _discarded(sidecar),
+            unflagged=found['NumberOfVolumesUnflagged'], regressors=found['NumberOfRegressors'],
+            nuisance_rank=found['RankOfRegressors'],
+            total_rank=found['RankOfRegressorsAndFilter'], minutes=found['MinutesUnflagged'],
+        ).refuse(strategy)  # fmt: skip
+    except BrainfmError:
+        return False
+    return True
+
+
+def _discarded(sidecar: dict[str, Any]) -> int:
+    """Number of volumes that were left out at the start."""
+    return int(next(sidecar[f'{DISCARDED}{by}'] for by in BY if f'{DISCARDED}{by}' in sidecar))
 
 
 def make_series(run: BoldRun, task: SeriesTask, stop: bool = False) -> Outcome:
@@ -198,7 +236,8 @@ def companions(run: BoldRun, place: Place, task: SeriesTask | None = None) -> li
 def settings(task: SeriesTask) -> dict[str, Any]:
     """Denoising, voxels of the parcels, and limit of coverage.
 
-    What does not change values is left out: the wording, and limits below which a run fails.
+    What does not change values is left out: the wording, and limits below which a run fails, which
+    are checked anew each time.
     """
     rules = dataclasses.asdict(task.strategy)
     aside = ('name', 'description', 'min_dof', 'min_minutes')
@@ -206,7 +245,10 @@ def settings(task: SeriesTask) -> dict[str, Any]:
         'denoise': rules['name'], 'min_coverage': task.min_coverage,
         'parcel_voxels': task.parcel_voxels, 'max_flagged': task.max_flagged,
     }  # fmt: skip
-    found |= {f'denoise_{key}': v for key, v in rules.items() if v and key not in aside}
+    default = dataclasses.asdict(Strategy('none'))
+    found |= {
+        f'denoise_{key}': v for key, v in rules.items() if v != default[key] and key not in aside
+    }
     found |= {'custom_confounds': True} if task.custom_confounds else {}
     return found | ({'denoised_by_pipeline': True} if task.denoised else {})
 
@@ -301,7 +343,7 @@ def _describe(context: SeriesContext) -> dict[str, Any]:
         f'{DISCARDED}{by}': series.dummy,
         'NumberOfVolumesFlagged': int(series.flagged.sum()) if context.assessed else None,
         'FlaggedVolumes': np.flatnonzero(series.flagged),
-        'MaxFlagged': context.task.max_flagged, 'Excluded': context.excluded,
+        'MaxFlagged': context.task.max_flagged,
         'FlaggedVolumesInterpolated': context.assessed,
         'Denoising': _describe_denoising(context),
         'Atlas': {
@@ -349,13 +391,12 @@ def _describe_denoising(context: SeriesContext) -> dict[str, Any]:
 def facts(sidecar: dict[str, Any]) -> dict[str, Any]:
     """What was read and what was done to it."""
     denoising = sidecar['Denoising']
-    dropped = next(sidecar[f'{DISCARDED}{by}'] for by in BY if f'{DISCARDED}{by}' in sidecar)
     found = {
         'BOLD': sidecar['Sources'][0],
         'Space': f'{sidecar["Space"]}, atlas image: {sidecar["Atlas"]["Provenance"]}',
         'Volumes': f'{sidecar["NumberOfVolumes"]} at a repetition time of '
         f'{sidecar["RepetitionTime"]:g} s',
-        'Left out at the start': f'{dropped} volumes',
+        'Left out at the start': f'{_discarded(sidecar)} volumes',
         'First row at': f'{sidecar["StartTime"]:g} s',
         'Flagged volumes': f'{sidecar["NumberOfVolumesFlagged"]} (interpolated)'
         if sidecar['FlaggedVolumesInterpolated']

@@ -55,11 +55,13 @@ class BoldSeries(ParcelSeries):
 def parcellate(
     bold: Path, atlas: Atlas, mask: Path | None, space: str, tr: float | None = None,
     start: float = 0.0, voxels: str = 'mask', confounds: Path | None = None,
+    dummy: int | None = None,
 ) -> BoldSeries:  # fmt: skip
     """As :func:`bids_brainfm.parcellate`, but nothing is looked up next to the file.
 
-    `start` is the time of the first volume in seconds; `confounds` is the table that says which
-    volumes at the start are not in steady state, and are left out of level and tSNR.
+    `start` is the time of the first volume in seconds. Level, tSNR and the mean of the brain leave
+    out `dummy` volumes at the start, or those that the table `confounds` says are not in steady
+    state.
     """
     image, header = atlas.image_for(space, voxel_size(bold)), open_bold(bold)
     if mask is None and not header.is_cifti:
@@ -70,8 +72,9 @@ def parcellate(
             stacklevel=3,
         )
     tr = check_tr(header.tr, f' in the header of {bold.name}') if tr is None else check_tr(tr)
-    skip = 0 if confounds is None else count_dummy(confounds, header.n_volumes)
-    found = averaging.parcellate(bold, image.path, atlas.n_parcels, mask, voxels, skip)
+    if dummy is None:
+        dummy = 0 if confounds is None else count_dummy(confounds, header.n_volumes)
+    found = averaging.parcellate(bold, image.path, atlas.n_parcels, mask, voxels, dummy)
     return BoldSeries(
         data=found.data, tr=tr, coverage=found.coverage, flagged=np.zeros(len(found.data), bool),
         brain_mean=found.brain_mean, start=start, image=image, found=found,

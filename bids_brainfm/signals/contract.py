@@ -91,8 +91,9 @@ def prepare_input(
     """Fill, resample and scale one run.
 
     A parcel without signal takes the series of the nearest parcel that has it, by the centroids
-    `xyz` (P, 3) in mm and, where given, within the same of the P `structures`. Fitted statistics
-    must be of the atlas. Runs of too little coverage, or that cannot be scaled, are refused.
+    `xyz` (P, 3) in mm and, where given, within the same of the P `structures`. The scale is that
+    of the unflagged samples. Fitted statistics must be of the atlas. Runs of too little coverage,
+    or that cannot be scaled, are refused.
     """
     data, donors = fill_uncovered(
         series.data, series.coverage, xyz, contract.min_coverage, structures, atlas
@@ -103,7 +104,9 @@ def prepare_input(
         tr = contract.tr
         flagged = series.flagged[nearest_volume(len(data), series.tr, tr)]
         data = resample(data, series.tr, tr)
-    scaling = fit_scaling(data, contract.scaling, series.brain_mean, contract.divide_by, stats)
+    # interpolated volumes vary less: with them, runs with much motion would be scaled up
+    known = data if flagged.all() else data[~flagged]
+    scaling = fit_scaling(known, contract.scaling, series.brain_mean, contract.divide_by, stats)
     return ModelInput(scaling.apply(data), tr, flagged, scaling, donors, series)
 
 

@@ -30,13 +30,13 @@ class Parcellation:
     level: np.ndarray  # (P,) float32, mean of `data` over time
     # (P,) float32, median over the same voxels of mean / standard deviation over time
     tsnr: np.ndarray
-    # Over the brain mask and all volumes, in BOLD units; without a mask, over the atlas
+    # Over the brain mask and the volumes of `level`, in BOLD units; without a mask, over the atlas
     brain_mean: float
     sampling: str  # 'atlas-to-run', 'run-to-atlas' (see sampling.make_sampler) or 'grayordinates'
     voxels: str  # the means are over: 'mask', 'all' or 'grayordinates', which have no mask
     header_tr: float  # repetition time in the file's header in seconds, 0 where absent
     n_nonfinite: int  # voxels of the atlas left out because they hold NaN or infinite values
-    skip: int  # volumes at the start that level and tSNR leave out
+    skip: int  # volumes at the start that level, tSNR and the mean of the brain leave out
 
 
 def parcellate(
@@ -60,7 +60,8 @@ def parcellate(
     mask_path : brain mask on the run's grid (volumes only)
     voxels : ``'mask'``, means over voxels inside the brain mask, or ``'all'``, inside and outside;
         without a mask and for CIFTI there is no difference. Coverage counts the mask either way
-    skip : volumes at the start, not in steady state, that are left out of level and tSNR
+    skip : volumes at the start, not in steady state, that are left out of level, tSNR and the mean
+        of the brain
 
     Raises
     ------
@@ -121,10 +122,11 @@ def _from_volumes(
     sums[:, sampler.parcels] = found.changes
     sums += np.bincount(parcel[varies], found.first[varies], minlength=n_parcels)
     if mask is None:
-        n_covered, brain = n_used, (sums.sum(), n_used.sum())
+        n_covered, brain = n_used, (sums[skip:].sum(), n_used.sum())
     else:
         n_covered = np.bincount(parcel[varies & (mask[sampler.voxels] > 0)], minlength=n_parcels)
         brain = found.brain_sum, np.count_nonzero(mask) - np.count_nonzero(mask[nonfinite])
+    brain = brain[0] / (bold.n_volumes - skip), brain[1]
     n_bad = int(np.isin(nonfinite, sampler.voxels).sum())
     data, brain_mean = _means(bold, sums, n_used, brain, n_bad)
     ratio = _ratio(bold, found.first + found.mean_change, found.variance)
@@ -143,7 +145,7 @@ class _Streamed(NamedTuple):
     varies: np.ndarray  # (N,) bool, changes at least once
     mean_change: np.ndarray  # (N,) since volume 0, over the volumes in steady state
     variance: np.ndarray  # (N,) over the volumes in steady state
-    brain_sum: float  # over the mask and all volumes
+    brain_sum: float  # over the mask and the volumes in steady state
     nonfinite: np.ndarray  # (M,) int, voxels with NaN or infinite values that reached a sum
 
 
@@ -175,7 +177,7 @@ def _stream(
             if t >= skip:
                 total += change
                 squares += np.multiply(change, change, out=change)
-        brain_sum += in_brain
+                brain_sum += in_brain
         if not (np.isfinite(changes[t]).all() and np.isfinite(in_brain)):
             bad |= ~np.isfinite(frame)
     varies = np.ones(values.size, bool)
@@ -201,7 +203,7 @@ def _from_grayordinates(
         finite = np.isfinite(block).all(axis=1)
         n_bad += int(np.count_nonzero(~finite & (label > 0)))
         usable = finite & (block != block[:, :1]).any(axis=1)
-        brain_sum += block[usable].sum(dtype=float)
+        brain_sum += block[usable][:, skip:].mean(axis=1, dtype=float).sum()
         n_brain += int(np.count_nonzero(usable))
 
         rows = np.flatnonzero(usable & (label > 0))
@@ -247,7 +249,7 @@ def _level(data: np.ndarray, skip: int) -> np.ndarray:
 def _means(
     bold: BoldFile, sums: np.ndarray, n_used: np.ndarray, brain: tuple[float, int], n_bad: int
 ) -> tuple[np.ndarray, float]:
-    """Sums (T, P) of the usable voxels, as stored, and of the brain to means in BOLD units."""
+    """Sums (T, P) of usable voxels, and of means of the brain's, as stored, to BOLD units."""
     if not n_used.any():
         why = 'finite and ' if n_bad else ''
         raise BrainfmError(
@@ -262,5 +264,5 @@ def _means(
             f'{bold.path} has NaN or infinite values in every voxel of the brain mask; '
             'run fMRIPrep again for this run.'
         )
-    brain_mean = float(brain_sum / (n_brain * bold.n_volumes) * bold.slope + bold.inter)
+    brain_mean = float(brain_sum / n_brain * bold.slope + bold.inter)
     return (means * bold.slope + bold.inter).astype(np.float32), brain_mean

@@ -7,11 +7,12 @@ import numpy as np
 from bids_brainfm.signals.connectome import connectome_vector, fisher_z
 
 
-def motion(confounds: Path | None) -> dict[str, float]:
+def motion(confounds: Path | None, dummy: int = 0) -> dict[str, float]:
     """Framewise displacement and standardised DVARS of a run, NaN where the table has none.
 
-    `confounds` is fMRIPrep's table. Framewise displacement is in mm, as fMRIPrep computes it
-    (Power et al. 2012, doi:10.1016/j.neuroimage.2011.10.018), over all volumes but the first.
+    `confounds` is fMRIPrep's table, of which the first `dummy` volumes are left out. Framewise
+    displacement is in mm, as fMRIPrep computes it (Power et al. 2012,
+    doi:10.1016/j.neuroimage.2011.10.018); the first volume of the run has none.
     """
     import pandas as pd
 
@@ -19,7 +20,7 @@ def motion(confounds: Path | None) -> dict[str, float]:
     table = pd.DataFrame() if confounds is None else pd.read_csv(
         confounds, sep='\t', na_values='n/a', usecols=lambda name: name in names
     )  # fmt: skip
-    fd, dvars = (table.get(name, pd.Series([], dtype=float)) for name in names)
+    fd, dvars = (table.get(name, pd.Series([], dtype=float))[dummy:] for name in names)
     return {
         'mean_fd': fd.mean(), 'median_fd': fd.median(), 'max_fd': fd.max(),
         'mean_std_dvars': dvars.mean(),

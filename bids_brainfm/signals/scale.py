@@ -215,7 +215,7 @@ def fit_scaling(
         - ``'cohort-means'``: grand mean to 10 000, then median taken out and divided by the
           interquartile range, both over the temporal means of a cohort; the level of a parcel
           relative to the brain stays.
-    brain_mean : mean over the brain and all volumes, in BOLD units
+    brain_mean : mean over the brain and time, in BOLD units
     divide_by : constant of the model's card, applied last by all methods but ``'none'``
     stats : for ``'cohort'`` and ``'cohort-means'``, of the kind that :data:`STATISTICS` names
 

@@ -24,7 +24,7 @@ class ParcelSeries:
     tr: float  # repetition time in seconds
     coverage: np.ndarray  # (P,) float32, proportion inside the brain mask (if any) and varying
     flagged: np.ndarray  # (T,) bool, volumes marked as outliers (motion)
-    brain_mean: float  # over voxels of the brain mask and all volumes, in BOLD units
+    brain_mean: float  # over the brain mask and the volumes in steady state, in BOLD units
     start: float = 0.0  # time of the first row in seconds since the run's start
 
     def __post_init__(self) -> None:

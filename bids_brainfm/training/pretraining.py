@@ -64,14 +64,15 @@ class MaskedAutoencoding(Objective):
         return {'keep': tokens.keep_lowest(torch.stack(noise), self.ratio)}
 
     def forward(
-        self, signal: Tensor, keep: Tensor, flagged: Tensor
+        self, signal: Tensor, keep: Tensor, flagged: Tensor | None = None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the summed error over masked points, their number, and nothing else to log.
 
-        Time points that are `flagged` (B, T) bool are left out.
+        Time points that are `flagged` (B, T) bool, by default none, are left out.
         """
         points = self.network.points(tokens.masked_tokens(keep, self.network.tokens))
-        points = points & ~flagged[:, None]
+        if flagged is not None:
+            points = points & ~flagged[:, None]
         predicted = self.network.reconstruct(signal, keep).float()
         loss = tokens.masked_loss(predicted, signal, points, self.loss, self.normalise, 'sum')
         return loss, points.sum(), {}
@@ -182,14 +183,17 @@ class LatentPrediction(Objective):
         return patches[:, None].expand(-1, self.size[0], -1).flatten(1)
 
     def forward(
-        self, signal: Tensor, context: Tensor, target: Tensor, region: Tensor, flagged: Tensor
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        self, signal: Tensor, context: Tensor, target: Tensor, region: Tensor,
+        flagged: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:  # fmt: skip
         """Return the summed error over target tokens, their number, and what is to be logged.
 
         Logged are for each region the pair (summed error, number of tokens), and ``target_sd``:
         standard deviation of the targets between windows, mean over tokens and features, and 1.
-        Time points `flagged` (B, T) bool exclude tokens.
+        Time points that are `flagged` (B, T) bool, by default none, exclude tokens.
         """
+        if flagged is None:
+            flagged = torch.zeros_like(signal[:, 0], dtype=torch.bool)
         network, measured = self.network, self.measured(flagged)
         with torch.no_grad():
             hidden = network.encode(signal)[0]
