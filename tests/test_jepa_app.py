@@ -198,7 +198,7 @@ def test_report_and_validator(both):
     """The report has the new sections, and the dataset validates without a word."""
     out, _ = both
     page = (out / 'sub-01.html').read_text()
-    for words in ('cross-time: mean error', 'nearness in gradient space', 'Gradient table'):
+    for words in ('cross-time: mean', 'nearness in gradient space', 'Gradient table'):
         assert words in page
     for what in ('latent', 'order'):
         (figure,) = out.glob(f'sub-01/figures/*model-brainjepademo_desc-{what}_bold.svg')
@@ -235,8 +235,8 @@ def test_arrays_come_when_asked_for_and_come_back(long_runs, tmp_path, app):
     arrays = one(out, '_desc-brainjepademo_embedding.h5')
     arrays.unlink()
     for options, names in (
-        ((), {'onset', 'parcel_names', 'parcels'}),
-        (('--tokens',), {'onset', 'parcel_names', 'parcels', 'tokens', 'attention'}),
+        ((), {'onset', 'excluded', 'parcel_names', 'parcels'}),
+        (('--tokens',), {'onset', 'excluded', 'parcel_names', 'parcels', 'tokens', 'attention'}),
     ):
         assert app(long_runs, out, *JEPA, *options) == 0
         with h5py.File(arrays) as file:
@@ -251,7 +251,7 @@ def test_map_of_an_earlier_input_does_not_stay(long_runs, tmp_path, app):
     bold.touch()
     assert app(data, out, *JEPA, '--latent-prediction', 'none') == 0
     assert not list(out.glob('sub-01/**/*latent*'))
-    assert 'cross-time: mean error' not in (out / 'sub-01.html').read_text()
+    assert 'cross-time: mean' not in (out / 'sub-01.html').read_text()
 
 
 def test_methods_keep_what_stands(both, long_runs, tmp_path, app):
@@ -408,7 +408,7 @@ def test_own_table_is_used_told_and_held_to(long_runs, tmp_path, app, capsys):
     about = sidecar(out, '_desc-brainjepademo_embedding.json')
     assert about['Model']['Trained'] is True
     assert about['Model']['GradientTable']['Name'] == 'gradients.csv'
-    assert any('lies beside its weights' in w for w in about['Warnings'])
+    assert any('next to its weights' in w for w in about['Warnings'])
     assert any('no better' in w and 'than shuffled' in w for w in about['Warnings'])
     assert about['OrderCheck']['Expected'] is None  # known for another table only
     assert not list(out.glob('sub-01/func/*latenterror*'))

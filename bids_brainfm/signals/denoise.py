@@ -224,7 +224,8 @@ def _rank(columns: np.ndarray, good: np.ndarray) -> int:
     if not columns.shape[1]:
         return 1
     centred = _centre(columns, good)[good]
-    return _count(qr(centred, mode='r', pivoting=True, check_finite=False)[0], centred.shape) + 1
+    found = _count(qr(centred, mode='r', pivoting=True, check_finite=False)[0], centred.shape)
+    return min(found, len(centred) - 1) + 1  # rounding could add one to centred columns
 
 
 def _count(r: np.ndarray, shape: tuple[int, ...]) -> int:

@@ -8,6 +8,8 @@ from bids_brainfm.training.cohort import Targets
 
 DRAWS, BLOCK = 2000, 100  # bootstrap samples of the participants, in all and at once
 COVERED = 0.95
+FEW = 20  # participants, below which such intervals are clearly too narrow
+TOO_FEW = f' With fewer than {FEW} participants these intervals are too narrow.'
 
 
 def scores_of(
@@ -104,7 +106,7 @@ def describe_test(
                 'statement': f'The difference in {name} between model and connectome is '
                 f'{found:.2f} (95 % interval {low:.2f} to {high:.2f}). One test part of '
                 f'{len(target)} participants cannot show differences smaller than about '
-                f'{(high - low) / 2:.2f}.',
+                f'{(high - low) / 2:.2f}.' + TOO_FEW * (len(target) < FEW),
             }  # fmt: skip
     return facts
 
