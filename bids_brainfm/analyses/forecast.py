@@ -92,7 +92,7 @@ def forecast(
         )
     flagged = np.zeros(len(data), bool) if flagged is None else np.asarray(flagged, bool)
     windows, samples = _rolling(data, encoder.shape[1], horizon)
-    unknown = (samples < 0) | flagged[samples]
+    unknown = (samples < 0) | flagged[np.maximum(samples, 0)]
     past = causal_context(windows[:, :, :-horizon], unknown[:, :-horizon])
     shown = np.concatenate([np.nan_to_num(past), windows[:, :, -horizon:]], axis=2)
     keep = keep_visible(tokens)[0]
