@@ -361,7 +361,7 @@ NO_SPACE = os.strerror(28)
     [
         (8, 1, 2),  # not even the log's folder
         (12, 1, 2),  # not even the dataset's own files
-        (60, 2, 1),  # no series, no report
+        (80, 2, 1),  # no series, no report
         (7000, 1, 1),  # one participant
         (3000, 2, 1),  # no series
         (3000, 1, 1),
@@ -378,7 +378,7 @@ def test_output_disk_full(simulated, reference, tmp_path, small_disk, kilobytes,
     assert 'unexpected' not in said
     assert 'work folder' not in said
     assert '\\n' not in said
-    if kilobytes == 60:
+    if kilobytes == 80:
         assert re.search(rf'Stopped: {out}/sub-\d+.html cannot be written', said)
     assert temporaries(out) == []
     assert_whole(out, reference)
