@@ -274,7 +274,7 @@ def test_both_models_at_full_size(shared, schaefer_tian, tmp_path, app):
     for label, size in (('brainlm111mrandom', 768), ('brainjepavitbrandom', 768)):
         (path,) = out.glob(f'sub-01/func/*_desc-{label}_embedding.tsv')
         table = pd.read_csv(path, sep='\t')
-        assert table.shape[1] == 5 + size
+        assert table.shape[1] == 6 + size
         assert np.isfinite(table.to_numpy()).all()
 
 
@@ -299,5 +299,5 @@ def test_full_size_network(shared, a424, tmp_path, app):
     out = tmp_path / 'out'
     assert app(data, out, '--model', model) == 0
     table = pd.read_csv(next(out.glob('sub-01/func/*_desc-brainlm111m_*.tsv')), sep='\t')
-    assert table.shape == (1, 5 + 768)
+    assert table.shape == (1, 6 + 768)
     assert np.isfinite(table.to_numpy()).all()
