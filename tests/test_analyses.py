@@ -539,6 +539,14 @@ def test_forecasts_of_a_whole_window(points):
         forecast(copies('vit'), run_of(), points)
 
 
+def test_a_run_shorter_than_half_a_window_is_forecast():
+    """Before its start nothing is known; flags of its end are not taken for flags of that time."""
+    flagged = np.arange(16) >= 14
+    made = forecast(copies('vit'), run_of(16), 8, flagged=flagged)
+    assert made.samples.tolist() == [list(range(8, 16))]
+    np.testing.assert_allclose(made.persistence[0, :, 0], run_of(16)[7])
+
+
 def test_forecasts_of_a_run_that_is_too_short():
     forecast(copies('vit'), run_of(20), 10)
     with pytest.raises(BrainfmError, match=r'has 19 samples .* forecasting 10 of them takes 20'):

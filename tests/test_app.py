@@ -458,7 +458,7 @@ def test_aroma_takes_the_files_of_fmripost_aroma(simulated, tmp_path, app, capfd
 
 
 def test_a_run_without_degrees_of_freedom_fails(simulated, tmp_path, app, capfd):
-    """Before, nothing was said of it."""
+    """Such a run used to pass without a warning."""
     path = next(simulated.glob('sub-01/func/*_desc-confounds_timeseries.tsv'))
     displacement = pd.read_csv(path, sep='\t', na_values='n/a')['framewise_displacement']
     limit = displacement.quantile(0.2)

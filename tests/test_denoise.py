@@ -176,7 +176,7 @@ def test_the_rank_counts_and_not_the_number_of_regressors():
 
 @pytest.mark.parametrize(('n', 'tr', 'left'), [(490, 0.735, 24), (1200, 0.72, 95)])
 def test_band_pass_of_fast_runs_is_accepted_with_a_warning(n, tr, left):
-    """UK Biobank and HCP: 0.01 to 0.08 Hz beside 26 nuisance regressors."""
+    """UK Biobank and HCP: 0.01 to 0.08 Hz with 26 nuisance regressors."""
     regressors = np.random.default_rng(2).standard_normal((n, 26))
     strategy = override(load_strategy('simple'), bandpass=(0.01, 0.08))
     _, freedom = denoise(series(n), plain(regressors), strategy, tr)
@@ -331,7 +331,7 @@ def test_one_end_of_the_band_may_be_open(tmp_path):
 
 
 def same(cleaned, expected, raw):
-    """Equal within 1e-4 SD of the raw series, but for the mean, which stays with us."""
+    """Equal within 1e-4 SD of the raw series, except for the mean, which is kept here."""
     difference = cleaned - cleaned.mean(axis=0, dtype=float) - (expected - expected.mean(axis=0))
     assert np.abs(difference / raw.std(axis=0)).max() < 1e-4
 

@@ -162,7 +162,7 @@ def test_prediction_error_makes_no_claim_of_quality(both):
 
 
 def test_prediction_error_is_no_higher_for_noise_than_for_a_run(long_runs):
-    """What the caption says: shuffled parcels and white noise are not told by their error."""
+    """As the caption says: the error does not reveal shuffled parcels or white noise."""
     import dataclasses
 
     import bids_brainfm

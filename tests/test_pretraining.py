@@ -471,15 +471,20 @@ def test_latents_may_be_taken_in_parts():
     torch.testing.assert_close(in_all, torch.stack([total, count.float()]))
 
 
+def predicted_and_wanted(network, signal, given):
+    """Latents of target tokens, predicted and wanted, and those of all tokens, normalised."""
+    hidden = F.layer_norm(network.encode(signal)[0], (24,))
+    wanted = torch.stack([h[t] for h, t in zip(hidden, given['target'], strict=True)])
+    context = network.context(signal, given['context'])
+    return network.predict(context, given['context'], given['target']), wanted, hidden
+
+
+@torch.no_grad()
 def test_latent_error_is_smooth_l1_of_normalised_targets():
     objective = latent()
     network, signal, given = objective.network, signal_of(3), blocks_of(objective, 3)
-    with torch.no_grad():
-        total, count, facts = objective(signal, **given)
-        hidden = F.layer_norm(network.encode(signal)[0], (24,))
-        wanted = torch.stack([h[t] for h, t in zip(hidden, given['target'], strict=True)])
-        context = network.context(signal, given['context'])
-        found = network.predict(context, given['context'], given['target'])
+    total, count, facts = objective(signal, **given)
+    found, wanted, hidden = predicted_and_wanted(network, signal, given)
     torch.testing.assert_close(total / count, F.smooth_l1_loss(found, wanted))
     error = F.smooth_l1_loss(found, wanted, reduction='none').mean(2)
     for number, name in enumerate(REGIONS):
@@ -618,18 +623,15 @@ def test_tokens_of_flagged_volumes_are_left_out():
     assert measured.tolist() == [[True, False, False, True, True, True]] * PARCELS
 
 
+@torch.no_grad()
 def test_flagged_tokens_are_not_learned():
     """Loss, its number of terms and the spread are those of the other tokens."""
     objective, signal, flagged = latent(), signal_of(4), some_flagged(4)
     network, given = objective.network, blocks_of(objective, 4) | {'flagged': flagged}
     patch = int(given['target'][0, 0]) % (TIMES // PATCH)  # of a token that is to be predicted
     flagged[:2, patch * PATCH : (patch + 1) * PATCH] = True
-    with torch.no_grad():
-        total, count, facts = objective(signal, **given)
-        hidden = F.layer_norm(network.encode(signal)[0], (24,))
-        wanted = torch.stack([h[t] for h, t in zip(hidden, given['target'], strict=True)])
-        context = network.context(signal, given['context'])
-        found = network.predict(context, given['context'], given['target'])
+    total, count, facts = objective(signal, **given)
+    found, wanted, hidden = predicted_and_wanted(network, signal, given)
     kept = objective.measured(flagged).gather(1, given['target'])
     error = F.smooth_l1_loss(found, wanted, reduction='none').mean(2)
     assert int(count) == int(kept.sum()) < kept.numel()

@@ -80,7 +80,7 @@ def write(context: Context, result: np.ndarray) -> None:
 
 
 def _warnings(part: str, model: str, label: str) -> list[str]:
-    """What is to be said of a prediction that is not held out, or may not be."""
+    """Warnings of a prediction that is not held out, or may not be."""
     if part in HELD_OUT:
         return []
     text = (

@@ -136,8 +136,8 @@ def denoise(
     found, table = override(found, **options), _path(confounds)
     sidecar, components = _path(confounds_json), (_path(mixing), _path(metrics))
     if table is not None:
-        beside = table.with_suffix('.json')
-        sidecar = sidecar or (beside if beside.is_file() else None)
+        neighbour = table.with_suffix('.json')
+        sidecar = sidecar or (neighbour if neighbour.is_file() else None)
         if found.ica:
             near = ica_tables(table, found.ica)
             components = components[0] or near[0], components[1] or near[1]

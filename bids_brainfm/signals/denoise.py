@@ -194,7 +194,7 @@ def _centre(columns: np.ndarray, good: np.ndarray) -> np.ndarray:
     """
     centred = columns - columns[good].mean(axis=0)
     size = np.abs(centred[good]).max(axis=0, initial=0)
-    # What is constant but for rounding is no regressor
+    # A column that is constant up to rounding is no regressor
     constant = size <= 1e-12 * np.abs(columns[good]).max(axis=0, initial=0)
     return np.where(constant, 0, centred / np.where(constant, 1, size))
 
