@@ -15,6 +15,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -77,9 +78,12 @@ def start(folder, data, out, *options, fault=None, **others):
         environment['FAULT'] = f'{fault} {folder / "struck"}'
     command = [sys.executable, '-m', 'bids_brainfm.cli.run', data, out, 'participant']
     command += ['--model', 'brainlm-demo', '-w', folder / 'work', *options]
+    # a shell's background job ignores SIGINT, and so would the command
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(
         list(map(str, command)), cwd=folder, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, **others,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        preexec_fn=heard, **others,
     )  # fmt: skip
 
 
