@@ -87,7 +87,7 @@ def start(folder, data, out, *options, fault=None, **others):
     )  # fmt: skip
 
 
-def end(process, seconds=100):
+def end(process, seconds=300):
     """Exit code and what was said; a process that does not end fails the test."""
     try:
         said, _ = process.communicate(timeout=seconds)
