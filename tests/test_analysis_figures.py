@@ -190,6 +190,7 @@ def dots(axes):
 NAMES_OF_PICTURES = list(ordinary(np.zeros((P, 3))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NAMES_OF_PICTURES)
 def test_figures_are_small_sound_and_the_same_again(xyz, name, tmp_path):
     """At full size, twice over, and nothing is left in pyplot or in Matplotlib's settings."""

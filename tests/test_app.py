@@ -303,6 +303,7 @@ def test_cards_of_ones_own(simulated, tmp_path, app):
     assert json.loads(path.read_text())['Model']['Name'] == 'my-model'
 
 
+@pytest.mark.slow
 def test_raw_dataset_and_named_derivatives(simulated, tmp_path, app):
     """fMRIPrep's output is found inside a raw dataset, or where --derivatives says."""
     raw = tmp_path / 'raw'
@@ -498,6 +499,7 @@ def test_random_weights_of_a_trained_model_have_their_own_name(tmp_path):
     assert 'random' in spec.weights
 
 
+@pytest.mark.slow
 def test_tokens_of_another_input_are_not_left_beside_a_new_table(dataset, tmp_path, app):
     """Without --tokens, a run whose input changed loses its old token file."""
     out = tmp_path / 'out'

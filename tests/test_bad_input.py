@@ -144,6 +144,7 @@ def test_no_half_written_file_keeps_a_final_name(outcome):
         assert path.with_suffix('.json').is_file()
 
 
+@pytest.mark.slow
 def test_mended_run_is_done(outcome, simulated, tmp_path):
     """After the mending a second run writes what was missing and forgets the failure."""
     from bids_brainfm.cli.run import main

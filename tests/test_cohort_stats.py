@@ -198,6 +198,7 @@ def test_missing_atlases_are_told_before_the_first_stage(simulated, tmp_path, ap
     assert 'fetch brainlm-111m' not in said
 
 
+@pytest.mark.slow
 def test_fitted_statistics_scale_the_runs_they_are_of(simulated, tmp_path, app, capsys):
     """From the group level to --scale cohort, and the numbers are those of the series."""
     out, other = tmp_path / 'out', tmp_path / 'other'
@@ -307,6 +308,7 @@ def test_what_the_group_level_refuses(simulated, tmp_path, app, capsys):
     ]
 
 
+@pytest.mark.slow
 def test_broken_series_are_not_counted_silently(simulated, tmp_path, app, capfd):
     """One that breaks off, in a row or between two, is left out and named."""
     out = tmp_path / 'out'

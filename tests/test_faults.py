@@ -186,6 +186,7 @@ def test_leftovers_do_not_pile_up(simulated, tmp_path):
         assert len(temporaries(out)) == (moment == WRITING_SERIES)
 
 
+@pytest.mark.slow
 def test_killed_worker_is_said(simulated, reference, tmp_path):
     """As by the kernel for want of memory: a sentence at once, no hang, and others' files stay."""
     out = tmp_path / 'out'
@@ -505,6 +506,7 @@ def test_an_index_is_of_its_dataset_and_participants(simulated, dataset, tmp_pat
     assert (found(simulated, '01'), found(simulated), found(dataset)) == (one, both, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('name', 'how'),
     [

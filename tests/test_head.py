@@ -397,6 +397,7 @@ def test_a_second_run_makes_what_is_missing_and_nothing_else(done, simulated, ca
     assert changed == {lost, lost.with_suffix('.json')}
 
 
+@pytest.mark.slow
 def test_predictions_of_an_earlier_input_are_made_again(dataset, cards, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out = tmp_path / 'out'

@@ -229,6 +229,7 @@ def test_second_run_does_nothing_and_a_missing_map_is_made(both, long_runs, tmp_
     assert changed == {lost, lost.with_suffix('.json')}
 
 
+@pytest.mark.slow
 def test_arrays_come_when_asked_for_and_come_back(long_runs, tmp_path, app):
     out = tmp_path / 'out'
     assert app(long_runs, out, *JEPA) == 0
@@ -294,6 +295,7 @@ def test_any_repetition_time_is_windowed_recorded_and_encoded(
     assert all('as by --short-runs pad; at least 95% recorded' in w for w in completed)
 
 
+@pytest.mark.slow
 def test_short_run_is_refused_with_what_is_needed_and_padded_on_request(resized, tmp_path, app):
     data, out = resized(150, 2.0), tmp_path / 'out'
     assert app(data, out, *JEPA) == 1
@@ -322,6 +324,7 @@ def test_official_sampling(long_runs, tmp_path, app):
     assert 'one in 2.2142 s (frames picked as by the official code)' in page
 
 
+@pytest.mark.slow
 def test_official_sampling_at_another_repetition_time_is_told(resized, tmp_path, app):
     """As the official code does, frames are picked all the same: but it is said."""
     out = tmp_path / 'out'

@@ -406,6 +406,7 @@ def test_the_report_has_a_section_for_each(done):
         assert words in methods
 
 
+@pytest.mark.slow
 def test_second_run_does_nothing_and_what_was_lost_comes_back(
     simulated, done, tiny, tmp_path, app, capfd
 ):
@@ -429,6 +430,7 @@ def test_second_run_does_nothing_and_what_was_lost_comes_back(
     assert not any('forecast' in name for name in changed)
 
 
+@pytest.mark.slow
 def test_outputs_can_be_added_and_do_not_outlive_their_input(dataset, tmp_path, app):
     """Embeddings stay as they are when more is asked for; of an old input nothing stays."""
     out = tmp_path / 'out'
@@ -513,6 +515,7 @@ def test_a_13m_model_hides_whole_patches(simulated, tiny, tmp_path, app, capfd):
     assert 'whole patches of 20' in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_reference_networks_of_ones_own(simulated, tmp_path, app, capfd):
     """A table by name, in any order; parcels it does not name are left aside."""
     names = load_atlas('Demo424', home()).names
@@ -564,6 +567,7 @@ def test_short_runs_are_served_too(dataset, tmp_path, app):
     assert about(out, f'desc-{DEMO}_forecast')['NumberOfWindows'] == 1
 
 
+@pytest.mark.slow
 def test_parcels_without_signal_are_in_no_output(dataset, tmp_path, app):
     """What was filled to feed the network is n/a in every table and NaN in every image."""
     from bids_brainfm.cli.demo import _grid_labels
@@ -708,6 +712,7 @@ def test_the_group_level_takes_our_outputs_only(simulated, tmp_path):
     assert '--contrast WHAT A B' in run.stderr
 
 
+@pytest.mark.slow
 def test_time_of_the_first_volume_reaches_every_output(dataset, tmp_path, app):
     """Onsets count from StartTime of the input, plus the volumes that were dropped."""
     folder, dropped, tr = dataset / 'sub-01' / 'func', 3, 0.735
@@ -744,6 +749,7 @@ def test_time_of_the_first_volume_reaches_every_output(dataset, tmp_path, app):
     np.testing.assert_allclose(coverage['mean'], rows.mean(axis=0), rtol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('voxels', ['mask', 'all'])
 def test_a_parcel_outside_the_brain_mask_is_na_in_every_table(dataset, tmp_path, app, voxels):
     """Whatever the voxels of the means, its coverage is 0, and it has a level only from all."""
@@ -825,6 +831,7 @@ def test_a_run_of_whose_windows_all_are_excluded_has_no_networks_of_the_model(tm
     assert members(True, True) == [0, 0, 0, 0]
 
 
+@pytest.mark.slow
 def test_a_window_that_is_excluded_is_not_perturbed(dataset, tmp_path, app, tiny):
     path = next(dataset.glob('sub-01/func/*_desc-confounds_timeseries.tsv'))
     table = pd.read_csv(path, sep='\t', na_values='n/a')

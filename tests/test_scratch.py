@@ -35,6 +35,7 @@ def bare(*arguments):
     return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
 
 
+@pytest.mark.slow
 def test_run_and_reports_without_temporary_folder_and_home(simulated, tmp_path):
     out, work = tmp_path / 'out', tmp_path / 'work'
     participant = [simulated, out, 'participant', '--participant-label', '01']

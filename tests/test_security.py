@@ -99,6 +99,7 @@ def test_names_of_derivatives_stay_in_the_work_folder(simulated, tmp_path, app, 
     assert not list(tmp_path.rglob('*.sqlite'))
 
 
+@pytest.mark.slow
 def test_names_of_files_that_are_none_of_bids(dataset, tmp_path, app, capfd):
     """They reach no shell and no page; the others are written."""
     hostile = 'task-a;touch escaped $(touch escaped)`touch escaped`<img src=x>"'
@@ -271,6 +272,7 @@ def test_the_network_is_cut_and_watched(isolated):
     assert 'socket.gethostbyname example.org' in asked
 
 
+@pytest.mark.slow
 def test_no_network_call_offline(simulated, tmp_path, isolated):
     """The whole command with both models, in a home without anything cached: nobody is asked."""
     command = ['-m', 'bids_brainfm.cli.run', simulated, tmp_path / 'out', 'participant']

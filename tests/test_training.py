@@ -309,6 +309,7 @@ def test_a_family_of_another_package_is_trained(example, cohort, tmp_path):
     assert (head['kind'], head['pooling']) == ('linear', 'mean')
 
 
+@pytest.mark.slow
 def test_a_model_of_ones_own_goes_through_the_app(mae, cohort, simulated, app, tmp_path):
     """--model OUT/card.yml: what was trained encodes."""
     out = tmp_path / 'net'
@@ -324,6 +325,7 @@ def tune(model, out, cohort, *options):
     return json.loads((out / 'scores.json').read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('mode', 'target', 'pooling'),
     [('full', 'trait', None), ('head', 'sex', None), ('probe', 'trait', None),
