@@ -343,6 +343,13 @@ def test_gain_check_scores_measured_points_only():
     assert gain_check(network, data, 0.5).r2[3] < 0
 
 
+def test_gain_check_takes_the_window_with_most_measured_samples():
+    """A run whose first window is flagged throughout is checked in its second."""
+    data, flagged = np.concatenate([run_of(), run_of()]), np.arange(2 * T) < T
+    assert np.isnan(gain_check(copies('vit'), data[:T], 0.5, 0, flagged[:T]).r2).all()
+    np.testing.assert_allclose(gain_check(copies('vit'), data, 0.5, 0, flagged).r2, 1)
+
+
 def test_levels_of_parcels_flatter_no_gain():
     """A model that knows how bright parcels are, and nothing else, explains nothing."""
     data = (run_of() + 100 * np.arange(P)).astype(np.float32)

@@ -8,8 +8,9 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 
-from bids_brainfm.reports import fragments
+from bids_brainfm.reports import fragments, style
 from bids_brainfm.reports.figures.connectome import connectivity
 from bids_brainfm.reports.figures.embedding import embedding, principal_components, windows
 from bids_brainfm.reports.figures.order import order_check as draw_order_check
@@ -67,7 +68,9 @@ def draw_all(a):
         ),
         'coverage': coverage(a['xyz'], a['coverage'], 0.5),
         'connectivity': connectivity(a['relmat'], *ORDER),
-        'windows': windows(onset, [20.0] * 5 + [10.0], [1.0] * 5 + [0.5], [0.1] * 6, 130.0),
+        'windows': windows(
+            onset, [20.0] * 5 + [10.0], [1.0] * 5 + [0.5], [0.1] * 6, [False] * 6, 130.0
+        ),
         'embedding': embedding(a['embedding'], onset),
     }
 
@@ -332,19 +335,27 @@ def test_coverage_counts_low_parcels(arrays):
     ('run', 'said'), [(130.0, '30 s in no window'), (100.0, 'nothing left over')]
 )
 def test_windows_say_what_is_left_over(run, said):
-    figure = windows([0.0, 50.0], [50.0, 50.0], [1.0, 1.0], [0.0, 0.0], run)
+    figure = windows([0.0, 50.0], [50.0, 50.0], [1.0, 1.0], [0.0, 0.0], [False, False], run)
     assert said in words(figure)
     assert 'none' in words(figure)
 
 
+def test_excluded_windows_are_grey_and_counted():
+    figure = windows([0.0, 50.0], [50.0, 50.0], [1.0, 1.0], [0.0, 0.6], [False, True], 100.0)
+    assert 'nothing left over, 1 excluded (grey)' in words(figure)
+    kept, excluded = (bar.get_facecolor()[:3] for bar in figure.axes[0].patches)
+    assert kept == to_rgb(style.BLUE)
+    assert excluded == to_rgb(style.GREY)
+
+
 def test_windows_count_time_from_the_first_volume_that_was_used():
-    figure = windows([10.0, 60.0], [50.0, 50.0], [1.0, 1.0], [0.0, 0.0], 130.0, 10.0)
+    figure = windows([10.0, 60.0], [50.0, 50.0], [1.0, 1.0], [0, 0], [False, False], 130.0, 10.0)
     assert '2 windows in 120 s, 20 s in no window' in words(figure)
     assert figure.axes[0].get_xlim()[0] == 10
 
 
 def test_padded_window_is_drawn_to_its_full_length():
-    lanes = windows([0.0], [100.0], [0.5], [0.25], 100.0).axes[0]
+    lanes = windows([0.0], [100.0], [0.5], [0.25], [False], 100.0).axes[0]
     recorded, padded = lanes.patches
     assert (recorded.get_x(), recorded.get_width()) == (0, 100)
     assert (padded.get_x(), padded.get_width()) == (100, 100)

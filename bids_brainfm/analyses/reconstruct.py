@@ -203,17 +203,20 @@ def gain_check(
     encoder: Encoder, data: np.ndarray, ratio: float, seed: int = 0,
     flagged: np.ndarray | None = None, donors: np.ndarray | None = None,
 ) -> GainCheck:  # fmt: skip
-    """Reconstruct the first window of a run at several amplitudes, under one mask.
+    """Reconstruct one window of a run at several amplitudes, under one mask.
 
-    It needs no labels: a model reconstructs best what has the amplitude of its training data.
-    Arguments are as of :func:`reconstruct`; only measured points are scored.
+    It is the window with the most measured samples, the first of equals. The check needs no
+    labels: a model reconstructs best what has the amplitude of its training data. Arguments are
+    as of :func:`reconstruct`; only measured points are scored.
     """
-    windows, samples = (x[:1] for x in cover(data, encoder.shape[1]))
+    windows, samples = cover(data, encoder.shape[1])
+    known = samples >= 0 if flagged is None else (samples >= 0) & ~flagged[samples]
+    best = int(known.sum(axis=1).argmax())
+    windows, samples, measured = windows[best : best + 1], samples[best : best + 1], known[best]
     n_tokens = encoder.reconstructing.tokens
     (keep, *_) = leave_out(n_tokens, ratio, torch.Generator().manual_seed(seed))
     hidden = encoder.points(masked_tokens(keep[None], n_tokens))
     shown, _ = visible_input(windows, ~hidden, samples, flagged, donors)
-    measured = samples[0] >= 0 if flagged is None else (samples[0] >= 0) & ~flagged[samples[0]]
     scored = hidden[0] & measured
     if donors is not None:
         scored &= (donors < 0)[:, None]

@@ -34,9 +34,10 @@ from bids_brainfm.signals.scale import (
 
 FIGURES = {
     'windows': Figure('Windows',
-        'Each bar is one window that the model saw; hatching is padding, and grey is recorded '
-        "time that lies in no window. At the right, the proportions of each window's samples that "
-        'come from flagged volumes and that were padded.'),
+        'Each bar is one window that the model saw; grey bars are excluded windows, hatching is '
+        'padding, and the pale area is recorded time that lies in no window. At the right, the '
+        "proportions of each window's samples that come from flagged volumes and that were "
+        'padded.'),
     'embedding': Figure('Embedding',
         'From three windows on: each dot is a window, joined in time, on the two directions in '
         "which the run's embeddings differ most; at the right, the correlation of each pair of "
@@ -188,7 +189,7 @@ def write(context: Context, result: OrderCheck | None) -> None:
     for arrays in companions(context.run, task.place, task):
         write_arrays(arrays, context)
     recorded = (windows.onset + windows.duration).max() + windows.left_over
-    seen = windows.onset, windows.duration, windows.real, windows.flagged
+    seen = windows.onset, windows.duration, windows.real, windows.flagged, windows.excluded
     start = context.data.series.start
     context.save_figure(figures.windows(*seen, recorded, start), 'windows')
     context.save_figure(figures.embedding(encoding.summary, windows.onset), 'embedding')

@@ -1,5 +1,6 @@
 """Pretraining and fine-tuning from derivatives to a checkpoint that ``--model`` takes."""
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,7 @@ from bids_brainfm.training.store import sample_seed
 
 # Windows of the validation split that are evaluated at most, one of each run first
 EVALUATED = 256
+LOGGER = logging.getLogger('bids_brainfm')
 # Runs of the training part whose covariance predicts held-out windows, as a baseline
 COVARIANCE_RUNS = 1000
 # Participants up to whom the connectome baseline is fitted: it holds all connectomes in memory
@@ -274,6 +276,11 @@ def baselines(
         x, new = (np.stack([of[person] for person in group]) for group in (fitted, people))
         model = linear.fit_linear(x, *known, targets, session.settings.seed)
         found['connectome'] = model.predict(new)
+    else:
+        LOGGER.warning(
+            'The connectome is not fitted as a baseline: it holds the connectomes of all '
+            'participants in memory, which is done for up to %d.', MOST_CONNECTOMES,
+        )  # fmt: skip
     return found
 
 

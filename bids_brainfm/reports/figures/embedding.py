@@ -13,7 +13,7 @@ PADDED = {'facecolor': 'white', 'edgecolor': GREY, 'hatch': '////', 'linewidth':
 
 @style.look()
 def windows(onset: np.ndarray, duration: np.ndarray, recorded: np.ndarray, flagged: np.ndarray,
-            end: float, start: float = 0.0) -> Figure:  # fmt: skip
+            excluded: np.ndarray, end: float, start: float = 0.0) -> Figure:  # fmt: skip
     """Where the windows lie in the run, and how much of each was recorded and flagged.
 
     Parameters
@@ -21,9 +21,11 @@ def windows(onset: np.ndarray, duration: np.ndarray, recorded: np.ndarray, flagg
     onset, duration : (W,) float, in seconds since the run's start, and of recorded signal
     recorded, flagged : (W,) float, proportion of samples recorded, not padded or repeated
         And the proportion of these that come from flagged volumes.
+    excluded : (W,) bool, windows that summaries and group results leave out (grey)
     end, start : float, of the last and the first volume, in seconds since the run's start
     """
     onset, duration, recorded, flagged = np.array([onset, duration, recorded, flagged], float)
+    excluded = np.asarray(excluded, bool)
     length = duration / np.where(recorded > 0, recorded, 1.0)
     seen = float((onset + duration).max())
     # Resampling leaves a fraction of a sample at the end, which is nothing to report.
@@ -32,8 +34,8 @@ def windows(onset: np.ndarray, duration: np.ndarray, recorded: np.ndarray, flagg
     figure = style.new_figure(1.0 + float(np.clip(0.26 * len(row), 0.7, 3.6)))
     lanes, right = figure.subplots(1, 2, sharey=True, gridspec_kw={'width_ratios': [3.4, 1]})
     for each in row:
-        alpha = 0.75 if each % 2 else 1.0
-        lanes.barh(each, duration[each], 0.78, onset[each], color=BLUE, alpha=alpha)
+        colour, alpha = GREY if excluded[each] else BLUE, 0.75 if each % 2 else 1.0
+        lanes.barh(each, duration[each], 0.78, onset[each], color=colour, alpha=alpha)
     padded = recorded < 1
     begin = (onset + duration)[padded]
     lanes.barh(row[padded], (length - duration)[padded], 0.78, begin, **PADDED)
@@ -45,7 +47,8 @@ def windows(onset: np.ndarray, duration: np.ndarray, recorded: np.ndarray, flagg
     lanes.set_ylim(len(row) - 0.4, -0.6)
     style.whole_numbers(lanes.yaxis)
     lanes.set(xlabel='time (s)', ylabel='window')
-    rest = f'{left_over:.0f} s in no window (grey)' if left_over else 'nothing left over'
+    rest = f'{left_over:.0f} s in no window (pale)' if left_over else 'nothing left over'
+    rest += f', {excluded.sum()} excluded (grey)' if excluded.any() else ''
     lanes.set_title(f'{count(len(row), "window")} in {end - start:.0f} s, {rest}')
 
     right.barh(row - 0.2, 100 * flagged, 0.38, color=ORANGE, label='flagged')
