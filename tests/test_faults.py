@@ -69,7 +69,7 @@ WRITING_REPORT = 'os.rename sub-02.html'
 
 def start(folder, data, out, *options, fault=None, **others):
     """Start the command, which `fault` ('EVENT FILE FATE') then strikes."""
-    environment = dict(os.environ) | {'PYTHONPATH': str(REPOSITORY)}
+    environment = dict(os.environ) | {'PYTHONPATH': str(REPOSITORY), 'PYTHONFAULTHANDLER': '1'}
     if fault:
         site = folder / 'site'
         site.mkdir(exist_ok=True)
@@ -88,9 +88,13 @@ def start(folder, data, out, *options, fault=None, **others):
 
 
 def end(process, seconds=300):
-    """Exit code and what was said; a process that does not end fails the test."""
+    """Exit code and output; a process that does not end fails the test, and shows where it is."""
     try:
         said, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGABRT)  # all threads of all processes are printed
+        said, _ = process.communicate(timeout=60)
+        pytest.fail(f'no end after {seconds} s:\n{said}')
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
