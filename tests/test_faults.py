@@ -506,23 +506,34 @@ def test_an_index_is_of_its_dataset_and_participants(simulated, dataset, tmp_pat
     [
         (f'func/{ONE}_stat-mean_timeseries.tsv', 0.6),
         (f'func/{ONE}_stat-mean_timeseries.tsv', 'rows'),
+        (f'func/{ONE}_stat-mean_timeseries.tsv', 'bit'),
+        (f'func/{ONE}_stat-mean_timeseries.json', 'BrainMean'),
         (f'func/{ONE}_stat-coverage_bold.tsv', 'rows'),
         (f'func/{ONE}_stat-mean_timeseries.json', 0.6),
         (f'func/{ONE}_desc-brainlmdemo_embedding.tsv', 0),
         (f'func/{ONE}_desc-brainlmdemo_embedding.h5', 0.6),
+        (f'func/{ONE}_desc-brainlmdemo_embedding.h5', 'bit'),
         (f'../sourcedata/atlases/{COPY}', 'bit'),
     ],
 )
-def test_damaged_output_is_made_again(simulated, tokens, tmp_path, app, name, how):
-    """What the outputs say is done is looked at, not believed."""
+def test_damaged_output_is_made_again(simulated, tokens, tmp_path, app, capfd, name, how):
+    """What the outputs say is done is looked at, not believed, and what is damaged is named."""
     out = Path(shutil.copytree(tokens, tmp_path / 'out'))
     options = ('--participant-label', '01', '--tokens')
     path = out / 'sub-01' / name
-    damage(path, how)
+    if how == 'BrainMean':
+        sidecar = json.loads(path.read_text()) | {'BrainMean': 0}
+        path.write_text(json.dumps(sidecar, indent=2) + '\n')
+    else:
+        damage(path, how)
     if 'sourcedata' in name:  # it is looked at when a run of its space is made
         (out / 'sub-01' / 'func' / f'{ONE}_stat-mean_timeseries.tsv').unlink()
     assert app(simulated, out, *options) == 0
     assert_same(out, tokens)
+    if 'sourcedata' not in name:
+        assert re.search(
+            rf'WARNING \S+{path.stem}\S+ has .*: it is made again', capfd.readouterr().err
+        )
 
 
 def test_damaged_record_of_settings_is_said(tokens, simulated, tmp_path, app, capfd):

@@ -17,7 +17,7 @@ from bids_brainfm.training import cohort as cohorts
 from bids_brainfm.training.cohort import CohortRun, Targets
 from bids_brainfm.training.settings import SETTINGS, TrainingSettings
 from bids_brainfm.training.split import PARTS, read_groups, split
-from bids_brainfm.training.store import FORMAT, INDEX, Samples, Store, collect, write_store
+from bids_brainfm.training.store import FORMAT, Samples, Store, collect, is_complete, write_store
 
 PARTICIPANTS = 'participants.tsv'  # which part each participant is in
 # Number of runs from which on it is worth starting processes to read them
@@ -97,7 +97,7 @@ def prepare(settings: TrainingSettings, model: Model, cohort: Cohort) -> None:
     """
     output, series = settings.output, settings.output / 'series'
     new = not (output / SETTINGS).is_file()
-    if not (series / INDEX).is_file():
+    if not is_complete(series):
         record = {'settings': settings.recorded(), 'software': version('bids_brainfm')}
         write_json(output / SETTINGS, record | {'format': FORMAT})
         write_participants(output / PARTICIPANTS, cohort)
