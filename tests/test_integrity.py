@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 
 from bids_brainfm.bids import claims, freshness
-from bids_brainfm.bids.dataset import claim_settings
+from bids_brainfm.bids.dataset import SETTINGS, Record, claim_settings, recorded_digest
 from bids_brainfm.bids.files import has_ended, owner, write_matrix, write_table
+from bids_brainfm.bids.run import BoldRun
 from bids_brainfm.cli.run import main
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.signals.series import coverage_path, read_series
@@ -53,7 +54,8 @@ def turn_bit(path, keep_date=False):
 
 
 def claim(folder, value, outputs=()):
-    claim_settings(folder, 'desc-x', {'a': value}, iter(outputs))
+    found = [Record(folder / name, {}, 'x', '.tsv') for name in outputs]
+    claim_settings(folder, 'desc-x', {'a': value}, iter(found))
 
 
 def recorded(folder):
@@ -63,7 +65,7 @@ def recorded(folder):
 def claimed_by(folder, process, value):
     """Leave the claim of another process, and the record that it wrote."""
     code = (
-        'import sys; from pathlib import Path; from bids_brainfm.bids.dataset import claim_settings;'
+        'import sys; from pathlib import Path; from bids_brainfm.bids.dataset import *;'
         f'claim_settings(Path(sys.argv[1]), "desc-x", {{"a": {value}}}, iter(()))'
     )
     subprocess.run([sys.executable, '-c', code, folder], check=True)
@@ -78,9 +80,7 @@ def test_settings_of_a_running_command_are_not_replaced(tmp_path):
     running = subprocess.Popen(['sleep', '60'])
     try:
         left = claimed_by(tmp_path, running.pid, 1)
-        with pytest.raises(
-            BrainfmError, match=r'another command .* a was 1 and is now 2; process'
-        ):
+        with pytest.raises(BrainfmError, match=r'another command .*a was 1 and is now 2; process'):
             claim(tmp_path, 2)
         claim(tmp_path, 1)
     finally:
@@ -130,6 +130,21 @@ def test_settings_are_claimed_without_hard_links(tmp_path, monkeypatch, code):
     claim(tmp_path, 1, ['an output'])
     with pytest.raises(BrainfmError, match='a was 1 and is now 2'):
         claim(tmp_path, 2, ['an output'])
+    assert recorded(tmp_path) == 1
+
+
+def test_record_is_not_written_anew_for_outputs_of_other_settings(tmp_path):
+    """Where a person has removed it; sidecars know the settings."""
+    claim(tmp_path, 1)
+    record = tmp_path / 'logs' / 'settings' / 'desc-x.json'
+    (tmp_path / 'a_x.tsv').touch()
+    settings = {SETTINGS: {'desc-x': recorded_digest(tmp_path, 'desc-x')}}
+    freshness.write_sidecar(tmp_path / 'a_x.tsv', settings)
+    record.unlink()
+    with pytest.raises(BrainfmError, match=r'a_x\.tsv was made with other .* missing'):
+        claim(tmp_path, 2, ['a_x.tsv'])
+    assert not record.exists()
+    claim(tmp_path, 1, ['a_x.tsv'])
     assert recorded(tmp_path) == 1
 
 
@@ -201,52 +216,57 @@ def test_settings_that_were_replaced_meanwhile_stop_a_run(simulated, tmp_path, m
 # Inputs
 
 
-@pytest.mark.parametrize('name', ['*desc-brain_mask.nii.gz', '*_timeseries.tsv', '*_bold.json'])
-def test_input_replaced_while_it_is_read(dataset, tmp_path, monkeypatch, capfd, name):
-    """The run fails, and what is made next is of the new file."""
+def test_input_that_changed_is_found(tmp_path):
+    """Whichever it is, and where it is gone."""
+    paths = {role: tmp_path / role for role in ('bold', 'mask', 'sidecar', 'confounds')}
+    run = BoldRun('sub-01_task-x', {}, 'data', tmp_path, **paths)
+    for path in paths.values():
+        path.write_text('1')
+    before = freshness.input_fingerprints(run)
+    freshness.check_unchanged(run, before)
+    for path in paths.values():
+        state = path.stat()
+        path.write_text('2')
+        for _ in range(2):
+            with pytest.raises(BrainfmError, match=f'task-x: bids:data:{path.name} changed'):
+                freshness.check_unchanged(run, before)
+            path.unlink(missing_ok=True)
+        path.write_text('1')
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+def test_input_replaced_while_a_command_runs(dataset, tmp_path, monkeypatch, capfd):
+    """While it is read, so that the run fails; and later, so that it is read again next time."""
+    from bids_brainfm.outputs import series as module
     from bids_brainfm.signals import bold
 
-    parcellate, out = bold.parcellate, tmp_path / 'out'
-    (path,) = (dataset / 'sub-01' / 'func').glob(name)
-
-    def parcellate_and_replace(*args):
-        found = parcellate(*args)
-        new = path.with_name('new')
-        shutil.copyfile(path, new)
-        new.replace(path)
-        return found
-
+    parcellate, write, out = bold.parcellate, module.write, tmp_path / 'out'
+    (path,) = (dataset / 'sub-01' / 'func').glob('*desc-brain_mask.nii.gz')
     options = ('--stop-after', 'timeseries', '--participant-label', '01')
-    with monkeypatch.context() as patch:
-        patch.setattr(bold, 'parcellate', parcellate_and_replace)
-        assert participant(dataset, out, tmp_path, *options) == 1
-    said = capfd.readouterr().err
-    assert re.search(rf'{path.name} changed while it was read: run the same command again', said)
-    assert list(out.rglob('*stat-mean_timeseries.*')) == []
-    assert participant(dataset, out, tmp_path, *options) == 0
 
-
-def test_sidecars_have_the_fingerprints_of_what_was_read(dataset, tmp_path, monkeypatch):
-    """An input that is replaced after it was read, while outputs are drawn, is read again."""
-    from bids_brainfm.outputs import series as module
-
-    write, out = module.write, tmp_path / 'out'
-    (path,) = (dataset / 'sub-01' / 'func').glob('*_timeseries.tsv')
+    def replace_after_reading(*args):
+        found = parcellate(*args)
+        shutil.copyfile(path, path.with_name('new')).replace(path)
+        return found
 
     def replace_and_write(*args):
         os.utime(path)
         write(*args)
 
-    options = ('--stop-after', 'timeseries', '--participant-label', '01')
+    with monkeypatch.context() as patch:
+        patch.setattr(bold, 'parcellate', replace_after_reading)
+        assert participant(dataset, out, tmp_path, *options) == 1
+    assert f'{path.name} changed while it was read: run the same' in capfd.readouterr().err
+    assert list(out.rglob('*stat-mean_timeseries.*')) == []
     with monkeypatch.context() as patch:
         patch.setattr(module, 'write', replace_and_write)
         assert participant(dataset, out, tmp_path, *options) == 0
     (sidecar,) = out.rglob('*stat-mean_timeseries.json')
-    fingerprint = lambda: json.loads(sidecar.read_text())['InputFiles'][uri]['Modified']
-    uri = next(u for u in json.loads(sidecar.read_text())['InputFiles'] if u.endswith(path.name))
-    assert fingerprint() != freshness.fingerprint(path)['Modified']
+    inputs = lambda: json.loads(sidecar.read_text())['InputFiles']
+    date = lambda: next(s['Modified'] for uri, s in inputs().items() if uri.endswith(path.name))
+    assert date() != freshness.fingerprint(path)['Modified']
     assert participant(dataset, out, tmp_path, *options) == 0
-    assert fingerprint() == freshness.fingerprint(path)['Modified']
+    assert date() == freshness.fingerprint(path)['Modified']
 
 
 # Damaged outputs

@@ -271,7 +271,15 @@ def claim_settings(
     text = json.dumps(settings, indent=2, default=as_plain) + '\n'
     wanted, digest = json.loads(text), f'{zlib.crc32(text.encode()):08x}'
     claims.announce(output, name, digest)
+    first = functools.cache(lambda: next(iter(records), None))
     try:
+        if not path.is_file() and (made := first()) is not None:
+            found = (made.sidecar or {}).get(SETTINGS, {}).get(name)
+            if found not in (None, settings_digest(wanted)):
+                raise BrainfmError(
+                    f'{made.path} was made with other settings, and {path}, which said with '
+                    f'which, is missing: use another output folder.'
+                )
         create(path, text)
         patience = time.monotonic() + PATIENCE
         while not (differences := _differences(known := _read_record(path), wanted)):
@@ -281,7 +289,7 @@ def claim_settings(
                 return
             time.sleep(0.02)
         outdated = known is not None and known.get(VERSION) != wanted.get(VERSION)
-        if not (outdated and recompute) and next(iter(records), None) is not None:
+        if not (outdated and recompute) and first() is not None:
             raise BrainfmError(_refusal(path, known, wanted, differences))
         if rivals := claims.rivals(output, name, digest):
             raise BrainfmError(

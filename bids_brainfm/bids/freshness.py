@@ -36,8 +36,9 @@ def input_fingerprints(run: BoldRun) -> dict[str, dict]:
 
 def check_unchanged(run: BoldRun, before: Mapping[str, dict]) -> None:
     """Raise BrainfmError where an input of a run is another one than `before` it was read."""
-    after = input_fingerprints(run)
-    if changed := [uri for uri, state in before.items() if after[uri] != state]:
+    there = [path for path in run.companions().values() if path.is_file()]
+    after = {run.uri(path): fingerprint(path) for path in there}
+    if changed := [uri for uri, state in before.items() if after.get(uri) != state]:
         raise BrainfmError(
             f'{run.name}: {", ".join(changed)} changed while it was read: run the same command '
             f'again when the file is complete.'
@@ -61,7 +62,7 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _checksum_of(content: Mapping[str, Any]) -> str:
     """CRC-32 of JSON content, whatever its layout, without the checksum itself."""
-    others = {key: value for key, value in content[CHECKSUMS].items() if key != '.json'}
+    others = {key: value for key, value in content.get(CHECKSUMS, {}).items() if key != '.json'}
     text = json.dumps(dict(content) | {CHECKSUMS: others}, sort_keys=True)
     return f'{isal_zlib.crc32(text.encode()):08x}'
 
@@ -81,7 +82,7 @@ def read_sidecar(path: Path) -> dict | None:
 def is_intact(content: Mapping[str, Any]) -> bool:
     """Whether JSON content is as it was :func:`sealed`; content never sealed is taken as it is."""
     recorded = content.get(CHECKSUMS, {}).get('.json')
-    return recorded in (None, recorded and _checksum_of(content))
+    return recorded is None or recorded == _checksum_of(content)
 
 
 def sidecar_path(data: Path) -> Path:
@@ -106,7 +107,7 @@ def write_sidecar(data: Path, content: dict) -> Path:
         CHECKSUMS: {_extension(file): checksum(file) for file in files},
     }
     write_json(path, sealed(content))
-    path.touch()  # never older than the data
+    _touch(path)
     return path
 
 
@@ -150,10 +151,15 @@ def damage(data: Path, contents: bool = False) -> str | None:
     if recorded is not None and (contents or newer):
         if checksum(data) != recorded:
             return 'has other contents than were written (its checksum differs)'
-        if newer:  # a copy, say: need not be read again
-            with contextlib.suppress(OSError):  # another user's
-                os.utime(path)
+        if newer:  # as in a copy; it need not be read again
+            _touch(path)
     return None
+
+
+def _touch(sidecar: Path) -> None:
+    """Give a sidecar a date that is not before that of its data."""
+    with contextlib.suppress(OSError):  # another user's
+        os.utime(sidecar)
 
 
 def check_contents(*files: Path, remedy: str = 'run the participant level again') -> None:
