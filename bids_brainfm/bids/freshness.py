@@ -122,7 +122,7 @@ def is_current(data: Path, inputs: dict[str, dict], version: int, contents: bool
     """
     sidecar = read_sidecar(sidecar_path(data)) or {}
     fits = sidecar.get('ResultsVersion') == version and sidecar.get('InputFiles') == inputs
-    return fits and is_whole(data, contents)
+    return fits and damage(data, contents, sidecar) is None
 
 
 def is_whole(data: Path, contents: bool = False) -> bool:
@@ -130,14 +130,18 @@ def is_whole(data: Path, contents: bool = False) -> bool:
     return damage(data, contents) is None
 
 
-def damage(data: Path, contents: bool = False) -> str | None:
+def damage(
+    data: Path, contents: bool = False, sidecar: Mapping[str, Any] | None = None
+) -> str | None:
     """Say what is wrong with an output or its sidecar, None where nothing is.
 
     The contents of the file are compared with the checksum that the sidecar records. Without
     `contents`, they are read only where the file is newer than its sidecar, which is written last.
+    A `sidecar` that has just been read is not read again.
     """
     path = sidecar_path(data)
-    if (sidecar := read_sidecar(path)) is None:
+    sidecar = read_sidecar(path) if sidecar is None else sidecar
+    if sidecar is None:
         return f'has no valid sidecar ({path.name})'
     if not data.is_file():
         return 'is missing'
