@@ -452,3 +452,23 @@ def test_incomplete_series_of_a_training(store):
     assert not is_complete(store)
     with pytest.raises(BrainfmError, match=r'index\.json is missing or damaged'):
         Store(store)
+
+
+def test_checksums_of_a_folder(tmp_path):
+    """As of a checkpoint: each file, and the list itself; a folder without is taken as it is."""
+    (tmp_path / 'sub').mkdir()
+    paths = [tmp_path / 'a', tmp_path / 'sub' / 'b']
+    for path in paths:
+        path.write_text('content')
+    freshness.check_checksums(tmp_path, '')
+    freshness.write_checksums(tmp_path)
+    for path in (*paths, tmp_path / freshness.CHECKSUMS_FILE):
+        freshness.check_checksums(tmp_path, 'remove it')
+        whole = path.read_bytes()
+        turn_bit(path)
+        with pytest.raises(BrainfmError, match=f'{path.name} is not as it was written: remove it'):
+            freshness.check_checksums(tmp_path, 'remove it')
+        path.write_bytes(whole)
+    paths[1].unlink()
+    with pytest.raises(BrainfmError, match='b is not as it was written'):
+        freshness.check_checksums(tmp_path, 'remove it')

@@ -20,6 +20,7 @@ from bids_brainfm.bids.run import BoldRun
 from bids_brainfm.errors import BrainfmError
 
 SIZES, CHECKSUMS = 'FileSizes', 'FileChecksums'  # entries of a sidecar, by extension
+CHECKSUMS_FILE = 'checksums.json'  # of all files of a folder
 
 
 def fingerprint(path: Path) -> dict:
@@ -167,7 +168,28 @@ def _touch(sidecar: Path) -> None:
 
 
 def check_contents(*files: Path, remedy: str = 'run the participant level again') -> None:
-    """Raise BrainfmError where outputs that are about to be read are not as they were written."""
+    """Raise BrainfmError where outputs that are about to be read are not as they were written.
+
+    A file without any sidecar, such as a table that was copied, has nothing to be compared with.
+    """
     for data in files:
-        if found := damage(data, contents=True):
+        if sidecar_path(data).is_file() and (found := damage(data, contents=True)):
             raise BrainfmError(f'{data} {found}: remove it, and {remedy}.')
+
+
+def write_checksums(folder: Path) -> None:
+    """Write the checksums of all files of a folder, such as a checkpoint, into it."""
+    files = sorted(path for path in folder.rglob('*') if path.is_file())
+    found = {path.relative_to(folder).as_posix(): checksum(path) for path in files}
+    write_json(folder / CHECKSUMS_FILE, sealed({'Files': found}))
+
+
+def check_checksums(folder: Path, remedy: str) -> None:
+    """Raise BrainfmError where files of a folder are not those of :func:`write_checksums`."""
+    path = folder / CHECKSUMS_FILE
+    if not path.is_file():  # of an earlier version
+        return
+    recorded = (read_sidecar(path) or {'Files': {path.name: None}})['Files']
+    for name, known in recorded.items():
+        if not (folder / name).is_file() or checksum(folder / name) != known:
+            raise BrainfmError(f'{folder / name} is not as it was written: {remedy}.')

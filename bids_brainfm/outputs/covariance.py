@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from bids_brainfm.bids.dataset import Record
 from bids_brainfm.bids.files import atomic, write_table
-from bids_brainfm.bids.freshness import check_contents, sidecar_path, write_sidecar
+from bids_brainfm.bids.freshness import check_contents, write_sidecar
 from bids_brainfm.bids.naming import own_uri, parcels_name
 from bids_brainfm.config import Settings
 from bids_brainfm.errors import BrainfmError
@@ -121,8 +121,7 @@ def _open(path: Path) -> 'h5py.File':
     """Open a file of sums; refused where it is not as it was written."""
     import h5py
 
-    if sidecar_path(path).is_file():  # it may have been copied without
-        check_contents(path, remedy='fit it again')
+    check_contents(path, remedy='fit it again')
     return h5py.File(path)
 
 

@@ -172,7 +172,7 @@ def write_products(
 ) -> None:
     """Write the products of a run that are wanted and not current; remove what is out of date."""
     for product in products:
-        if not product_current(product, run, task):
+        if not product_current(product, run, task, contents=True):
             remove(product, run, task.place)
             if product.name in wanted:
                 module = module_of(product)
