@@ -87,7 +87,7 @@ def test_settings_of_a_running_command_are_not_replaced(tmp_path):
         running.kill()
         running.wait()
     claims.withdraw(tmp_path)
-    with pytest.raises(BrainfmError, match='where it was killed, try again in a minute'):
+    with pytest.raises(BrainfmError, match='If it was killed, try again in a minute'):
         claim(tmp_path, 2)
     os.utime(left, (0, 0))
     claim(tmp_path, 2)

@@ -23,7 +23,7 @@ from bids_brainfm.errors import BrainfmError
 LOGGER = logging.getLogger('bids_brainfm')
 VERSION = 'results_version'  # key of the settings records
 SETTINGS = 'SettingsChecksums'  # entry of sidecars: those of the recorded settings
-PATIENCE = 5.0  # seconds to wait for what others do in milliseconds
+PATIENCE = 2.0  # seconds to wait for what others do in milliseconds
 
 
 @dataclass(frozen=True)
@@ -295,7 +295,8 @@ def claim_settings(
             raise BrainfmError(
                 f'{output}: another command with other settings is about to write outputs of '
                 f'{name} ({"; ".join(differences)}; {", ".join(rivals)}): use the same settings, '
-                f'or another output folder; where it was killed, try again in a minute.'
+                f'or another output folder. If it was killed, try again in a minute, or, if on '
+                f'another machine, remove its logs/claim-{name}_*.txt.'
             )
         write_text(path, text)
     except BaseException:
