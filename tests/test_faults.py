@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import os
+import random
 import re
 import shutil
 import signal
@@ -15,6 +16,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -422,10 +424,11 @@ def test_work_disk_full(simulated, reference, tmp_path, small_disk, nprocs):
     assert_same(out, reference)
 
 
-@slow
-def test_twenty_jobs_in_one_folder(simulated, tmp_path):
-    """Two for each of ten participants at once: valid shared files, as if one had made them."""
-    data = tmp_path / 'data'
+@pytest.fixture(scope='module')
+def ten(simulated, tmp_path_factory):
+    """Ten participants, and what one command writes of them."""
+    folder = tmp_path_factory.mktemp('ten')
+    data = folder / 'data'
     shutil.copytree(simulated, data)
     for label in LABELS[2:]:
         for path in (simulated / 'sub-01').rglob('*'):
@@ -433,10 +436,16 @@ def test_twenty_jobs_in_one_folder(simulated, tmp_path):
                 new = str(path.relative_to(simulated)).replace('sub-01', f'sub-{label}')
                 (data / new).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(path, data / new)
-    code, said = end(start(tmp_path, data, tmp_path / 'alone', '--nprocs', '1'), 200)
+    code, said = end(start(folder, data, folder / 'alone', '--nprocs', '1'), 400)
     assert code == 0, said
-    out, index = tmp_path / 'out', ('--bids-database-dir', tmp_path / 'index')
-    options = ('--nprocs', '1', '--omp-nthreads', '1', *index)
+    return data, folder / 'alone'
+
+
+@slow
+def test_twenty_jobs_in_one_folder(ten, tmp_path):
+    """Two for each of ten participants at once: valid shared files, as if one had made them."""
+    (data, alone), out = ten, tmp_path / 'out'
+    options = ('--nprocs', '1', '--omp-nthreads', '1', '--bids-database-dir', tmp_path / 'index')
     jobs = [
         start(tmp_path, data, out, *options, '--participant-label', label)
         for label in LABELS
@@ -444,13 +453,59 @@ def test_twenty_jobs_in_one_folder(simulated, tmp_path):
     ]
     ended = [end(job, 200) for job in jobs]
     assert [code for code, _ in ended] == [0] * 20, next(said for code, said in ended if code)
-    assert_same(out, tmp_path / 'alone')
+    assert_same(out, alone)
     assert len(list(out.glob('logs/*/bids_brainfm.toml'))) == 20
     validator = Path(sys.executable).with_name('bids-validator-deno')
     found = subprocess.run(
         [validator, '--format', 'json', out], capture_output=True, text=True, check=False
     )
     assert json.loads(found.stdout)['issues']['issues'] == []
+
+
+@slow
+def test_forty_jobs_of_which_many_are_killed(ten, tmp_path):
+    """Eight at a time, some killed at random: the outputs of one command; others are refused."""
+    (data, alone), out, rng = ten, tmp_path / 'out', random.Random(0)
+    others = (11, 29)  # commands with other settings
+
+    def job(number):
+        people = rng.sample(LABELS, 2)
+        options = ('--denoise', '36P') if number in others else ('--participant-label', *people)
+        process = start(tmp_path, data, out, '--nprocs', '1', '--omp-nthreads', '1', *options)
+        if number not in others and rng.random() < 0.5:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(rng.uniform(2, 40))
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        return end(process, 400)
+
+    with ThreadPoolExecutor(8) as pool:
+        ended = list(pool.map(job, range(40)))
+    for number, (code, said) in enumerate(ended):
+        if number in others:
+            assert code == 2, said
+            assert "denoise was 'simple' and is now '36P'" in said
+        else:
+            assert code in (0, -signal.SIGKILL), said
+    assert any(code == -signal.SIGKILL for code, _ in ended)
+    code, said = end(start(tmp_path, data, out, '--nprocs', '1'), 400)
+    assert code == 0, said
+    assert_same(out, alone)
+
+
+@slow
+def test_different_settings_started_together(simulated, tmp_path):
+    """In an empty folder: the first one has it, and the outputs are its own."""
+    out, options = tmp_path / 'out', ('--stop-after', 'timeseries', '--nprocs', '1')
+    names = ('simple', '36P', 'none', 'simple')
+    jobs = [start(tmp_path, simulated, out, *options, '--denoise', name) for name in names]
+    ended = [end(job, 200) for job in jobs]
+    record = json.loads((out / 'logs' / 'settings' / 'atlas-Demo424.json').read_text())
+    for name, (code, said) in zip(names, ended, strict=True):
+        assert code == (0 if name == record['denoise'] else 2), said
+        assert 'Traceback' not in said
+    made = [json.loads(path.read_text()) for path in out.rglob('*stat-mean_timeseries.json')]
+    assert [sidecar['Denoising']['Name'] for sidecar in made] == [record['denoise']] * 2
 
 
 def damage(path, how, share=667):
@@ -516,23 +571,34 @@ def test_an_index_is_of_its_dataset_and_participants(simulated, dataset, tmp_pat
     [
         (f'func/{ONE}_stat-mean_timeseries.tsv', 0.6),
         (f'func/{ONE}_stat-mean_timeseries.tsv', 'rows'),
+        (f'func/{ONE}_stat-mean_timeseries.tsv', 'bit'),
+        (f'func/{ONE}_stat-mean_timeseries.json', 'BrainMean'),
         (f'func/{ONE}_stat-coverage_bold.tsv', 'rows'),
         (f'func/{ONE}_stat-mean_timeseries.json', 0.6),
         (f'func/{ONE}_desc-brainlmdemo_embedding.tsv', 0),
         (f'func/{ONE}_desc-brainlmdemo_embedding.h5', 0.6),
+        (f'func/{ONE}_desc-brainlmdemo_embedding.h5', 'bit'),
         (f'../sourcedata/atlases/{COPY}', 'bit'),
     ],
 )
-def test_damaged_output_is_made_again(simulated, tokens, tmp_path, app, name, how):
-    """What the outputs say is done is looked at, not believed."""
+def test_damaged_output_is_made_again(simulated, tokens, tmp_path, app, capfd, name, how):
+    """What the outputs say is done is looked at, not believed, and what is damaged is named."""
     out = Path(shutil.copytree(tokens, tmp_path / 'out'))
     options = ('--participant-label', '01', '--tokens')
     path = out / 'sub-01' / name
-    damage(path, how)
+    if how == 'BrainMean':
+        sidecar = json.loads(path.read_text()) | {'BrainMean': 0}
+        path.write_text(json.dumps(sidecar, indent=2) + '\n')
+    else:
+        damage(path, how)
     if 'sourcedata' in name:  # it is looked at when a run of its space is made
         (out / 'sub-01' / 'func' / f'{ONE}_stat-mean_timeseries.tsv').unlink()
     assert app(simulated, out, *options) == 0
     assert_same(out, tokens)
+    if 'sourcedata' not in name:
+        assert re.search(
+            rf'WARNING \S+{path.stem}\S+ has .*: it is made again', capfd.readouterr().err
+        )
 
 
 def test_damaged_record_of_settings_is_said(tokens, simulated, tmp_path, app, capfd):

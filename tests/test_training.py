@@ -247,8 +247,8 @@ def test_told_to_end_it_writes_a_checkpoint(mae, cohort, tmp_path):
     assert len(losses(out)) == 40 * 10 // 4
 
 
-def test_an_earlier_checkpoint_can_be_gone_on_from(mae, cohort, tmp_path):
-    """--resume takes any checkpoint; what followed it is done again, to the same end."""
+def test_an_earlier_checkpoint_can_be_gone_on_from(mae, cohort, tmp_path, capsys):
+    """--resume takes any whole checkpoint; what followed it is done again, to the same end."""
     out = tmp_path / 'out'
     arguments = ('pretrain', mae, out, '--data', cohort, *SHORT, '--device', 'cpu')
     run(*arguments)
@@ -256,6 +256,12 @@ def test_an_earlier_checkpoint_can_be_gone_on_from(mae, cohort, tmp_path):
     first, _ = sorted((out / 'checkpoints').glob('step-*'))
     run(*arguments, '--resume', first)
     assert (out / 'model.safetensors').read_bytes() == before
+    weights = first / 'model.safetensors'
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    said = refused(capsys, *arguments, '--resume', first)
+    assert f'{weights} is not as it was written: remove {first}' in said
 
 
 def run(*arguments) -> None:

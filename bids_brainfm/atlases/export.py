@@ -6,6 +6,7 @@ from pathlib import Path
 
 from bids_brainfm.atlases.atlas import Atlas, AtlasImage
 from bids_brainfm.bids.files import atomic, write_json, write_table
+from bids_brainfm.bids.freshness import is_whole, write_sidecar
 from bids_brainfm.errors import BrainfmError
 
 FOLDER = ('sourcedata', 'atlases')
@@ -31,15 +32,15 @@ def export_atlas(output: Path, atlas: Atlas, image: AtlasImage) -> Path:
     volume = '.nii' if image.path.name.endswith('.nii') else '.nii.gz'
     extension = '.dlabel.nii' if image.resolution is None else volume
     copy = folder / f'tpl-{image.space}' / f'{stem}{extension}'
-    if copy.is_file() and filecmp.cmp(copy, image.path, shallow=False):
+    table = copy.with_name(f'{stem}.tsv')
+    if copy.is_file() and filecmp.cmp(copy, image.path, shallow=False) and is_whole(table, True):
         return copy
     facts = {'Name': atlas.name, 'License': atlas.licence, 'ReferencesAndLinks': atlas.citation}
     description = folder / f'atlas-{atlas.name}_description.json'
     write_json(description, facts | {'BIDSVersion': '1.10.1'})
-    table = copy.with_name(f'{stem}.tsv')
     write_table(table, {name: column.tolist() for name, column in atlas.table().items()})
-    about = {'Description': f'{atlas.name} in {image.space}', 'Provenance': image.provenance}
-    write_json(table.with_suffix('.json'), about)
     with atomic(copy) as temporary:
         shutil.copyfile(image.path, temporary)
+    about = {'Description': f'{atlas.name} in {image.space}', 'Provenance': image.provenance}
+    write_sidecar(table, about)
     return copy

@@ -15,7 +15,7 @@ import os
 import platform
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,9 @@ def atomic(path: Path) -> Iterator[Path]:
     Raises BrainfmError where the folder cannot be written, or the disk is full.
     """
     path = Path(path)
-    owner = f'{_machine()}-{os.getpid()}'
     # same extension, since writers such as h5py and matplotlib look at it
     extension = ''.join(path.suffixes[-2:])
-    temporary = path.with_name(f'{TEMPORARY}-{owner}-{uuid.uuid4().hex}{extension}')
+    temporary = path.with_name(f'{TEMPORARY}-{owner()}-{uuid.uuid4().hex}{extension}')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -49,6 +48,17 @@ def atomic(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def owner() -> str:
+    """Name of this process, which no process of another machine shares."""
+    return f'{_machine()}-{os.getpid()}'
+
+
+def has_ended(owner: str) -> bool | None:
+    """Whether a process has ended, None where it is of another machine."""
+    machine, _, process = owner.partition('-')
+    return not _runs(int(process)) if machine == _machine() else None
 
 
 @functools.cache
@@ -73,10 +83,9 @@ def remove_leftovers(output: Path, subjects: Iterable[str]) -> None:
 def _remove_dead(temporaries: Iterable[Path]) -> None:
     """Remove those whose process has ended, or those a day old from other machines."""
     for path in temporaries:
-        _, machine, process, _ = path.name.split('-', 3)
+        ended = has_ended('-'.join(path.name.split('-', 3)[1:3]))
         with contextlib.suppress(OSError):  # gone, or another user's: no reason not to go on
-            here, age = machine == _machine(), time.time() - path.stat().st_mtime
-            if not _runs(int(process)) if here else age > 86_400:
+            if ended or (ended is None and time.time() - path.stat().st_mtime > 86_400):
                 path.unlink()
 
 
@@ -93,6 +102,28 @@ def _runs(process: int) -> bool:
     return True
 
 
+def create(path: Path, text: str) -> bool:
+    """Write a file unless there is one; returns whether it was written.
+
+    It is whole from the first moment, except on a file system without hard links.
+    """
+    with atomic(path.with_name(f'{path.stem}.new')) as temporary:
+        temporary.write_text(text)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError:  # no hard links here; what else is wrong is raised again
+            try:
+                with path.open('x') as file:
+                    file.write(text)
+            except FileExistsError:
+                return False
+        finally:
+            temporary.unlink()
+    return True
+
+
 def write_text(path: Path, text: str) -> Path:
     """Write text, unless the file has that text already (its date is then kept)."""
     path = Path(path)
@@ -105,8 +136,12 @@ def write_text(path: Path, text: str) -> Path:
 
 def write_json(path: Path, content: dict) -> Path:
     """Write a sidecar, without entries that are None; numbers that are not finite become null."""
-    known = {key: value for key, value in content.items() if value is not None}
-    return write_text(path, json.dumps(_finite(known), indent=2, allow_nan=False) + '\n')
+    return write_text(path, json.dumps(as_json(content), indent=2, allow_nan=False) + '\n')
+
+
+def as_json(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Content as JSON has it, without entries that are None."""
+    return dict(_finite({key: value for key, value in content.items() if value is not None}))
 
 
 def as_plain(value: Any) -> Any:

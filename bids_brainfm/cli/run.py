@@ -72,6 +72,7 @@ def run(settings: Settings) -> int:
     import_libraries()
     from importlib.metadata import version
 
+    from bids_brainfm.bids import claims
     from bids_brainfm.workflows.plan import make_plan
 
     code = 2
@@ -80,6 +81,7 @@ def run(settings: Settings) -> int:
         start_log(settings, name)
         code = carry_out(plan)
     finally:
+        claims.withdraw(settings.output_dir)
         if code != 1:  # nothing goes on from there, so it is of use only where something failed
             shutil.rmtree(work, ignore_errors=True)
     return code

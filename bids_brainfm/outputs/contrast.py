@@ -13,7 +13,7 @@ from bids_brainfm.analyses.contrast import Contrast, contrast_tokens
 from bids_brainfm.atlases.export import find_exported
 from bids_brainfm.bids.dataset import Record, describe_filters, find_whole, read_column
 from bids_brainfm.bids.files import write_table
-from bids_brainfm.bids.freshness import write_sidecar
+from bids_brainfm.bids.freshness import check_contents, write_sidecar
 from bids_brainfm.bids.naming import LONG_NAMES, own_uri
 from bids_brainfm.config import Settings
 from bids_brainfm.errors import BrainfmError
@@ -66,6 +66,7 @@ def find(dataset: Path, filters: Filters, settings: Settings) -> list[GroupMap]:
     for (space, atlas, label), records in found.items():
         image, table = find_exported(dataset, space, atlas)
         name = f'space-{space}_atlas-{atlas}_stat-{attention.stat}_desc-{label}'
+        check_contents(image, table, *(record.path for record in records))
         tables = [pd.read_csv(r.path, sep='\t', na_values='n/a') for r in records]
         maps = np.array([t['attention'].to_numpy(float) for t in tables])
         token = tables[0]['token'].to_numpy()

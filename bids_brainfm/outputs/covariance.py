@@ -5,12 +5,14 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
 from bids_brainfm.bids.dataset import Record
-from bids_brainfm.bids.files import atomic, write_json, write_table
+from bids_brainfm.bids.files import atomic, write_table
+from bids_brainfm.bids.freshness import check_contents, write_sidecar
 from bids_brainfm.bids.naming import own_uri, parcels_name
 from bids_brainfm.config import Settings
 from bids_brainfm.errors import BrainfmError
@@ -19,6 +21,9 @@ from bids_brainfm.outputs.scale_stats import find as find
 from bids_brainfm.outputs.words import described
 from bids_brainfm.signals.covariance import moments, positive_definite, shrunk, standardised
 from bids_brainfm.signals.series import read_series
+
+if TYPE_CHECKING:
+    import h5py
 
 LOGGER = logging.getLogger('bids_brainfm')
 NAME = 'covariance'
@@ -82,7 +87,7 @@ def write(
             fold='Group of participants, which is predicted by the other groups',
             volumes='Volumes that are not flagged',
         )  # fmt: skip
-        write_json(path.with_suffix('.json'), content)
+        write_sidecar(path, content)
         if len(people) < FEW:
             LOGGER.warning(
                 'The covariance of %s is of %d participants only: as a baseline it may be worse '
@@ -112,12 +117,18 @@ class CohortCorrelation:
     left_out: int  # number of people left out with the participant, 0 if not in the file
 
 
-def atlas_of(path: Path) -> str:
-    """Atlas of a file; refused where it is none of ours."""
+def _open(path: Path) -> 'h5py.File':
+    """Open a file of sums; refused where it is not as it was written."""
     import h5py
 
+    check_contents(path, remedy='fit it again')
+    return h5py.File(path)
+
+
+def atlas_of(path: Path) -> str:
+    """Atlas of a file; refused where it is none of ours."""
     try:
-        with h5py.File(path) as file:
+        with _open(path) as file:
             return str(file.attrs['atlas'])
     except (OSError, KeyError):
         raise BrainfmError(
@@ -139,9 +150,7 @@ def choose(files: Sequence[Path], atlas: str) -> Path | None:
 
 def load(path: Path, participant: str, n_parcels: int) -> CohortCorrelation:
     """Read the correlation between parcels over the folds without a participant (``01``)."""
-    import h5py
-
-    with h5py.File(path) as file:
+    with _open(path) as file:
         sums = file['sums'][:]
         folds, people = file['folds'][:], list(file['participants'].asstr()[:])
     if sums.shape[2] != n_parcels:

@@ -11,7 +11,7 @@ import numpy as np
 
 from bids_brainfm.atlases.atlas import Atlas
 from bids_brainfm.bids.files import atomic, read_relmat, write_matrix
-from bids_brainfm.bids.freshness import write_sidecar
+from bids_brainfm.bids.freshness import check_contents, write_sidecar
 from bids_brainfm.bids.run import BoldRun
 from bids_brainfm.config import Settings
 from bids_brainfm.models.gradient_table import read_gradients
@@ -169,7 +169,9 @@ def compute(context: Context) -> OrderCheck | None:
     if table is None:
         return None
     gradients = read_gradients(table.path)
-    relmat = read_relmat(place.of_series.table(context.run, 'connectome'))
+    connectome = place.of_series.table(context.run, 'connectome')
+    check_contents(connectome)
+    relmat = read_relmat(connectome)
     found = order.order_check(gradients, relmat, dict(context.atlas.misorders))
     expected = order.EXPECTED if table.sha256 == order.EXPECTED_OF else None
     warning = order.order_warning(found)

@@ -24,9 +24,14 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger('bids_brainfm')
 
 
-def run_current(run: BoldRun, task: ModelTask) -> bool:
-    """Whether all products of a model that are asked for exist and fit the inputs."""
-    return all(product_current(BY_NAME[name], run, task) for name in task.parameters)
+def run_current(run: BoldRun, task: ModelTask, contents: bool = False) -> bool:
+    """Whether all products of a model that are asked for exist and fit the inputs.
+
+    With `contents`, files are compared with their checksums.
+    """
+    return all(
+        product_current(BY_NAME[name], run, task, contents=contents) for name in task.parameters
+    )
 
 
 def load(task: ModelTask) -> 'Model':

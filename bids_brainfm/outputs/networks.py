@@ -16,13 +16,19 @@ import numpy as np
 from bids_brainfm.analyses import networks as analysis
 from bids_brainfm.analyses.knn import KnnResult, knn_protocol
 from bids_brainfm.bids import freshness
-from bids_brainfm.bids.dataset import iterate_records
+from bids_brainfm.bids.dataset import SETTINGS, iterate_records
 from bids_brainfm.bids.files import read_relmat, write_table
 from bids_brainfm.bids.naming import own_uri
 from bids_brainfm.bids.run import BoldRun
 from bids_brainfm.models.gradient_table import read_gradients
 from bids_brainfm.outputs.outcome import Outcome, attempt
-from bids_brainfm.outputs.products import known_mean, product_current, remove, save_figure
+from bids_brainfm.outputs.products import (
+    agreed_settings,
+    known_mean,
+    product_current,
+    remove,
+    save_figure,
+)
 from bids_brainfm.outputs.registry import BY_NAME
 from bids_brainfm.outputs.tasks import NetworksTask, Place
 from bids_brainfm.outputs.words import as_number, described
@@ -119,10 +125,11 @@ def features_of(run: BoldRun, task: NetworksTask) -> np.ndarray:
     import h5py
     import pandas as pd
 
-    file = task.features_file(run)
+    file, connectome = task.features_file(run), task.place.of_series.table(run, 'connectome')
+    freshness.check_contents(file, *[connectome] * (task.kind == 'parcels'))
     if task.kind == 'attention':
         return pd.read_csv(file, sep='\t', na_values='n/a').filter(like='patch').to_numpy(float)
-    connectivity = analysis.fc_rows(read_relmat(task.place.of_series.table(run, 'connectome')))
+    connectivity = analysis.fc_rows(read_relmat(connectome))
     if task.kind == CONNECTOME:
         return connectivity
     with h5py.File(file) as arrays:
@@ -284,7 +291,7 @@ def write_networks(
     common = {
         'Features': FEATURES[task.kind], 'Runs': [member.run.name for member in used],
         'Seed': task.search.seed, 'InputFiles': _inputs(used), 'SoftwareVersion': task.version,
-        'ResultsVersion': PRODUCT.results_version,
+        'ResultsVersion': PRODUCT.results_version, SETTINGS: agreed_settings(PRODUCT, task),
         'Sources': [own_uri(task.place.output, task.features_file(m.run)) for m in used],
     }  # fmt: skip
     clusters, names, knn = found.clusters, found.names, found.knn

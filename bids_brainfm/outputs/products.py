@@ -15,13 +15,22 @@ import numpy as np
 
 from bids_brainfm.atlases.atlas import Atlas
 from bids_brainfm.bids import freshness
-from bids_brainfm.bids.dataset import Record, claim_settings, iterate_records
+from bids_brainfm.bids.dataset import (
+    SETTINGS,
+    Record,
+    claim_settings,
+    iterate_records,
+    record_path,
+    recorded_digest,
+    settings_digest,
+)
 from bids_brainfm.bids.files import write_table
 from bids_brainfm.bids.naming import own_uri
 from bids_brainfm.bids.run import BoldRun
 from bids_brainfm.config import Settings
+from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.spec import ModelSpec
-from bids_brainfm.outputs.registry import PRODUCTS, Product
+from bids_brainfm.outputs.registry import BY_NAME, PRODUCTS, Product
 from bids_brainfm.outputs.tasks import ModelTask, Place, SeriesTask, Task
 from bids_brainfm.reports.report import Figure
 from bids_brainfm.signals.contract import ModelInput
@@ -103,17 +112,51 @@ def facts(product: Product, sidecar: dict[str, Any]) -> dict[str, Any]:
 
 
 def product_current(
-    product: Product, run: BoldRun, task: Task, inputs: dict[str, dict[str, Any]] | None = None
-) -> bool:
-    """Whether all files of a product are whole and made from `inputs` (by default the run's)."""
+    product: Product, run: BoldRun, task: Task, inputs: dict[str, dict[str, Any]] | None = None,
+    contents: bool = False,
+) -> bool:  # fmt: skip
+    """Whether all files of a product are whole and made from `inputs` (by default the run's).
+
+    With `contents`, files are compared with their checksums. Raises BrainfmError where outputs
+    that would be current were made with other settings than the recorded ones.
+    """
     table = task.place.table(run, product.name)
     inputs = freshness.input_fingerprints(run) if inputs is None else inputs
-    if not freshness.is_current(table, inputs, product.results_version):
+    if not freshness.is_current(table, inputs, product.results_version, contents):
         return False
-    written = (freshness.read_sidecar(freshness.sidecar_path(table)) or {}).get('Arrays')
+    sidecar = freshness.read_sidecar(freshness.sidecar_path(table)) or {}
+    written = sidecar.get('Arrays')
     files = companions(product, run, task.place, None if written else task)
-    whole = all(map(freshness.is_whole, files))
-    return whole and (written is None or set(getattr(task, 'arrays', ())) <= set(written))
+    if not all(freshness.is_whole(file, contents) for file in files):
+        return False
+    _check_settings(table, sidecar, recorded_settings(product, task.place))
+    return written is None or set(getattr(task, 'arrays', ())) <= set(written)
+
+
+def recorded_settings(product: Product, place: Place) -> dict[str, str]:
+    """Checksums of the recorded settings that a product is made with, by record."""
+    records = (product, BY_NAME['series'], BY_NAME['embedding'])
+    names = dict.fromkeys(record_name(each, place) for each in records if each.record)
+    found = {name: recorded_digest(place.output, name) for name in names}
+    return {name: digest for name, digest in found.items() if digest is not None}
+
+
+def _check_settings(table: Path, sidecar: Mapping[str, Any], recorded: Mapping[str, str]) -> None:
+    """Raise BrainfmError where an output was made with other settings than those recorded."""
+    made = sidecar.get(SETTINGS, {})
+    if others := [name for name, digest in recorded.items() if made.get(name, digest) != digest]:
+        raise BrainfmError(
+            f'{table} was made with other settings of {others[0]} than those in logs/settings: '
+            f'remove the outputs of other settings, or use another output folder.'
+        )
+
+
+def damaged_files(product: Product, run: BoldRun, place: Place) -> dict[Path, str]:
+    """Files of a product that exist but are not as they were written, and what is wrong."""
+    files = [place.table(run, product.name), *companions(product, run, place)]
+    there = [path for path in files if path.is_file() and freshness.sidecar_path(path).is_file()]
+    found = {path: freshness.damage(path, contents=True) for path in there}
+    return {path: words for path, words in found.items() if words}
 
 
 def remove(product: Product, run: BoldRun, place: Place) -> None:
@@ -129,11 +172,12 @@ def write_products(
 ) -> None:
     """Write the products of a run that are wanted and not current; remove what is out of date."""
     for product in products:
-        if not product_current(product, run, task):
+        if not product_current(product, run, task, contents=True):
             remove(product, run, task.place)
             if product.name in wanted:
                 module = module_of(product)
-                own = replace(context, results_version=product.results_version)
+                version, settings = product.results_version, agreed_settings(product, task)
+                own = replace(context, results_version=version, settings=settings)
                 module.write(own, module.compute(own))
 
 
@@ -154,22 +198,42 @@ def records_of(product: Product, place: Place) -> Iterable[Record]:
     return iterate_records(place.output, product.suffix, **entities)
 
 
+def settings_of(product: Product, task: Task) -> dict[str, Any]:
+    """What all outputs of a product in one folder must agree on."""
+    module, settings = module_of(product), {}
+    if hasattr(module, 'settings'):
+        settings = module.settings(task)
+    elif asked := cast(ModelTask | SeriesTask, task).parameters[product.name]:
+        settings = asdict(asked)
+    return settings | {'results_version': product.results_version}
+
+
 def claim(product: Product, task: Task, recompute: bool = False) -> None:
     """Hold the outputs of a product in one folder to one set of settings, or refuse to mix.
 
     With `recompute`, the record of an earlier version of the results is replaced; its outputs are
     out of date, and are made again.
     """
-    if not product.record:
-        return
-    place, module, settings = task.place, module_of(product), {}
-    if hasattr(module, 'settings'):
-        settings = module.settings(task)
-    elif asked := cast(ModelTask | SeriesTask, task).parameters[product.name]:
-        settings = asdict(asked)
-    name = record_name(product, place)
-    settings = settings | {'results_version': product.results_version}
-    claim_settings(place.output, name, settings, records_of(product, place), recompute)
+    if product.record:
+        place, settings = task.place, settings_of(product, task)
+        name = record_name(product, place)
+        claim_settings(place.output, name, settings, records_of(product, place), recompute)
+
+
+def agreed_settings(product: Product, task: Task) -> dict[str, str]:
+    """Checksums of the recorded settings that a product is about to be made with, by record.
+
+    Raises BrainfmError where they are not those of the task, since another command changed them.
+    """
+    found = recorded_settings(product, task.place)
+    if product.record:
+        name, own = record_name(product, task.place), settings_digest(settings_of(product, task))
+        if found.setdefault(name, own) != own:
+            raise BrainfmError(
+                f'{record_path(task.place.output, name)} no longer has the settings that this '
+                f'command started with: use the same settings, or another output folder.'
+            )
+    return found
 
 
 def save_figure(figure: 'mpl.Figure', path: Path) -> None:
@@ -192,6 +256,7 @@ class Context:
     # what PrecisionCheck found so far; None where the encoder computes in float32
     precision_check: dict[str, Any] | None = None
     results_version: int | None = None  # of the product that is being made
+    settings: Mapping[str, str] | None = None  # as recorded, see `agreed_settings`
 
     @property
     def atlas(self) -> Atlas:
@@ -211,8 +276,8 @@ class Context:
         series = own_uri(place.output, place.of_series.table(self.run, 'series'))
         return {
             'InputFiles': source['InputFiles'], 'SoftwareVersion': self.task.version,
-            'ResultsVersion': self.results_version, 'Sources': [series, *source['Sources']],
-            'Excluded': bool(self.windows.excluded.all()),
+            'ResultsVersion': self.results_version, SETTINGS: self.settings,
+            'Sources': [series, *source['Sources']], 'Excluded': bool(self.windows.excluded.all()),
         }  # fmt: skip
 
     @property

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bids_brainfm.bids.dataset import Record, find_records
+from bids_brainfm.bids.dataset import SETTINGS, Record, find_records, recorded_digest
 from bids_brainfm.bids.freshness import read_sidecar
 from bids_brainfm.bids.naming import join_name, parcels_name
 from bids_brainfm.outputs.outcome import read_failures
@@ -21,6 +21,7 @@ OUTDATED = (
     'the outputs were written by another version of bids_brainfm, with other numbers: run it '
     'again with --recompute.'
 )
+DAMAGED = 'the sidecar {} is damaged: run the participant level again.'
 EMBEDDING = BY_NAME['embedding']
 NEXT_TO_SERIES = tuple(product for product in OF_SERIES if product.name != 'series')
 # Products that belong to an embedding, and have lines in the report next to its own
@@ -49,13 +50,16 @@ def collect_runs(output: Path, subject: str) -> list[RunFacts]:
     series = BY_NAME['series']
     for record in find_records(output, series.suffix, stat=series.stat, **sidecars):
         sidecar, name = read_sidecar(record.path), parcels_name(record.path.name)
-        if sidecar is not None and sidecar.get('ResultsVersion') != series.results_version:
+        if sidecar is None:
+            runs[name] = RunFacts(name, failures=[DAMAGED.format(record.path.name)])
+        elif sidecar.get('ResultsVersion') != series.results_version:
             runs[name] = RunFacts(name, failures=[OUTDATED])
-        elif sidecar is not None:
+        else:
             atlas, warnings = sidecar['Atlas'], list(sidecar['Warnings'])
             source = Source(atlas['Name'], atlas['License'], atlas['Citation'])
             inputs = facts(series, sidecar) | _lines(NEXT_TO_SERIES, record, sidecar, warnings)
             excluded = bool(sidecar['Excluded'])
+            warnings += _other_settings(output, sidecar)
             runs[name] = RunFacts(name, inputs, atlas=source, warnings=warnings, excluded=excluded)
     for record in find_records(output, EMBEDDING.suffix, **sidecars):
         sidecar, run = read_sidecar(record.path), runs.get(parcels_name(record.path.name))
@@ -69,8 +73,18 @@ def collect_runs(output: Path, subject: str) -> list[RunFacts]:
         else:
             run.models.append(_model_facts(record.entities['desc'], sidecar, lines))
             run.warnings.extend(sidecar['Warnings'])
+            others = _other_settings(output, sidecar)
+            run.warnings.extend(words for words in others if words not in run.warnings)
     listed = list(runs.values())
     return listed + _failed(output, subject, listed)
+
+
+def _other_settings(output: Path, sidecar: dict[str, Any]) -> list[str]:
+    """Sentence on outputs that were made with other settings than the recorded ones."""
+    made = sidecar.get(SETTINGS, {})
+    others = [n for n, digest in made.items() if recorded_digest(output, n) not in (None, digest)]
+    words = 'The outputs were made with other settings of {} than those in logs/settings.'
+    return [words.format(name) for name in others]
 
 
 def _lines(

@@ -11,7 +11,8 @@ import numpy as np
 from tqdm import tqdm
 
 from bids_brainfm.bids.dataset import Record, describe_filters, find_whole
-from bids_brainfm.bids.files import read_matrix, write_json, write_table
+from bids_brainfm.bids.files import read_matrix, write_table
+from bids_brainfm.bids.freshness import check_contents, write_sidecar
 from bids_brainfm.bids.naming import own_uri, parcels_name
 from bids_brainfm.config import Settings
 from bids_brainfm.errors import BrainfmError
@@ -87,6 +88,7 @@ def write(
     for atlas, records in series.items():
         fit, names, denoising, lengths = CohortFit(atlas), list[str](), set[str](), list[int]()
         for record in tqdm(records, desc=f'Runs of {atlas}', unit='run', disable=None):
+            check_contents(record.path)
             data, names = read_matrix(record.path)
             sidecar = record.sidecar or {}
             level, cleaning = sidecar.get('BrainMean'), sidecar.get('Denoising')
@@ -148,4 +150,4 @@ def _write_stats(
         'ScalesBy': method, 'Version': digest, 'Runs': own_uri(dataset, runs),
         'ParcelsWithout': [facts['Node'][i] for i in unusable(stats)],
     }  # fmt: skip
-    return write_json(runs.with_suffix('.json'), head | facts | content)
+    return write_sidecar(runs, head | facts | content)

@@ -1,6 +1,7 @@
 """Parcel series of a run: from a BOLD file to denoised series with their coverage."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,8 +11,10 @@ import numpy as np
 
 from bids_brainfm.atlases.atlas import Atlas, load_atlas
 from bids_brainfm.atlases.export import export_atlas
+from bids_brainfm.bids.dataset import SETTINGS
 from bids_brainfm.bids.files import write_matrix, write_table
 from bids_brainfm.bids.freshness import (
+    check_unchanged,
     input_fingerprints,
     read_sidecar,
     sidecar_path,
@@ -62,7 +65,9 @@ class SeriesContext:
     task: SeriesTask
     atlas: Atlas
     series: 'BoldSeries'  # denoised; NaN for parcels without enough coverage
+    inputs: Mapping[str, dict[str, Any]]  # fingerprints of what was read, by URI
     results_version: int | None = None  # of the product that is being made
+    settings: Mapping[str, str] | None = None  # as recorded, see `products.agreed_settings`
 
     @property
     def assessed(self) -> bool:
@@ -147,9 +152,10 @@ class SeriesContext:
         own = [own_uri(place.output, place.table(self.run, 'series'))]
         common = {
             'Sources': own * from_series + self.sources,
-            'InputFiles': input_fingerprints(self.run),
+            'InputFiles': self.inputs,
             'SoftwareVersion': self.task.version,
             'ResultsVersion': self.results_version,
+            SETTINGS: self.settings,
             'Excluded': self.excluded,
         }
         write_sidecar(path, content | common)
@@ -160,6 +166,7 @@ def compute_series(run: BoldRun, task: SeriesTask) -> SeriesContext:
     from bids_brainfm.signals.bold import clean_series, parcellate
     from bids_brainfm.signals.confounds import Tables
 
+    inputs = input_fingerprints(run)
     tr, start, strategy = repetition_time(run), start_time(run), task.strategy
     if run.mask is None and not run.is_cifti:
         raise BrainfmError(
@@ -184,14 +191,21 @@ def compute_series(run: BoldRun, task: SeriesTask) -> SeriesContext:
     )  # fmt: skip
     tables = Tables(run.confounds, run.confounds_json, run.custom, run.mixing, run.metrics)
     series, _ = clean_series(raw, tables, strategy)
+    check_unchanged(run, inputs)
     covered = (series.coverage >= task.min_coverage) & np.isfinite(series.data).all(axis=0)
     data = np.where(covered, series.data, np.nan).astype(np.float32)
-    return SeriesContext(run, task, atlas, dataclasses.replace(series, data=data))
+    return SeriesContext(run, task, atlas, dataclasses.replace(series, data=data), inputs)
 
 
-def series_current(run: BoldRun, task: SeriesTask) -> bool:
-    """Whether series and connectome of a run exist, fit the inputs, and have enough data left."""
-    current = all(products.product_current(BY_NAME[name], run, task) for name in task.parameters)
+def series_current(run: BoldRun, task: SeriesTask, contents: bool = False) -> bool:
+    """Whether series and connectome of a run exist, fit the inputs, and have enough data left.
+
+    With `contents`, files are compared with their checksums.
+    """
+    current = all(
+        products.product_current(BY_NAME[name], run, task, contents=contents)
+        for name in task.parameters
+    )
     return current and _enough_left(task.place.table(run, 'series'), task.strategy)
 
 

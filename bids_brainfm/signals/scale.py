@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from bids_brainfm.bids.freshness import is_intact
 from bids_brainfm.errors import BrainfmError
 
 METHODS = ('none', 'run-robust', 'global-z', 'parcel-z', 'cohort', 'cohort-means')
@@ -104,6 +105,8 @@ def _read(path: Path) -> ScaleStats:
     """Cohort statistics of a file, not yet compared with an atlas."""
     try:
         content = json.loads(Path(path).read_text(encoding='utf-8'))
+        if not is_intact(content):
+            raise ValueError('its contents are not those that were written')
         name, statistic = content.pop('Atlas'), content.pop('Statistic', 'series')
         keys = ['Median', 'IQR'] + ['Lower', 'Upper'] * (statistic == 'series')
         columns = [np.array(content.pop(key), dtype=float) for key in keys]

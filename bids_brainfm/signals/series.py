@@ -1,6 +1,5 @@
 """The types that the signals share: parcel series and windows."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from bids_brainfm.bids.files import read_matrix
-from bids_brainfm.bids.freshness import sidecar_path
+from bids_brainfm.bids.freshness import check_contents, read_sidecar, sidecar_path
 from bids_brainfm.bids.naming import join_name, parse_name
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.validation import MAX_TR, is_number
@@ -69,14 +68,32 @@ def check_tr(tr: Any, where: str = '') -> float:
 
 
 def read_series(path: Path) -> ParcelSeries:
-    """Read parcel series back from their table, its sidecar and the coverage next to it."""
+    """Read parcel series back from their table, its sidecar and the coverage next to it.
+
+    Raises BrainfmError where one of them is not as it was written, or holds impossible values.
+    """
     import pandas as pd
 
+    check_contents(path, coverage_path(path))
     data, _ = read_matrix(path)
-    coverage = pd.read_csv(coverage_path(path), sep='\t')
-    sidecar = json.loads(sidecar_path(path).read_text())
+    covered = pd.read_csv(coverage_path(path), sep='\t')['coverage'].to_numpy(np.float32)
+    sidecar: dict[str, Any] = read_sidecar(sidecar_path(path)) or {}
+    names = ('RepetitionTime', 'BrainMean', 'StartTime', 'FlaggedVolumes')
+    values: list[Any] = [sidecar.get(name) for name in names]
+    tr, level, start, volumes = values
+    valid = {
+        # exactly 0 is no mean of measured values, not even of denoised ones
+        'BrainMean': is_number(level) and np.isfinite(level) and level != 0,
+        'StartTime': is_number(start) and np.isfinite(start),
+        'FlaggedVolumes': isinstance(volumes, list)
+        and all(is_number(number, int) and 0 <= number < len(data) for number in volumes),
+    }
+    if wrong := [key for key, is_valid in valid.items() if not is_valid]:
+        value = 'no value' if wrong[0] not in sidecar else f'{sidecar[wrong[0]]!r:.60}'
+        raise BrainfmError(
+            f'{sidecar_path(path)} has {value} for {wrong[0]}, which is impossible: remove it, '
+            f'and run the participant level again.'
+        )
     flagged = np.zeros(len(data), dtype=bool)
-    flagged[sidecar['FlaggedVolumes']] = True
-    tr, brain_mean, start = (sidecar[k] for k in ('RepetitionTime', 'BrainMean', 'StartTime'))
-    covered = coverage['coverage'].to_numpy(np.float32)
-    return ParcelSeries(data, tr, covered, flagged, brain_mean, start)
+    flagged[volumes] = True
+    return ParcelSeries(data, tr, covered, flagged, level, start)

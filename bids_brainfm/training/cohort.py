@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bids_brainfm.bids.dataset import Record, find_records, read_column
+from bids_brainfm.bids.dataset import Record, check_settings, find_records, read_column
 from bids_brainfm.bids.naming import parcels_name
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.signals.resample import same_rate
@@ -49,6 +49,7 @@ def find_cohort(datasets: Sequence[Path], atlas: str, mix_trs: bool = False) -> 
                 f'{dataset} holds no parcel series (sub-*/**/*_stat-mean_timeseries.tsv): give '
                 f'the output of "bids_brainfm DATA OUT participant".'
             )
+        check_settings(r for by_atlas in recordings.values() for r in by_atlas.get(atlas, ()))
         for name, by_atlas in recordings.items():
             if atlas not in by_atlas:
                 raise BrainfmError(
@@ -63,11 +64,9 @@ def find_cohort(datasets: Sequence[Path], atlas: str, mix_trs: bool = False) -> 
                     f'spaces ({", ".join(one.path.name for one in found)}): keep one of them.'
                 )
             sidecar = record.sidecar or {}
-            if not record.whole or 'RepetitionTime' not in sidecar:
-                raise BrainfmError(
-                    f'{record.path} is not whole, or has no sidecar (.json) with a '
-                    f'RepetitionTime: run "bids_brainfm" on it again.'
-                )
+            if record.damage or 'RepetitionTime' not in sidecar:
+                fault = record.damage or 'has no RepetitionTime in its sidecar'
+                raise BrainfmError(f'{record.path} {fault}: run "bids_brainfm" on it again.')
             versions.setdefault(sidecar.get('ResultsVersion'), record)
             if None in versions:
                 raise BrainfmError(

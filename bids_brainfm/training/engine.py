@@ -24,12 +24,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bids_brainfm.bids.files import atomic
+from bids_brainfm.bids.freshness import (
+    check_checksums,
+    check_contents,
+    write_checksums,
+    write_sidecar,
+)
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.protocol import Network
 from bids_brainfm.training.objective import Objective
 from bids_brainfm.training.session import MicroBatch, Session
 from bids_brainfm.training.store import WindowStream, sample_seed
 
+BEST = 'best.safetensors'  # weights with the best score, among the checkpoints
 KEPT_CHECKPOINTS = 2
 # A network has collapsed when its latents differ between windows by so small a proportion of what
 # they did at their most, in so many steps on end.
@@ -163,6 +170,7 @@ class Trainer:
         evaluate_steps = max(1, round(self.settings.evaluate_epochs * self.steps_of_epoch))
         latest = max(self.checkpoints.glob('step-*'), default=None)
         if checkpoint := self.settings.resume or latest:
+            check_checksums(checkpoint, f'remove {checkpoint} and run the same command again')
             self.accelerator.load_state(str(checkpoint))
         if main:
             self.logs = {n: Log(self.output, n, progress.step) for n in ('train', 'validation')}
@@ -192,7 +200,8 @@ class Trainer:
                     raise Interrupted
         if self.recipe.patience is not None:
             self.accelerator.wait_for_everyone()
-            best = load_file(self.checkpoints / 'best.safetensors')
+            check_contents(self.checkpoints / BEST, remedy='train in another folder')
+            best = load_file(self.checkpoints / BEST)
             self.objective.network.load_state_dict(best)
         return self.logs['validation'].rows if main else []
 
@@ -304,8 +313,9 @@ class Trainer:
         if scores['loss'] < progress.best:
             progress.best, progress.best_step, progress.waited = scores['loss'], progress.step, 0
             if self.accelerator.is_main_process:
-                with atomic(self.checkpoints / 'best.safetensors') as temporary:
+                with atomic(best := self.checkpoints / BEST) as temporary:
                     save_weights(self.objective.network, temporary)
+                write_sidecar(best, {'Step': progress.step})
         else:
             progress.waited += 1
             progress.ended = progress.waited >= patience
@@ -326,6 +336,7 @@ class Trainer:
             ) from error
         self.accelerator.wait_for_everyone()
         if main:
+            write_checksums(part)
             shutil.rmtree(folder, ignore_errors=True)
             part.replace(folder)
             for old in sorted(self.checkpoints.glob('step-*'))[:-KEPT_CHECKPOINTS]:

@@ -1,5 +1,6 @@
 """The data of a training: runs, the part of each participant, and series for the model."""
 
+import json
 import shutil
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -9,15 +10,15 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from bids_brainfm.bids.files import write_json, write_table
+from bids_brainfm.bids.files import create, write_table
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.model import Model
 from bids_brainfm.signals.series import read_series
 from bids_brainfm.training import cohort as cohorts
 from bids_brainfm.training.cohort import CohortRun, Targets
-from bids_brainfm.training.settings import SETTINGS, TrainingSettings
+from bids_brainfm.training.settings import SETTINGS, TrainingSettings, claim_output
 from bids_brainfm.training.split import PARTS, read_groups, split
-from bids_brainfm.training.store import FORMAT, INDEX, Samples, Store, collect, write_store
+from bids_brainfm.training.store import FORMAT, Samples, Store, collect, is_complete, write_store
 
 PARTICIPANTS = 'participants.tsv'  # which part each participant is in
 # Number of runs from which on it is worth starting processes to read them
@@ -96,10 +97,12 @@ def prepare(settings: TrainingSettings, model: Model, cohort: Cohort) -> None:
     comes last. Nothing is left where data are refused.
     """
     output, series = settings.output, settings.output / 'series'
-    new = not (output / SETTINGS).is_file()
-    if not (series / INDEX).is_file():
+    if not is_complete(series):
         record = {'settings': settings.recorded(), 'software': version('bids_brainfm')}
-        write_json(output / SETTINGS, record | {'format': FORMAT})
+        text = json.dumps(record | {'format': FORMAT}, indent=2) + '\n'
+        new = create(output / SETTINGS, text)
+        if not new:  # by another command that was started together with this one, perhaps
+            claim_output(settings)
         write_participants(output / PARTICIPANTS, cohort)
         runs = [run for run in cohort.runs if run.participant in cohort.parts]
         processes = settings.nthreads if len(runs) >= MANY_RUNS else 1

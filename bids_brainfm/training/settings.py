@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from bids_brainfm.bids.freshness import read_sidecar
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.training.recipe import Recipe, load_recipe
 from bids_brainfm.training.split import PARTS
@@ -89,7 +90,12 @@ def claim_output(settings: TrainingSettings) -> None:
         return
     if not path.is_file():
         raise BrainfmError(f'{output} is not empty and holds no training: name another folder.')
-    record = json.loads(path.read_text())
+    record = read_sidecar(path)
+    if record is None:
+        raise BrainfmError(
+            f'{path} is damaged, and says no longer with which settings the training was started: '
+            f'name another folder.'
+        )
     if record.get('format') != FORMAT:
         raise BrainfmError(
             f'{output} holds a training by bids_brainfm {record.get("software")}, which scored '

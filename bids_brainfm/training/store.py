@@ -10,7 +10,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from isal import isal_zlib
 
+from bids_brainfm.bids.freshness import read_sidecar, sealed
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.training.cohort import CohortRun
 
@@ -35,6 +37,7 @@ class StoredRun:
     start: int  # its first row there
     samples: int  # number of rows
     flagged: int = 0  # number of rows without a measured value
+    checksum: int | None = None  # CRC-32 of its rows, None in stores of earlier versions
 
 
 def write_store(
@@ -70,10 +73,12 @@ def write_store(
                 shard, row = shard + 1, 0
                 files = open_shard()
             data, flagged = samples
-            np.ascontiguousarray(data, '<f4').tofile(files[0])
-            np.ascontiguousarray(flagged, bool).tofile(files[1])
+            data, flagged = np.ascontiguousarray(data, '<f4'), np.ascontiguousarray(flagged, bool)
+            data.tofile(files[0])
+            flagged.tofile(files[1])
+            where = name, participant, part, shard, row, len(data)
             n_flagged = int(np.count_nonzero(flagged))
-            runs.append(StoredRun(name, participant, part, shard, row, len(data), n_flagged))
+            runs.append(StoredRun(*where, n_flagged, _checksum(data, flagged)))
             row += len(data)
     for part in sorted(set(reasons) - {run.part for run in runs}):
         raise BrainfmError(f'No run of the {part} part can be trained on ({reasons[part]})')
@@ -82,13 +87,33 @@ def write_store(
         'left_out': left_out,
     }  # fmt: skip
     temporary = folder / f'.{INDEX}'
-    temporary.write_text(json.dumps(index))
+    temporary.write_text(json.dumps(sealed(index)))
     temporary.replace(folder / INDEX)
 
 
 def _shard(folder: Path, number: int) -> tuple[Path, Path]:
     """Files of the series and of the flags."""
     return folder / f'shard-{number:04d}.f32', folder / f'shard-{number:04d}.flags'
+
+
+def _checksum(series: np.ndarray, flags: np.ndarray) -> int:
+    """CRC-32 of the rows of a run, both contiguous."""
+    return isal_zlib.crc32(flags.view(np.uint8), isal_zlib.crc32(series.view(np.uint8)))
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a store is there, with an undamaged index and files of the right size."""
+    index = read_sidecar(folder / INDEX)
+    if index is None or index.get('format') != FORMAT:
+        return index is not None  # Store says what is wrong with another format
+    rows: dict[int, int] = {}
+    for run in index['runs']:
+        rows[run['shard']] = max(rows.get(run['shard'], 0), run['start'] + run['samples'])
+    return all(
+        path.is_file() and path.stat().st_size == rows[shard] * size
+        for shard in rows
+        for path, size in zip(_shard(folder, shard), (4 * index['parcels'], 1), strict=True)
+    )
 
 
 class Store:
@@ -98,7 +123,12 @@ class Store:
     """
 
     def __init__(self, folder: Path):
-        index = json.loads((folder / INDEX).read_text())
+        index = read_sidecar(folder / INDEX)
+        if index is None:
+            raise BrainfmError(
+                f'{folder / INDEX} is missing or damaged: run the same command again, which '
+                f'prepares the series anew.'
+            )
         if index.get('format') != FORMAT:
             raise BrainfmError(
                 f'{folder} was written by another version of bids_brainfm and does not say which '
@@ -109,6 +139,7 @@ class Store:
         self.left_out: dict[str, str] = index['left_out']
         self.parcels: int = index['parcels']
         self._mapped: dict[int, Samples] = {}
+        self._checked: set[StoredRun] = set()
 
     def part(self, name: str) -> list[StoredRun]:
         """Runs of a part of the split."""
@@ -122,7 +153,8 @@ class Store:
     def window(self, run: StoredRun, first: int, length: int, stride: int = 1) -> Samples:
         """Cut a window of `length` samples, every `stride`-th from `first` on.
 
-        Returns its series (P, T) float32 and its flags (T,) bool.
+        Returns its series (P, T) float32 and its flags (T,) bool. Raises BrainfmError where the
+        run is damaged; the store is then prepared anew by the next command.
         """
         if run.shard not in self._mapped:
             series, flags = _shard(self.folder, run.shard)
@@ -131,9 +163,22 @@ class Store:
                 flat.reshape(-1, self.parcels), np.memmap(flags, dtype=bool, mode='r')
             )  # fmt: skip
         data, flagged = self._mapped[run.shard]
+        if run not in self._checked:
+            self._check(run, data, flagged)
         start, stop = run.start + first, run.start + first + length * stride
         rows = slice(start, stop, stride)
         return np.ascontiguousarray(data[rows].T), np.array(flagged[rows])
+
+    def _check(self, run: StoredRun, data: np.ndarray, flagged: np.ndarray) -> None:
+        """Compare the rows of a run with their checksum, the first time that it is read."""
+        rows = slice(run.start, run.start + run.samples)
+        if run.checksum not in (None, _checksum(data[rows], flagged[rows])):
+            (self.folder / INDEX).unlink(missing_ok=True)
+            raise BrainfmError(
+                f'The series of {run.name} in {self.folder} are not as they were written: run the '
+                f'same command again, which prepares the series anew.'
+            )
+        self._checked.add(run)
 
 
 def windows_in(run: StoredRun, length: int) -> range:

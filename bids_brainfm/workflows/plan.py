@@ -4,6 +4,7 @@ All that can be missing or contradictory is found here: weights, atlases, inputs
 """
 
 import dataclasses
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from bids_brainfm.models.model import check_fit
 from bids_brainfm.outputs import networks
 from bids_brainfm.outputs.encoding import run_current
 from bids_brainfm.outputs.outcome import Outcome, read_failures
-from bids_brainfm.outputs.products import claim
+from bids_brainfm.outputs.products import claim, damaged_files
 from bids_brainfm.outputs.registry import BY_NAME, DENOISING, OF_SERIES
 from bids_brainfm.outputs.series import series_current
 from bids_brainfm.outputs.tasks import ModelTask, NetworksTask, Place, SeriesTask
@@ -33,6 +34,7 @@ from bids_brainfm.resources import home
 from bids_brainfm.signals.strategy import Strategy, load_strategy, override
 from bids_brainfm.workflows import resolve
 
+LOGGER = logging.getLogger('bids_brainfm')
 # The card's own space first; fMRIPrep's default comes last, where the atlas is a warped one
 SPACES = ('MNI152NLin6Asym', 'fsLR', 'MNI152NLin2009cAsym')
 
@@ -233,23 +235,50 @@ def _plan_atlas(
     for asked in every:
         for name in asked.parameters:
             claim(BY_NAME[name], asked, settings.recompute)
-    todo = [run for run in runs if not series_current(run, series)]
-    remade = {run.name for run in todo}
-    to_encode = lambda run, task: run.name in remade or not run_current(run, task)
-    models = [ModelPlan(task, [r for r in runs if to_encode(r, task)]) for task in tasks]
     sources = resolve.networks_tasks(settings, version, home, card, tasks)
     if sources:
         claim(BY_NAME['networks'], sources[0], settings.recompute)
-        remade = remade.union(*({run.name for run in model.todo} for model in models))
+    done = {run.name: _done(run, series, tasks) for run in runs}
     by_subject: dict[str, list[BoldRun]] = {}
     for run in runs if sources else ():
         by_subject.setdefault(run.subject, []).append(run)
     network_runs = {
         subject: own
         for subject, own in by_subject.items()
-        if remade & {run.name for run in own} or not networks.participant_current(own, sources)
+        if not all(all(done[run.name]) for run in own)
+        or not networks.participant_current(own, sources)
     }
+    for run in chain(*network_runs.values()):
+        if all(done[run.name]):  # what is done will be read
+            done[run.name] = _done(run, series, tasks, contents=True)
+    todo = [run for run in runs if not done[run.name][0]]
+    models = [
+        ModelPlan(task, [run for run in runs if not (done[run.name][0] and done[run.name][i])])
+        for i, task in enumerate(tasks, 1)
+    ]
     return AtlasPlan(series, atlas.citation, runs, todo, models, sources, network_runs)
+
+
+def _done(
+    run: BoldRun, series: SeriesTask, tasks: Sequence[ModelTask], contents: bool = False
+) -> list[bool]:
+    """Whether the parcel series of a run and what each model makes of it are done.
+
+    Where anything is left to do, or with `contents`, files are compared with their checksums,
+    since they will be read; a warning names those that are damaged.
+    """
+    found = [series_current(run, series, contents)]
+    found += [run_current(run, task, contents) for task in tasks]
+    if all(found):
+        return found
+    if not contents:
+        return _done(run, series, tasks, contents=True)
+    every: list[SeriesTask | ModelTask] = [series, *tasks]
+    for task in every:
+        for name in task.parameters:
+            for path, fault in damaged_files(BY_NAME[name], run, task.place).items():
+                LOGGER.warning('%s %s: it is made again.', path, fault)
+    return found
 
 
 def _with_tables(run: BoldRun, task: SeriesTask) -> BoldRun:
