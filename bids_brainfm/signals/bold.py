@@ -11,6 +11,7 @@ from nibabel.cifti2 import Cifti2Header
 
 from bids_brainfm.atlases.atlas import Atlas, AtlasImage
 from bids_brainfm.bids.tables import ica_tables
+from bids_brainfm.images import load_image
 from bids_brainfm.signals import denoise as denoising
 from bids_brainfm.signals import parcellate as averaging
 from bids_brainfm.signals.confounds import Tables, count_dummy, read_confounds
@@ -18,7 +19,7 @@ from bids_brainfm.signals.denoise import Freedom
 from bids_brainfm.signals.parcellate import Parcellation
 from bids_brainfm.signals.series import ParcelSeries, check_tr
 from bids_brainfm.signals.strategy import Strategy, load_strategy, override
-from bids_brainfm.signals.stream import load_image, open_bold
+from bids_brainfm.signals.stream import open_bold
 
 Series = TypeVar('Series', bound=ParcelSeries)
 

@@ -12,9 +12,10 @@ import nibabel as nib
 import numpy as np
 
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.images import load_image, read_values
 from bids_brainfm.signals import stream
 from bids_brainfm.signals.sampling import Sampler, matching_labels, sampler_of
-from bids_brainfm.signals.stream import BoldFile, load_image, open_bold
+from bids_brainfm.signals.stream import BoldFile, open_bold
 
 VOXELS = ('mask', 'all')  # which voxels of a parcel its mean is taken over
 
@@ -74,8 +75,8 @@ def parcellate(
     skip = min(skip, bold.n_volumes - 1)
     if bold.is_cifti:
         return _from_grayordinates(bold, atlas_path, n_parcels, skip)
-    sampler = sampler_of(bold, atlas_path, n_parcels)
     mask = None if mask_path is None else _brain_mask(mask_path, bold)
+    sampler = sampler_of(bold, atlas_path, n_parcels)
     return _from_volumes(bold, sampler, mask, voxels, skip)
 
 
@@ -91,7 +92,7 @@ def _brain_mask(mask_path: Path, bold: BoldFile) -> np.ndarray:
             f'The mask {mask_path} is on another grid {image.shape} than the run {bold.path} '
             f'{bold.grid}; give the brain mask of the same space and resolution.'
         )
-    mask = (np.asanyarray(image.dataobj) > 0).ravel(order='F').astype(np.float32)
+    mask = (read_values(image) > 0).ravel(order='F').astype(np.float32)
     if not mask.any():
         raise BrainfmError(f'The mask {mask_path} is empty; run fMRIPrep again for this run.')
     return mask
