@@ -4,12 +4,12 @@ A sidecar records the size and time of change of every input, the size of the da
 share it, and the version of the results: outputs of an earlier version have other numbers.
 """
 
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 
 from bids_brainfm.bids.files import write_json
 from bids_brainfm.bids.run import BoldRun
+from bids_brainfm.documents import read_json
 
 
 def fingerprint(path: Path) -> dict:
@@ -27,10 +27,9 @@ def input_fingerprints(run: BoldRun) -> dict[str, dict]:
 def read_sidecar(path: Path) -> dict | None:
     """Content of a sidecar, None where it is missing or not whole."""
     try:
-        content = json.loads(path.read_text())
+        return read_json(path)
     except (OSError, ValueError):
         return None
-    return content if isinstance(content, dict) else None
 
 
 def sidecar_path(data: Path) -> Path:

@@ -1,6 +1,5 @@
 """Confounds of a run: columns of its tables, components of an ICA, and outlier volumes."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bids_brainfm.documents import read_json, read_tsv
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.signals.ica import read_components
 from bids_brainfm.signals.motion import flag_short_segments, with_own_motion
 from bids_brainfm.signals.strategy import FD, CompCor, Strategy
+from bids_brainfm.validation import LARGEST
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -136,10 +137,8 @@ def _non_steady(table: 'pd.DataFrame', tsv: Path | None) -> tuple[np.ndarray, in
 
 
 def _read_table(tsv: Path, n_volumes: int) -> 'pd.DataFrame':
-    import pandas as pd
-
     try:
-        table = pd.read_csv(tsv, sep='\t', na_values='n/a')
+        table = read_tsv(tsv, na_values='n/a')
     except FileNotFoundError:
         raise BrainfmError(
             f'The confounds table {tsv} does not exist; copy it from the fMRIPrep output, or '
@@ -190,7 +189,7 @@ def _components(
 ) -> list[str]:
     """Retained anatomical CompCor components of the masks that are wanted."""
     try:
-        described = json.loads(Path(json_path).read_text(encoding='utf-8')) if json_path else {}
+        described = read_json(json_path) if json_path else {}
     except (OSError, ValueError) as error:
         raise BrainfmError(
             f'The confounds sidecar {json_path} cannot be read ({error}); copy it again.'
@@ -235,9 +234,11 @@ def _numbers(
     values = columns.to_numpy(dtype=float, copy=True)
     if len(values) > 1:
         values[0] = np.where(np.isnan(values[0]), values[1] if fill else 0, values[0])
-    for row, column in np.argwhere(~np.isfinite(values)):
+    for row, column in np.argwhere(~(np.abs(values) <= LARGEST)):  # NaN is not, either
+        value = values[row, column]
+        found = 'no value' if np.isnan(value) else f'the value {value:g}, beyond {LARGEST:g},'
         raise BrainfmError(
-            f'Column {names[column]} of {tsv} has no value in row {row + 1}; '
+            f'Column {names[column]} of {tsv} has {found} in row {row + 1}; '
             'use the confounds table as fMRIPrep wrote it.'
         )
     return values
