@@ -154,7 +154,7 @@ def _convert(value: Any, hint: Any, what: str) -> Any:
     if basic in (int, float):
         if fits and LARGEST < abs(value) < math.inf:
             raise _Misfit(value, f'of a magnitude up to {LARGEST:g}')
-        fits = is_number(value)
+        fits = fits and is_number(value)
     if not fits or (is_fixed and len(value) != len(parts)):
         raise _Misfit(value, f'a list of {len(parts)} values' if is_fixed else WORDS[basic])
     if origin is dict:

@@ -23,7 +23,7 @@ from bids_brainfm.models.head import Head
 from bids_brainfm.models.protocol import Network, check_network
 
 # Of a network, far above those that exist (BrainLM: 24 layers, 1280 wide, 650 million weights)
-MAX_LAYERS, MAX_SIZE, MAX_WEIGHTS = 1000, 100_000, 5 * 10**9
+MAX_LAYERS, MAX_SIZE, MAX_WEIGHTS = 1000, 10**6, 5 * 10**9
 
 
 def read_config(folder: str | Path, default: dict | None = None) -> dict:

@@ -1,5 +1,6 @@
 """Confounds of a run: columns of its tables, components of an ICA, and outlier volumes."""
 
+import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,16 @@ class Confounds:
     noise_names: tuple[str, ...] = ()
     # (T,) framewise displacement in mm that outliers are found with, NaN at the start
     displacement: np.ndarray | None = None
+
+    def until(self, stop: int) -> 'Confounds':
+        """Return the part for the volumes before `stop`."""
+        rows = slice(stop)
+        moved = self.displacement
+        return dataclasses.replace(
+            self, regressors=self.regressors[rows], flagged=self.flagged[rows],
+            noise=self.noise[rows], signal=self.signal[rows],
+            displacement=None if moved is None else moved[rows],
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -128,6 +139,15 @@ def count_dummy(tsv: Path, n_volumes: int) -> int:
     return _non_steady(_read_table(tsv, n_volumes), tsv)[1]
 
 
+def measure(tsv: Path, name: str) -> np.ndarray:
+    """Return a column (T,) of the confounds of a run, NaN where it has no value; empty: absent."""
+    table = _read_table(tsv)
+    if name not in table:
+        return np.array([])
+    empty = table[name].isna()
+    return np.where(empty, np.nan, _numbers(table[[name]].fillna(0), [name], tsv)[:, 0])
+
+
 def _non_steady(table: 'pd.DataFrame', tsv: Path | None) -> tuple[np.ndarray, int]:
     """(T,) bool, volumes that are not in steady state; how many of these are at the start."""
     columns = [c for c in table if c.startswith('non_steady_state_outlier')]
@@ -136,7 +156,7 @@ def _non_steady(table: 'pd.DataFrame', tsv: Path | None) -> tuple[np.ndarray, in
     return non_steady, dummy
 
 
-def _read_table(tsv: Path, n_volumes: int) -> 'pd.DataFrame':
+def _read_table(tsv: Path, n_volumes: int | None = None) -> 'pd.DataFrame':
     try:
         table = read_tsv(tsv, na_values='n/a')
     except FileNotFoundError:
@@ -147,7 +167,7 @@ def _read_table(tsv: Path, n_volumes: int) -> 'pd.DataFrame':
     except (OSError, ValueError) as error:
         reason = ' '.join(str(error).split())
         raise BrainfmError(f'The confounds table {tsv} cannot be read ({reason}).') from error
-    if len(table) != n_volumes:
+    if n_volumes is not None and len(table) != n_volumes:
         raise BrainfmError(
             f'The confounds table {tsv} has {len(table)} rows but the run has {n_volumes} '
             'volumes; use the table and the BOLD file of the same fMRIPrep run.'

@@ -10,6 +10,7 @@ from bids_brainfm.bids.dataset import Record, find_records, read_column
 from bids_brainfm.bids.naming import parcels_name
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.signals.resample import same_rate
+from bids_brainfm.validation import is_number
 
 MISSING = ('', 'n/a', 'nan', 'na')
 
