@@ -41,8 +41,9 @@ def read_yaml(path: Path) -> Any:
     """Read a YAML file of plain values; aliases count as if they were written out."""
     import yaml
 
-    loader = yaml.SafeLoader(_text(path, 'YAML'))
+    text = _text(path, 'YAML')
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -54,8 +55,6 @@ def read_yaml(path: Path) -> Any:
         raise ValueError(f'a value does not fit its tag: {error}') from None
     except yaml.YAMLError as error:
         raise ValueError(' '.join(str(error).split())) from None
-    finally:
-        loader.dispose()
 
 
 def read_tsv(path: Path, **options: Any) -> 'pd.DataFrame':

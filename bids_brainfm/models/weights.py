@@ -96,6 +96,14 @@ def build(config: dict[str, Any]) -> Network:
         raise BrainfmError(
             f'The configuration of a {model_type} model lacks {error.args[0]!r}; add it.'
         ) from error
+    except BrainfmError:
+        raise
+    except Exception as error:  # whatever sizes that do not fit raise
+        reason = str(error).partition('\n')[0]
+        raise BrainfmError(
+            f'The configuration of a {model_type} model makes no network ({reason:.200}): compare '
+            'it with the config of a model card that comes with bids_brainfm.'
+        ) from error
 
 
 def _check_sizes(config: dict[str, Any], model_type: str) -> None:

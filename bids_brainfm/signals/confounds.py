@@ -142,10 +142,7 @@ def count_dummy(tsv: Path, n_volumes: int) -> int:
 def measure(tsv: Path, name: str) -> np.ndarray:
     """Return a column (T,) of the confounds of a run, NaN where it has no value; empty: absent."""
     table = _read_table(tsv)
-    if name not in table:
-        return np.array([])
-    empty = table[name].isna()
-    return np.where(empty, np.nan, _numbers(table[[name]].fillna(0), [name], tsv)[:, 0])
+    return _floats(table, [name], tsv)[:, 0] if name in table else np.array([])
 
 
 def _non_steady(table: 'pd.DataFrame', tsv: Path | None) -> tuple[np.ndarray, int]:
@@ -244,6 +241,19 @@ def _numbers(
     table: 'pd.DataFrame', names: list[str], tsv: Path | None, fill: bool = True
 ) -> np.ndarray:
     """(T, K) float64 columns; the first row is filled from the second, or with 0."""
+    values = _floats(table, names, tsv)
+    if len(values) > 1:
+        values[0] = np.where(np.isnan(values[0]), values[1] if fill else 0, values[0])
+    for row, column in np.argwhere(np.isnan(values)):
+        raise BrainfmError(
+            f'Column {names[column]} of {tsv} has no value in row {row + 1}; '
+            'use the confounds table as fMRIPrep wrote it.'
+        )
+    return values
+
+
+def _floats(table: 'pd.DataFrame', names: list[str], tsv: Path | None) -> np.ndarray:
+    """(T, K) float64 columns, NaN where there is no value; refused if they are no usual numbers."""
     columns = table[names]
     for name, kind in columns.dtypes.items():
         if kind.kind not in 'iufb':
@@ -252,13 +262,9 @@ def _numbers(
                 'use the confounds table as fMRIPrep wrote it.'
             )
     values = columns.to_numpy(dtype=float, copy=True)
-    if len(values) > 1:
-        values[0] = np.where(np.isnan(values[0]), values[1] if fill else 0, values[0])
-    for row, column in np.argwhere(~(np.abs(values) <= LARGEST)):  # NaN is not, either
-        value = values[row, column]
-        found = 'no value' if np.isnan(value) else f'the value {value:g}, beyond {LARGEST:g},'
+    for row, column in np.argwhere(np.abs(values) > LARGEST):
         raise BrainfmError(
-            f'Column {names[column]} of {tsv} has {found} in row {row + 1}; '
-            'use the confounds table as fMRIPrep wrote it.'
+            f'Column {names[column]} of {tsv} has the value {values[row, column]:g} in row '
+            f'{row + 1}, beyond {LARGEST:g}; use the confounds table as fMRIPrep wrote it.'
         )
     return values

@@ -178,7 +178,7 @@ def _stream(
     cost the variance its digits.
     """
     values = np.empty(sampler.voxels.size, bold.dtype)
-    changes = np.empty((bold.n_volumes, sampler.starts.size))
+    changes = np.zeros((bold.n_volumes, sampler.starts.size))
     first, change, total, squares = np.zeros((4, values.size))
     bad, brain_sum = np.zeros(int(np.prod(bold.grid)), bool), 0.0
     unchanged, steady, some = np.arange(values.size), _steady(used, skip), sample_of(values.size)
@@ -189,10 +189,10 @@ def _stream(
             continue
         frame[nonfinite] = 0
         np.take(frame, sampler.voxels, out=values, mode='wrap')  # 'raise' would make a copy
-        sample[t] = values[some] * bold.slope + bold.inter
         if t == start:
             first[:] = values
         with np.errstate(invalid='ignore', over='ignore'):
+            sample[t] = values[some] * bold.slope + bold.inter
             np.subtract(values, first, out=change)
             # A product with the mask as numbers is several times faster than picking its voxels.
             in_brain = 0.0 if mask is None else float(frame @ mask)
