@@ -3,21 +3,29 @@
 Inflating gzip is what costs time; isal does it about twice as fast as zlib.
 """
 
+import contextlib
 import io
 import math
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import numpy as np
+from isal import isal_zlib
 
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.validation import LARGEST
 
 if TYPE_CHECKING:
     import nibabel as nib
 
     Image: TypeAlias = nib.Nifti1Image | nib.Cifti2Image
 
+# What reading a file that was cut or damaged raises
+BROKEN: tuple[type[Exception], ...] = (
+    EOFError, zlib.error, cast(type[Exception], isal_zlib.error)
+)  # fmt: skip
 CHUNK = 1 << 17  # bytes of a compressed file that are read at once; longer than a gzip header
 MAGIC = b'\x1f\x8b'  # begins each member of a gzip stream
 MOST_INFLATED = 1032  # times as many bytes as a deflate stream has, at most (zlib's manual)
@@ -34,14 +42,12 @@ class GzipReader(io.RawIOBase):
     ``isal_zlib.error``.
     """
 
-    def __init__(self, file: IO[bytes]):
+    def __init__(self, file: io.BufferedReader):
         self._file, self._rest = file, b''
         self._begin(file.read(CHUNK))
 
     def _begin(self, compressed: bytes) -> None:
         # A whole chunk from its start on: isal reads no header that comes in two parts.
-        from isal import isal_zlib
-
         self._member, self._rest = isal_zlib.decompressobj(16 + zlib.MAX_WBITS), compressed
 
     def readable(self) -> bool:
@@ -68,24 +74,20 @@ class GzipReader(io.RawIOBase):
                 raise EOFError('the gzip stream ends early')
 
 
-def open_data(path: Path) -> IO[bytes]:
+@contextlib.contextmanager
+def open_data(path: Path) -> Iterator[io.BufferedReader]:
     """Open a file, or what a gzip file (``.gz``) inflates to, from its start."""
-    file = Path(path).open('rb')
-    return io.BufferedReader(GzipReader(file), CHUNK) if Path(path).suffix == '.gz' else file
-
-
-def broken() -> tuple[type[Exception], ...]:
-    """What reading a file that was cut or damaged raises."""
-    from isal import isal_zlib
-
-    return EOFError, zlib.error, cast(type[Exception], isal_zlib.error)
+    with Path(path).open('rb') as file:
+        is_gzip = Path(path).suffix == '.gz'
+        yield io.BufferedReader(GzipReader(file), CHUNK) if is_gzip else file
 
 
 def load_image(path: Path) -> 'Image':
     """Open a NIfTI or CIFTI image; its data stay on disk.
 
     Raises BrainfmError: it is absent, damaged, no NIfTI file, or its header cannot be true: more
-    values than the file holds, a volume of more than `MAX_VOXELS`, or no place in space.
+    values than the file holds, a volume of more than `MAX_VOXELS`, factors beyond `LARGEST`, or no
+    place in space.
     """
     import nibabel as nib
 
@@ -103,18 +105,22 @@ def load_image(path: Path) -> 'Image':
     if not is_cifti and not isinstance(image, nib.Nifti1Image):  # NIfTI-2 is a subclass
         raise BrainfmError(f'{path} is not a single-file NIfTI image; convert it to .nii.gz.')
     size, needed = Path(path).stat().st_size, offset + math.prod(shape) * stored.dtype.itemsize
-    fault = ''
-    if min(shape, default=0) < 1 or offset < 0:
+    factors, fault = (float(stored.slope), float(stored.inter)), ''
+    if not (1 / LARGEST <= abs(factors[0]) <= LARGEST and abs(factors[1]) <= LARGEST):
+        fault = 'its values are to be multiplied by {:g}, and {:g} added'.format(*factors)
+    elif min(shape, default=0) < 1 or offset < 0:
         fault = f'it claims a shape of {shape}, and data from byte {offset} on'
     elif needed > size * (MOST_INFLATED if Path(path).suffix == '.gz' else 1):
-        fault = f'a shape of {shape} takes {needed:,} bytes, and a file of {size:,} cannot hold them'
+        fault = (
+            f'a shape of {shape} takes {needed:,} bytes, and a file of {size:,} cannot hold them'
+        )
     elif not is_cifti and math.prod(shape[:3]) > MAX_VOXELS:
         fault = f'a volume of {shape[:3]} has more than {MAX_VOXELS:,} voxels'
     if fault:
         raise BrainfmError(
             f'{path} is truncated or has a damaged header: {fault}; copy the file again.'
         )
-    if not is_cifti:
+    if isinstance(image, nib.Nifti1Image):
         _check_affine(path, image.affine)
     return image
 
@@ -124,17 +130,20 @@ def read_values(image: 'Image') -> np.ndarray:
 
     nibabel stops before the checksum at the end of a gzip file, so that it misses damage.
     """
-    path, stored = Path(image.get_filename() or ''), cast('nib.arrayproxy.ArrayProxy', image.dataobj)
+    path, stored = (
+        Path(image.get_filename() or ''),
+        cast('nib.arrayproxy.ArrayProxy', image.dataobj),
+    )
     if isinstance(stored, np.ndarray):  # of an image that was made, not read
         return stored
     values = np.empty(math.prod(stored.shape), stored.dtype)
     try:
         with open_data(path) as stream:
             skip(stream, int(stored.offset))
-            if stream.readinto(values.view(np.uint8).data) < values.nbytes:  # type: ignore[attr-defined]
+            if stream.readinto(values.view(np.uint8).data) < values.nbytes:
                 raise EOFError('it ends early')
             drain(stream)
-    except (*broken(), OSError) as error:
+    except (OSError, EOFError, zlib.error, cast(type[Exception], isal_zlib.error)) as error:
         raise BrainfmError(
             f'{path} is truncated or damaged ({_reason(error)}); copy the file again.'
         ) from error
@@ -143,13 +152,37 @@ def read_values(image: 'Image') -> np.ndarray:
     return values if (slope, inter) == (1, 0) else values * slope + inter
 
 
-def skip(stream: IO[bytes], size: int) -> None:
+def brain_models(image: 'nib.Cifti2Image') -> 'nib.cifti2.BrainModelAxis':
+    """Return the grayordinates of a dense CIFTI file; refused where their header is damaged."""
+    from nibabel.cifti2 import BrainModelAxis
+
+    axis = axis_of(image, 1)
+    if not isinstance(axis, BrainModelAxis):
+        raise BrainfmError(
+            f'{image.get_filename()} is a CIFTI file of {type(axis).__name__}, not of '
+            'grayordinates; give a dense one (dtseries, dlabel).'
+        )
+    return axis
+
+
+def axis_of(image: 'nib.Cifti2Image', number: int) -> 'nib.cifti2.cifti2_axes.Axis':
+    """Return an axis of a CIFTI file, refused where its description is damaged."""
+    try:
+        return image.header.get_axis(number)
+    except Exception as error:  # nibabel raises many kinds
+        raise BrainfmError(
+            f'{image.get_filename()} has a damaged CIFTI header ({_reason(error)}); copy the file '
+            'again.'
+        ) from error
+
+
+def skip(stream: io.BufferedReader, size: int) -> None:
     """Read bytes and forget them, some at a time."""
     while size and (some := stream.read(min(size, CHUNK))):
         size -= len(some)
 
 
-def drain(stream: IO[bytes]) -> None:
+def drain(stream: io.BufferedReader) -> None:
     """Read to the end, where gzip compares its checksum."""
     while stream.read(CHUNK):
         pass

@@ -66,8 +66,11 @@ Label = Annotated[str, Condition(is_label, LABEL)]
 
 
 def is_number(value: Any, kind: type = numbers.Real) -> bool:
-    """Whether this is a number (of a kind) of magnitude up to `LARGEST`; True and False are not."""
-    return isinstance(value, kind) and not isinstance(value, bool) and bool(abs(value) <= LARGEST)
+    """Whether this is a number (of a kind) of magnitude up to `LARGEST`; booleans are not."""
+    if isinstance(value, bool) or not isinstance(value, kind):
+        return False
+    magnitude: Any = abs(value)  # type: ignore[arg-type]
+    return bool(magnitude <= LARGEST)
 
 
 def card_names(folder: str) -> list[str]:

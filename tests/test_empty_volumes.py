@@ -18,7 +18,9 @@ FAULTS = {
     'NaN': lambda good: np.nan,
     'infinite': lambda good: np.inf,
     'noise': lambda good: np.random.default_rng(1).normal(0, 1, good.shape),
-    'half': lambda good: good * (np.arange(good.shape[0]) < good.shape[0] / 2)[:, None, None, None],
+    'half': lambda good: (
+        good * (np.arange(good.shape[0]) < good.shape[0] / 2)[:, None, None, None]
+    ),
     'repeated': lambda good: good[..., :1],
 }
 PLACES = {
@@ -122,7 +124,8 @@ def test_a_scan_stopped_early_is_shortened_with_a_warning(dataset, tmp_path, app
     out = tmp_path / 'out'
     assert app(dataset, out, '--denoise', strategy, '--stop-after', 'timeseries') == 0
     (stopped, cut) = (
-        json.loads(next(out.glob(f'sub-{s}/func/*timeseries.json')).read_text()) for s in ('01', '02')
+        json.loads(next(out.glob(f'sub-{s}/func/*timeseries.json')).read_text())
+        for s in ('01', '02')
     )
     assert stopped['NumberOfVolumesWithoutSignal'] == 61
     assert stopped['NumberOfVolumesLeftOutAtEnd'] == 60
@@ -141,7 +144,9 @@ def test_a_scan_stopped_early_is_shortened_with_a_warning(dataset, tmp_path, app
 
 
 def _rows(out, label):
-    return len(pd.read_csv(next(out.glob(f'sub-{label}/func/*stat-mean_timeseries.tsv')), sep='\t'))
+    return len(
+        pd.read_csv(next(out.glob(f'sub-{label}/func/*stat-mean_timeseries.tsv')), sep='\t')
+    )
 
 
 def test_the_functions_of_python_warn(dataset):

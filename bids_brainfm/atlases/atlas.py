@@ -14,7 +14,7 @@ from bids_brainfm.atlases.faults import Places, fault_of_names
 from bids_brainfm.atlases.images import LabelImage, check_image, misfit, read_labels
 from bids_brainfm.documents import ENCODING, read_tsv
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.images import FARTHEST_MM
+from bids_brainfm.images import FARTHEST_MM, axis_of
 from bids_brainfm.resources import home as fetched_files
 
 if TYPE_CHECKING:
@@ -213,11 +213,14 @@ def _check_order(index: np.ndarray, card: AtlasCard, path: Path | str) -> None:
 
 def _label_names(image: LabelImage) -> tuple[str, ...]:
     """Names of the labels 1..P in a dlabel image's table, in the order of the labels."""
-    from nibabel import Cifti2Image
+    from nibabel.cifti2 import Cifti2Image, LabelAxis
 
     if not isinstance(image, Cifti2Image):
         raise ValueError('it is not a CIFTI file')
-    table = image.header.get_axis(0).label[0]
+    axis = axis_of(image, 0)
+    if not isinstance(axis, LabelAxis):
+        raise ValueError('it has no table of labels')
+    table = axis.label[0]
     return tuple(table[key][0] for key in sorted(table) if key > 0)
 
 

@@ -73,10 +73,9 @@ class AtlasCard:
     lookalikes: str | None = None  # glob pattern of files that may be the atlas in a wrong order
 
     def __post_init__(self) -> None:
-        if self.order and sum(self.order.values()) != self.parcels:
-            raise BrainfmError(
-                f'it gives the order of {sum(self.order.values())} names for {self.parcels} parcels.'
-            )
+        named = sum(self.order.values())
+        if self.order and named != self.parcels:
+            raise BrainfmError(f'it gives the order of {named} names for {self.parcels} parcels.')
         names = {file.name for file in self.files}
         for file in self.files:
             if file.made and not (file.made.of and names.issuperset(file.made.of)):

@@ -7,7 +7,7 @@ import numpy as np
 
 from bids_brainfm.atlases.faults import Places
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.images import load_image, read_values
+from bids_brainfm.images import brain_models, load_image, read_values
 
 if TYPE_CHECKING:
     import nibabel as nib
@@ -74,7 +74,7 @@ def in_voxels(image: LabelImage, labels: np.ndarray) -> tuple[np.ndarray, np.nda
 
     if not isinstance(image, Cifti2Image):
         return labels, image.affine
-    axis = image.header.get_axis(1)
+    axis = brain_models(image)
     inside = axis.volume_mask
     if not inside.any():
         return np.zeros((1, 1, 1), labels.dtype), np.eye(4)

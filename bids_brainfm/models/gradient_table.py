@@ -18,9 +18,7 @@ def read_gradients(path: str | Path) -> np.ndarray:
     try:
         with warnings.catch_warnings():  # of an empty file, which is refused below
             warnings.simplefilter('ignore')
-            table = np.loadtxt(
-                path, delimiter=',', ndmin=2, dtype=np.float32, encoding=ENCODING
-            )
+            table = np.loadtxt(path, delimiter=',', ndmin=2, dtype=np.float32, encoding=ENCODING)
     except OSError as error:
         raise BrainfmError(
             f'The table of gradients {path} cannot be read ({error}): check the path.'

@@ -81,7 +81,7 @@ def build(config: dict[str, Any]) -> Network:
             if (weights := sum(x.numel() for x in network.state_dict().values())) > MAX_WEIGHTS:
                 raise BrainfmError(
                     f'The configuration of a {model_type} model makes a network of {weights:,} '
-                    f'weights, and {MAX_WEIGHTS:,} is the most that is supported: correct its sizes.'
+                    f'weights, and at most {MAX_WEIGHTS:,} are supported: correct its sizes.'
                 )
             if lacking := check_network(network):
                 raise BrainfmError(

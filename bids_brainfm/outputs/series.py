@@ -303,8 +303,9 @@ def write(context: SeriesContext, result: 'BoldSeries') -> None:
     write_table(coverage, {'Node': list(atlas.names)} | columns)
     write_matrix(table, series.data, list(atlas.names))
     order, label = products.display_order(atlas.xyz)
+    raw = series.found.data[series.dummy :][: len(series.data)]
     carpet = figures.carpet(
-        series.found.data[series.dummy :][: len(series.data)], series.data, series.tr, series.flagged, order,
+        raw, series.data, series.tr, series.flagged, order,
         order_label=label, start=series.start,
     )  # fmt: skip
     products.save_figure(carpet, place.figure(run, 'carpet'))

@@ -211,10 +211,8 @@ def _lost(series: ParcelSeries, start: int, stop: int) -> list[str]:
     done += [f'{inside} were flagged and interpolated'] * (inside > 0)
     if not done:
         return []
-    return [
-        'Volumes hold no signal (empty, constant, NaN, cut off, or equal to the volume before): '
-        f'{" and ".join(done)}.'
-    ]
+    text = 'Volumes hold no signal (empty, constant, NaN, cut off, or equal to the volume before)'
+    return [f'{text}: {" and ".join(done)}.']
 
 
 def voxel_size(bold: Path) -> float | None:

@@ -11,7 +11,12 @@ import numpy as np
 from bids_brainfm.documents import read_json, read_tsv
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.signals.ica import read_components
-from bids_brainfm.signals.motion import flag_short_segments, with_own_motion
+from bids_brainfm.signals.motion import (
+    ROTATIONS,
+    TRANSLATIONS,
+    flag_short_segments,
+    with_own_motion,
+)
 from bids_brainfm.signals.strategy import FD, CompCor, Strategy
 from bids_brainfm.validation import LARGEST
 
@@ -77,6 +82,8 @@ def read_confounds(tables: Tables, strategy: Strategy, n_volumes: int, tr: float
     if tsv is not None:
         table = _read_table(tsv, n_volumes)
         if strategy.motion_filter or strategy.head_radius:
+            parameters = [name for name in (*TRANSLATIONS, *ROTATIONS) if name in table]
+            table[parameters] = _floats(table, parameters, tsv)
             table = with_own_motion(table, strategy, tr)
     elif strategy.needs_table:
         raise BrainfmError(
@@ -101,7 +108,7 @@ def read_confounds(tables: Tables, strategy: Strategy, n_volumes: int, tr: float
     dummy, flagged = _find_outliers(table, strategy, tsv)
     return Confounds(
         regressors, tuple(names), flagged, dummy, noise, signal, noise_names,
-        table[FD].to_numpy(dtype=float) if FD in table else None,
+        _floats(table, [FD], tsv)[:, 0] if FD in table else None,
     )  # fmt: skip
 
 
@@ -253,7 +260,7 @@ def _numbers(
 
 
 def _floats(table: 'pd.DataFrame', names: list[str], tsv: Path | None) -> np.ndarray:
-    """(T, K) float64 columns, NaN where there is no value; refused if they are no usual numbers."""
+    """(T, K) float64 columns, NaN where there is no value; refused if they are no numbers."""
     columns = table[names]
     for name, kind in columns.dtypes.items():
         if kind.kind not in 'iufb':

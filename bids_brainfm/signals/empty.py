@@ -27,8 +27,9 @@ def without_signal(values: np.ndarray) -> np.ndarray:
     known = np.where(finite, values, 0)
     number = np.count_nonzero(known, axis=1)
     mean = known.sum(axis=1) / np.maximum(finite.sum(axis=1), 1)
-    squares = np.where(finite, known - mean[:, None], 0) ** 2
-    spread = np.sqrt(squares.sum(axis=1) / np.maximum(finite.sum(axis=1), 1))
+    with np.errstate(over='ignore', invalid='ignore'):  # of values that are refused later
+        squares = np.where(finite, known - mean[:, None], 0) ** 2
+        spread = np.sqrt(squares.sum(axis=1) / np.maximum(finite.sum(axis=1), 1))
     found = spread <= FLAT * np.quantile(spread, 0.9)
     found |= number < PARTIAL * np.quantile(number, 0.9)
     found[1:] |= (known[1:] == known[:-1]).all(axis=1)

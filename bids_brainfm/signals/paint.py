@@ -174,7 +174,7 @@ def _write_on_atlas(
         axes = axis, atlas.header.get_axis(1)
         dense = nib.Cifti2Image(painted.astype(np.float32), header=axes)
         dense.nifti_header.set_intent(intent)
-        image: 'Image' = dense
+        image: Image = dense
     else:
         image = nib.Nifti1Image(painted, atlas.affine)
         image.header.set_xyzt_units('mm')

@@ -174,8 +174,8 @@ def _stream(
 ) -> _Streamed:  # fmt: skip
     """One pass over the volumes that are `used`, (T,) bool.
 
-    Voxels `nonfinite` are read as zero, which makes them constant. Sums are of the change since the first volume, so that squares of values far from zero do not
-    cost the variance its digits.
+    Voxels `nonfinite` are read as zero, which makes them constant. Sums are of the change since
+    the first volume, so that squares of values far from zero do not cost the variance its digits.
     """
     values = np.empty(sampler.voxels.size, bold.dtype)
     changes = np.zeros((bold.n_volumes, sampler.starts.size))
@@ -217,6 +217,7 @@ def _stream(
     return _Streamed(changes, first, varies, total, variance, brain_sum, bad_voxels, sample)
 
 
+@np.errstate(over='ignore', invalid='ignore')  # what is beyond bounds is refused at the end
 def _from_grayordinates(
     bold: BoldFile, atlas_path: Path, n_parcels: int, skip: int
 ) -> Parcellation:

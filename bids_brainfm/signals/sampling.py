@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.images import load_image, read_values
+from bids_brainfm.images import brain_models, load_image, read_values
 from bids_brainfm.signals.stream import BoldFile
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def matching_labels(atlas_path: Path, n_parcels: int, bold: BoldFile) -> np.ndar
         raise BrainfmError(
             f'{bold.path} is a CIFTI series but the atlas {atlas_path} is not a .dlabel.nii file.'
         )
-    axis, labels = image.header.get_axis(1), labels_of(image, n_parcels)
+    axis, labels = brain_models(image), labels_of(image, n_parcels)
     in_volume = axis.volume_mask
     subcortical = np.setdiff1d(labels[in_volume], labels[~in_volume])
     n_lost = np.count_nonzero(subcortical)

@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.images import broken, drain, load_image, open_data, skip
+from bids_brainfm.images import BROKEN, axis_of, brain_models, drain, load_image, open_data, skip
 
 _SECONDS = {8: 1.0, 16: 1e-3, 24: 1e-6}  # unit codes of time
 
@@ -57,7 +57,7 @@ def open_bold(path: Path) -> BoldFile:
     path = Path(path)
     stored = cast('nib.arrayproxy.ArrayProxy', image.dataobj)
     if isinstance(image, nib.Cifti2Image):
-        time, axis = (image.header.get_axis(i) for i in range(2))
+        time, axis = axis_of(image, 0), brain_models(image)
         if not isinstance(time, nib.cifti2.SeriesAxis):
             raise BrainfmError(f'{path} is a CIFTI file but not a dense time series (dtseries).')
         if stored.shape != (len(time), len(axis)):
@@ -119,12 +119,12 @@ def _chunks(bold: BoldFile, sizes: list[int], what: str) -> Iterator[np.ndarray]
             skip(stream, bold.offset)
             for size in sizes:
                 piece = buffer[:size]
-                if stream.readinto(piece.view(np.uint8).data) < piece.nbytes:  # type: ignore[attr-defined]
+                if stream.readinto(piece.view(np.uint8).data) < piece.nbytes:
                     raise EOFError
                 yield piece
                 done += 1
             drain(stream)
-    except broken() as error:
+    except BROKEN as error:
         raise BrainfmError(
             f'{bold.path} is truncated or damaged: {done} of {len(sizes)} {what} could be read; '
             'copy the file again, or run fMRIPrep again for this run.'
