@@ -110,7 +110,7 @@ def build(kind: type[Kind], content: dict[str, Any], what: str, **given: Any) ->
     fields = {field.name: field for field in dataclasses.fields(kind) if field.name not in given}
     required = lambda field: field.default is field.default_factory is dataclasses.MISSING
     missing = [name for name in fields if name not in content and required(fields[name])]
-    unknown = [str(key) for key in content if key not in fields]
+    unknown = [_short(key) for key in content if key not in fields]
     faults = [f'lacks {", ".join(missing)}'] if missing else []
     faults += [f'has the unknown key {", ".join(unknown)}'] if unknown else []
     if faults:
@@ -125,6 +125,11 @@ def build(kind: type[Kind], content: dict[str, Any], what: str, **given: Any) ->
         return kind(**values, **given)
     except BrainfmError as error:
         raise BrainfmError(f'{what}: {error}') from None
+
+
+def _short(value: object) -> str:
+    """Return a value as one line of a sentence."""
+    return ' '.join(str(value).split())[:60]
 
 
 class _Misfit(Exception):
@@ -166,5 +171,5 @@ def _convert(value: Any, hint: Any, what: str) -> Any:
         each = parts if is_fixed else parts[:1] * len(value)
         return origin(_convert(one, part, what) for one, part in zip(value, each, strict=True))
     if is_card:
-        return build(hint, value, f'{what}, {value["name"]}' if 'name' in value else what)
+        return build(hint, value, f'{what}, {_short(value["name"])}' if 'name' in value else what)
     return value

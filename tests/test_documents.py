@@ -108,10 +108,10 @@ def test_labels_are_those_of_bids(tmp_path, value):
     """Letters of ASCII and digits; Python takes others for letters and digits, too."""
     text = f'"{value}"'
     path = changed(tmp_path, 'models', 'brainlm-13m.yml', 'label: brainlm13m', f'label: {text}')
-    with pytest.raises(BrainfmError, match='label .*letters A to Z'):
+    with pytest.raises(BrainfmError, match=r'label .*letters A to Z'):
         load_card(path)
-    path = changed(tmp_path, 'atlases', 'A424.yml', 'name: A424', f'name: {text}')
-    with pytest.raises(BrainfmError, match='name .*letters A to Z'):
+    path = changed(tmp_path, 'atlases', 'A424.yml', 'name: A424\n', f'name: {text}\n')
+    with pytest.raises(BrainfmError, match=r'name .*letters A to Z'):
         atlases.load_card(path)
 
 
