@@ -1,7 +1,10 @@
 """The public names: signals and models, with what fMRIPrep writes next to a BOLD file."""
 
+import warnings
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from bids_brainfm.atlases.atlas import Atlas, load_atlas
 from bids_brainfm.bids.inputs.fmriprep import run_of
@@ -90,7 +93,7 @@ def parcellate(
         vary, ``level`` the mean over time in BOLD units, and ``tsnr`` the temporal signal-to-noise
         ratio: mean by standard deviation over time of a voxel, and the median over voxels.
         ``level``, ``tsnr`` and the mean of the brain leave out the volumes that fMRIPrep found not
-        to be in steady state.
+        to be in steady state. Volumes without signal are ``flagged`` and interpolated.
         ``start`` is the StartTime of the sidecar, 0 where there is none.
 
     Raises
@@ -103,7 +106,7 @@ def parcellate(
     -----
     UserWarning
         There is no brain mask of the volumes, so that voxels outside the brain are not
-        distinguished from those inside.
+        distinguished from those inside; or volumes hold no signal.
     """
     run = run_of(Path(bold))
     atlas = atlas if isinstance(atlas, Atlas) else load_atlas(atlas)
@@ -116,10 +119,17 @@ def parcellate(
     if tr is None and run.sidecar is not None:
         tr = repetition_time(run)
     start = None if run.sidecar is None else start_time(run)
-    return signals.parcellate(
+    series = signals.parcellate(
         run.bold, atlas, Path(mask) if mask else run.mask, space, tr, start or 0.0, voxels,
         run.confounds,
     )  # fmt: skip
+    if lost := np.count_nonzero(series.flagged):
+        warnings.warn(
+            f'{lost} of {len(series.data)} volumes hold no signal (empty, constant, NaN, cut off, '
+            'or equal to the volume before): they are flagged, and their values interpolated.',
+            stacklevel=2,
+        )
+    return series
 
 
 def load_model(

@@ -7,19 +7,25 @@ What does not fit is refused in one sentence: the file, the field, its value, wh
 import dataclasses
 import math
 import numbers
+import re
 import types
 import typing
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
+from bids_brainfm.documents import read_yaml
 from bids_brainfm.errors import BrainfmError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 DATA = Path(__file__).parent / 'data'
-MAX_TR = 30  # seconds; a longer repetition time is in milliseconds
+MIN_TR, MAX_TR = 0.01, 30  # seconds; a longer repetition time is in milliseconds
+LARGEST = 1e15  # magnitude of any number in a card, a sidecar or a table
+SMALLEST = 1e-9  # of what must be above 0
+MOST = 1_000_000  # of anything that is counted
+LABEL_PATTERN = re.compile('[A-Za-z0-9]+')  # of BIDS
 WORDS = {bool: 'true or false', dict: 'a mapping', float: 'a number', int: 'a whole number',
          list: 'a list', str: 'text', tuple: 'a list'}  # fmt: skip
 Kind = TypeVar('Kind', bound='DataclassInstance')
@@ -37,16 +43,34 @@ def one_of(names: Collection[str]) -> Condition:
     return Condition(lambda value: value in names, f'one of {", ".join(names)}')
 
 
-Positive = Annotated[float, Condition(lambda value: value > 0, 'above 0')]
-PositiveInt = Annotated[int, Condition(lambda value: value > 0, 'above 0')]
-Proportion = Annotated[float, Condition(lambda value: 0 < value <= 1, 'above 0 and at most 1')]
-LABEL = 'made of letters and digits only (it goes into file names)'
-Label = Annotated[str, Condition(str.isalnum, LABEL)]
+def between(low: float, high: float, accepted: str) -> Condition:
+    """Accept numbers from `low` to `high`."""
+    return Condition(lambda value: low <= value <= high, f'{accepted} and at most {high:g}')
+
+
+Positive = Annotated[float, between(SMALLEST, 1 / SMALLEST, f'above 0 (at least {SMALLEST:g})')]
+PositiveInt = Annotated[int, between(1, MOST, 'above 0')]
+NotNegative = Annotated[float, between(0, 1 / SMALLEST, '0 or above')]
+Count = Annotated[int, between(0, MOST, '0 or above')]
+Proportion = Annotated[float, between(SMALLEST, 1, 'above 0')]
+Seconds = Annotated[float, between(MIN_TR, MAX_TR, f'a repetition time in seconds, {MIN_TR:g}')]
+LABEL = 'made of the letters A to Z and digits only (it goes into file names)'
+
+
+def is_label(text: str) -> bool:
+    """Whether BIDS allows this text as a label: letters of ASCII and digits."""
+    return LABEL_PATTERN.fullmatch(text) is not None
+
+
+Label = Annotated[str, Condition(is_label, LABEL)]
 
 
 def is_number(value: Any, kind: type = numbers.Real) -> bool:
-    """Whether this is a number (of a kind); text, True and False are not."""
-    return isinstance(value, kind) and not isinstance(value, bool)
+    """Whether this is a number (of a kind) of magnitude up to `LARGEST`; booleans are not."""
+    if isinstance(value, bool) or not isinstance(value, kind):
+        return False
+    magnitude: Any = abs(value)  # type: ignore[arg-type]
+    return bool(magnitude <= LARGEST)
 
 
 def card_names(folder: str) -> list[str]:
@@ -56,8 +80,6 @@ def card_names(folder: str) -> list[str]:
 
 def read_card(name: str | Path, folder: str, what: str) -> tuple[Path, dict[str, Any]]:
     """Path and content of a card of the package, by its name, or of the user's, by its path."""
-    import yaml
-
     path, names = Path(name), card_names(folder)
     if str(name) in names:
         path = DATA / folder / f'{name}.yml'
@@ -67,12 +89,12 @@ def read_card(name: str | Path, folder: str, what: str) -> tuple[Path, dict[str,
             'of your own (.yml).'
         )
     try:
-        content = yaml.safe_load(path.read_text(encoding='utf-8'))
+        content = read_yaml(path)
         if not isinstance(content, dict):
             raise ValueError(f'it is {WORDS.get(type(content), "empty")}')
     except FileNotFoundError:
         raise BrainfmError(f'The {what} {path} does not exist: check the path.') from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         reason = ' '.join(str(error).split())
         raise BrainfmError(f'The {what} {path} is not a YAML mapping ({reason}).') from None
     return path, content
@@ -88,7 +110,7 @@ def build(kind: type[Kind], content: dict[str, Any], what: str, **given: Any) ->
     fields = {field.name: field for field in dataclasses.fields(kind) if field.name not in given}
     required = lambda field: field.default is field.default_factory is dataclasses.MISSING
     missing = [name for name in fields if name not in content and required(fields[name])]
-    unknown = [str(key) for key in content if key not in fields]
+    unknown = [_short(key) for key in content if key not in fields]
     faults = [f'lacks {", ".join(missing)}'] if missing else []
     faults += [f'has the unknown key {", ".join(unknown)}'] if unknown else []
     if faults:
@@ -105,13 +127,18 @@ def build(kind: type[Kind], content: dict[str, Any], what: str, **given: Any) ->
         raise BrainfmError(f'{what}: {error}') from None
 
 
+def _short(value: object) -> str:
+    """Return a value as one line of a sentence."""
+    return ' '.join(str(value).split())[:60]
+
+
 class _Misfit(Exception):
     """A value that is not what its field takes."""
 
     def __init__(self, value: object, accepted: str):
         is_number = accepted.endswith('number') and str(value)[:1].isdigit()
         hint = ' (YAML reads 1e-3 as text: write 1.0e-3)' if is_number else ''
-        super().__init__(f'{value!r} is not {accepted}{hint}')
+        super().__init__(f'{value!r:.200} is not {accepted}{hint}')
 
 
 def _convert(value: Any, hint: Any, what: str) -> Any:
@@ -131,9 +158,11 @@ def _convert(value: Any, hint: Any, what: str) -> Any:
     is_card, is_fixed = dataclasses.is_dataclass(hint), origin is tuple and ... not in parts
     basic = dict if is_card else origin or hint
     accepted: Any = {float: (int, float), tuple: (list, tuple)}.get(basic, basic)
-    is_true = isinstance(value, bool) and basic is not bool
-    is_infinite = isinstance(value, float) and not math.isfinite(value)
-    fits = isinstance(value, accepted) and not is_true and not is_infinite
+    fits = isinstance(value, accepted)
+    if basic in (int, float):
+        if fits and LARGEST < abs(value) < math.inf:
+            raise _Misfit(value, f'of a magnitude up to {LARGEST:g}')
+        fits = fits and is_number(value)
     if not fits or (is_fixed and len(value) != len(parts)):
         raise _Misfit(value, f'a list of {len(parts)} values' if is_fixed else WORDS[basic])
     if origin is dict:
@@ -142,5 +171,5 @@ def _convert(value: Any, hint: Any, what: str) -> Any:
         each = parts if is_fixed else parts[:1] * len(value)
         return origin(_convert(one, part, what) for one, part in zip(value, each, strict=True))
     if is_card:
-        return build(hint, value, f'{what}, {value["name"]}' if 'name' in value else what)
+        return build(hint, value, f'{what}, {_short(value["name"])}' if 'name' in value else what)
     return value

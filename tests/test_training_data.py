@@ -671,7 +671,7 @@ def test_a_recipe_of_ones_own(tmp_path):
         ('patience: 0', 'patience 0 is not above 0'),
         ('lr: 0.001', 'lr 0.001 is not a list of 3 values'),
         ('lr: [0, 1.0e-3]', r'lr \[0, 0.001\] is not a list of 3 values'),
-        ('lr: [0, -1.0e-3, 0]', 'lr -0.001 is not from 0 upwards'),
+        ('lr: [0, -1.0e-3, 0]', 'lr -0.001 is not 0 or above'),
         ('lr: [0, high, 0]', "lr 'high' is not a number"),
         ('weight_decay: [0.1]', 'weight_decay .* is not a list of 2 values'),
         ('momentum: [0.9, 0.95, 1]', 'momentum .* is not a list of 2 values'),

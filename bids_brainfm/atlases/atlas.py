@@ -12,7 +12,9 @@ from bids_brainfm.atlases import images as pictures
 from bids_brainfm.atlases.cards import AtlasCard, AtlasImage, images_here, load_card, missing_files
 from bids_brainfm.atlases.faults import Places, fault_of_names
 from bids_brainfm.atlases.images import LabelImage, check_image, misfit, read_labels
+from bids_brainfm.documents import ENCODING, read_tsv
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.images import FARTHEST_MM, axis_of
 from bids_brainfm.resources import home as fetched_files
 
 if TYPE_CHECKING:
@@ -156,7 +158,7 @@ def _read_parcels(
             if file.role == 'labels':
                 names, source = _label_names(read_labels(path, card.name)[0]), path
             elif file.role == 'coordinates':
-                rows = np.loadtxt(path)
+                rows = np.loadtxt(path, encoding=ENCODING)
                 _check_order(rows[:, 0], card, path)
                 xyz = rows[:, 1:4].astype(np.float32)
             elif file.role == 'places':
@@ -177,6 +179,11 @@ def _read_parcels(
         raise BrainfmError(
             f'The card of atlas {card.name} says {card.parcels} parcels, but {source} names '
             f'{len(names)}: give a table (TSV with index, name) or a dlabel file that fits.'
+        )
+    if xyz is not None and not (np.abs(xyz) <= FARTHEST_MM).all():  # NaN is not, either
+        raise BrainfmError(
+            f'{source} of atlas {card.name} has a coordinate that is missing or more than '
+            f'{FARTHEST_MM:g} mm from the origin: fetch or write it anew.'
         )
     if places is None:
         places = Places(_image_centres(card, images, source) if xyz is None else xyz)
@@ -206,19 +213,20 @@ def _check_order(index: np.ndarray, card: AtlasCard, path: Path | str) -> None:
 
 def _label_names(image: LabelImage) -> tuple[str, ...]:
     """Names of the labels 1..P in a dlabel image's table, in the order of the labels."""
-    from nibabel import Cifti2Image
+    from nibabel.cifti2 import Cifti2Image, LabelAxis
 
     if not isinstance(image, Cifti2Image):
         raise ValueError('it is not a CIFTI file')
-    table = image.header.get_axis(0).label[0]
+    axis = axis_of(image, 0)
+    if not isinstance(axis, LabelAxis):
+        raise ValueError('it has no table of labels')
+    table = axis.label[0]
     return tuple(table[key][0] for key in sorted(table) if key > 0)
 
 
 def _read_table(path: Path, card: AtlasCard) -> 'pd.DataFrame':
     """A table with one row per parcel, in order, all of it as text."""
-    import pandas as pd
-
-    frame = pd.read_csv(path, sep='\t', dtype=str, keep_default_na=False)
+    frame = read_tsv(path, dtype=str, keep_default_na=False)
     _check_order(frame['index'].to_numpy(float), card, path)
     return frame.set_index('index')
 

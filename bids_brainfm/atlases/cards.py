@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from bids_brainfm import validation
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.resources import inside
-from bids_brainfm.validation import DATA, Label, Positive, PositiveInt
+from bids_brainfm.validation import DATA, Label, Positive, PositiveInt, between
 
 FOLDER = 'atlases'
+Edge = Annotated[int, between(1, 1000, 'above 0')]  # voxels along an axis
 DESCRIBED = ('labels', 'coordinates', 'table')  # an atlas cannot be read without these
 
 
@@ -21,7 +22,7 @@ class Making:
     of: tuple[str, ...]  # files of the card
     provenance: str  # in words
     transform: str = ''  # of a warp, as TemplateFlow names it
-    shape: tuple[int, ...] = ()  # of the grid of a warp
+    shape: tuple[Edge, ...] = ()  # of the grid of a warp
     origin: tuple[float, ...] = ()  # of this grid, in mm
 
     def __post_init__(self) -> None:
@@ -72,10 +73,9 @@ class AtlasCard:
     lookalikes: str | None = None  # glob pattern of files that may be the atlas in a wrong order
 
     def __post_init__(self) -> None:
-        if self.order and len(self.patterns) != self.parcels:
-            raise BrainfmError(
-                f'it gives the order of {len(self.patterns)} names for {self.parcels} parcels.'
-            )
+        named = sum(self.order.values())
+        if self.order and named != self.parcels:
+            raise BrainfmError(f'it gives the order of {named} names for {self.parcels} parcels.')
         names = {file.name for file in self.files}
         for file in self.files:
             if file.made and not (file.made.of and names.issuperset(file.made.of)):

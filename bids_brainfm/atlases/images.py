@@ -1,14 +1,13 @@
 """Label images of an atlas: reading them, and whether each label lies where it should."""
 
-import gzip
-import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from bids_brainfm.atlases.faults import Places
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.images import brain_models, load_image, read_values
 
 if TYPE_CHECKING:
     import nibabel as nib
@@ -26,19 +25,13 @@ def misfit(path: Path, name: str, fault: str) -> BrainfmError:
 
 def read_labels(path: Path, name: str) -> tuple[LabelImage, np.ndarray]:
     """Read a label image of an atlas, and its labels, int32 in the image's shape."""
-    import nibabel as nib
-    from nibabel.filebasedimages import ImageFileError
-
     try:
-        if path.name.endswith('.gz'):  # nibabel stops before the checksum at its end
-            gzip.decompress(path.read_bytes())
-        image = cast('LabelImage', nib.load(path))
-        values = np.asanyarray(image.dataobj)
-    except (OSError, EOFError, ValueError, zlib.error, ImageFileError) as error:
-        raise BrainfmError(
-            f'The image {path} of atlas {name} cannot be read ({error}): fetch it anew.'
-        ) from None
-    labels = np.rint(values).astype(np.int32)
+        image = load_image(path)
+        values = read_values(image)
+    except BrainfmError as error:
+        raise BrainfmError(f'The image of atlas {name}: {error}') from None
+    with np.errstate(invalid='ignore'):  # NaN is no label; the next line says so
+        labels = np.rint(values).astype(np.int32)
     if not np.array_equal(labels, values):
         raise BrainfmError(
             f'{path} of atlas {name} holds values that are not whole numbers: labels must be '
@@ -81,7 +74,7 @@ def in_voxels(image: LabelImage, labels: np.ndarray) -> tuple[np.ndarray, np.nda
 
     if not isinstance(image, Cifti2Image):
         return labels, image.affine
-    axis = image.header.get_axis(1)
+    axis = brain_models(image)
     inside = axis.volume_mask
     if not inside.any():
         return np.zeros((1, 1, 1), labels.dtype), np.eye(4)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from bids_brainfm.atlases.atlas import Atlas
+from bids_brainfm.documents import read_tsv
 from bids_brainfm.errors import BrainfmError
 
 NONE = 'n/a'
@@ -52,10 +53,8 @@ def reference_for(atlas: Atlas, paths: tuple[Path, ...]) -> Path | None:
 
 def _read(path: Path) -> dict[str, str]:
     """Network of each parcel that a table names."""
-    import pandas as pd
-
     try:
-        frame = pd.read_csv(path, sep='\t', dtype=str, keep_default_na=False)
+        frame = read_tsv(path, dtype=str, keep_default_na=False)
         names, networks = frame['name'], frame['network']
     except (OSError, ValueError, KeyError) as error:
         raise BrainfmError(

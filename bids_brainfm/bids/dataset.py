@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from bids_brainfm.bids import claims
@@ -18,7 +18,11 @@ from bids_brainfm.bids.description import generators, read_description
 from bids_brainfm.bids.files import as_plain, create, write_text
 from bids_brainfm.bids.freshness import damage, read_sidecar, sidecar_path
 from bids_brainfm.bids.naming import OUTPUT_ENTITIES, join_name, parse_name
+from bids_brainfm.documents import read_tsv
 from bids_brainfm.errors import BrainfmError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 LOGGER = logging.getLogger('bids_brainfm')
 VERSION = 'results_version'  # key of the settings records
@@ -165,10 +169,8 @@ def select_participants(dataset: Path, path: Path, part: str | None) -> tuple[st
     a training writes it; a warning says how many of it the dataset lacks. Raises BrainfmError
     where there is no such column or part, or the dataset has none of them.
     """
-    import pandas as pd
-
     try:
-        frame = pd.read_csv(path, sep='\t', dtype=str, keep_default_na=False)
+        frame = read_tsv(path, dtype=str, keep_default_na=False)
     except (OSError, ValueError) as error:
         raise BrainfmError(f'--participants-file {path} cannot be read ({error}).') from None
     for column in ('participant_id', 'part')[: 1 if part is None else 2]:
@@ -229,15 +231,13 @@ def read_column(dataset: Path, column: str) -> dict[str, str]:
     The file is searched for in the dataset, in those that it was made from, and in the raw
     datasets that these lie in. Raises BrainfmError where no such table has the column.
     """
-    import pandas as pd
-
     links = read_description(dataset).get('DatasetLinks', {}).values()
     sources = [Path(unquote(urlsplit(link).path)) for link in links]
     raw = [path.parents[1] for path in sources if path.parent.name == 'derivatives']
     folders, columns = [dataset, *sources, *raw], []
     for folder in folders:
         if (path := folder / 'participants.tsv').is_file():
-            frame = pd.read_csv(path, sep='\t', dtype=str, keep_default_na=False)
+            frame = _read_participants(path)
             if column in frame and 'participant_id' in frame:
                 labels = frame['participant_id'].str.removeprefix('sub-')
                 return dict(zip(labels, frame[column], strict=True))
@@ -247,6 +247,13 @@ def read_column(dataset: Path, column: str) -> dict[str, str]:
         f'{", ".join(dict.fromkeys(columns)) or "none"}); looked for it in '
         f'{", ".join(map(str, folders))}.'
     )
+
+
+def _read_participants(path: Path) -> 'pd.DataFrame':
+    try:
+        return read_tsv(path, dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise BrainfmError(f'{path} cannot be read ({error}): restore the file.') from None
 
 
 def claim_settings(

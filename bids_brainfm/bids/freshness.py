@@ -6,7 +6,6 @@ other numbers.
 """
 
 import contextlib
-import json
 import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -17,9 +16,10 @@ from isal import isal_zlib
 
 from bids_brainfm.bids.files import as_json, write_json
 from bids_brainfm.bids.run import BoldRun
+from bids_brainfm.documents import CHECKSUMS, checksum_of, is_intact, read_json
 from bids_brainfm.errors import BrainfmError
 
-SIZES, CHECKSUMS = 'FileSizes', 'FileChecksums'  # entries of a sidecar, by extension
+SIZES = 'FileSizes'  # entry of a sidecar, by extension
 CHECKSUMS_FILE = 'checksums.json'  # of all files of a folder
 
 
@@ -58,14 +58,7 @@ def checksum(path: Path) -> str:
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of a JSON file with the checksum of that content among its checksums."""
     plain = as_json(content)
-    return plain | {CHECKSUMS: plain.get(CHECKSUMS, {}) | {'.json': _checksum_of(plain)}}
-
-
-def _checksum_of(content: Mapping[str, Any]) -> str:
-    """CRC-32 of JSON content, whatever its layout, without the checksum itself."""
-    others = {key: value for key, value in content.get(CHECKSUMS, {}).items() if key != '.json'}
-    text = json.dumps(dict(content) | {CHECKSUMS: others}, sort_keys=True)
-    return f'{isal_zlib.crc32(text.encode()):08x}'
+    return plain | {CHECKSUMS: plain.get(CHECKSUMS, {}) | {'.json': checksum_of(plain)}}
 
 
 def read_sidecar(path: Path) -> dict | None:
@@ -74,16 +67,10 @@ def read_sidecar(path: Path) -> dict | None:
     Sidecars of earlier versions have no checksum, and are taken as they are.
     """
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
         return content if is_intact(content) else None
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (OSError, ValueError, AttributeError):
         return None
-
-
-def is_intact(content: Mapping[str, Any]) -> bool:
-    """Whether JSON content is as it was :func:`sealed`; content never sealed is taken as it is."""
-    recorded = content.get(CHECKSUMS, {}).get('.json')
-    return recorded is None or recorded == _checksum_of(content)
 
 
 def sidecar_path(data: Path) -> Path:

@@ -1,13 +1,12 @@
 """One preprocessed run: what the rooms above know of the input."""
 
-import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from bids_brainfm.documents import read_json
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.validation import MAX_TR, is_number
+from bids_brainfm.validation import MAX_TR, MIN_TR, is_number
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,8 @@ def metadata(run: BoldRun) -> dict[str, Any]:
             f'RepetitionTime: copy it from the fMRIPrep output.'
         )
     try:
-        return dict(json.loads(run.sidecar.read_text()))
-    except (ValueError, TypeError) as error:
+        return read_json(run.sidecar)
+    except (OSError, ValueError) as error:
         raise BrainfmError(
             f'{run.name}: {run.sidecar.name} is not readable JSON ({error}): restore the file.'
         ) from None
@@ -89,8 +88,8 @@ def repetition_time(run: BoldRun) -> float:
             f'{run.name}: {name} gives VolumeTiming instead of RepetitionTime, and '
             f'unevenly spaced volumes cannot be windowed: leave this run out.'
         )
-    if not (is_number(tr) and tr > 0):
-        found = 'no RepetitionTime' if tr is None else f'RepetitionTime {tr!r}'
+    if not (is_number(tr) and tr >= MIN_TR):
+        found = 'no RepetitionTime' if tr is None else f'RepetitionTime {tr!r:.60}'
         raise BrainfmError(
             f'{run.name}: {name} has {found}: write the repetition time in seconds.'
         )
@@ -111,7 +110,7 @@ def start_time(run: BoldRun) -> float | None:
     start = metadata(run).get('StartTime')
     if start is None:
         return None
-    if not (is_number(start) and math.isfinite(start)):
+    if not is_number(start):
         raise BrainfmError(
             f'{run.name}: {cast("Path", run.sidecar).name} has StartTime {start!r}: write the '
             f'time of the first volume in seconds, or leave StartTime out.'

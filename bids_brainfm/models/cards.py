@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from bids_brainfm.documents import read_tsv
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.resources import inside
 from bids_brainfm.signals.connectome import LABEL as CONNECTOME
@@ -17,8 +18,10 @@ from bids_brainfm.validation import (
     Positive,
     PositiveInt,
     Proportion,
+    Seconds,
     build,
     card_names,
+    is_label,
     one_of,
     read_card,
 )
@@ -32,7 +35,7 @@ NamedFile = Annotated[
 ModelLabel = Annotated[
     str,
     Condition(
-        lambda label: label.isalnum() and label != CONNECTOME,
+        lambda label: is_label(label) and label != CONNECTOME,
         f'{LABEL} and other than {CONNECTOME}, the name of the baseline',
     ),
 ]
@@ -49,7 +52,7 @@ class ModelCard:
     config: dict[str, Any] = field(hash=False)
     atlas: str  # name of the atlas, or path of an atlas card
     parcel_order: Literal['atlas', 'ascending-y']  # of the rows that the network expects
-    tr: Positive  # repetition time in seconds
+    tr: Seconds  # repetition time in seconds
     window: PositiveInt  # samples
     scaling: Scaling  # method of signals.scale.fit_scaling
     divide_by: Positive  # constant by which the scaled values are divided
@@ -64,7 +67,7 @@ class ModelCard:
     # The table of brain gradients that places the parcels (Brain-JEPA), like one of the weights
     gradients: NamedFile | None = field(hash=False, default=None)
     # Volumes of which the official code picks a window's frames; None: no --temporal official
-    official_volumes: int | None = None
+    official_volumes: PositiveInt | None = None
     min_real: Proportion = 1.0  # of a window that must be recorded; the rest is completed
     cohort_scaling: Scaling = 'cohort'  # what --scale cohort means for this model
     # How the weights were made and how they scored on held-out participants
@@ -112,11 +115,9 @@ def load_card(name: str | Path) -> ModelCard:
 
 def read_parts(card: ModelCard) -> dict[str, str] | None:
     """Part of each participant in the training of a model, by label (01); None if not known."""
-    import pandas as pd
-
     if card.participants is None or not Path(card.participants['name']).is_file():
         return None
-    table = pd.read_csv(card.participants['name'], sep='\t', dtype=str)
+    table = read_tsv(Path(card.participants['name']), dtype=str)
     labels = table['participant_id'].str.removeprefix('sub-')
     return dict(zip(labels, table['part'], strict=True))
 

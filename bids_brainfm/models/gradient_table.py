@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from bids_brainfm.documents import ENCODING
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.validation import LARGEST
 
 
 def read_gradients(path: str | Path) -> np.ndarray:
@@ -16,7 +18,7 @@ def read_gradients(path: str | Path) -> np.ndarray:
     try:
         with warnings.catch_warnings():  # of an empty file, which is refused below
             warnings.simplefilter('ignore')
-            table = np.loadtxt(path, delimiter=',', ndmin=2, dtype=np.float32)
+            table = np.loadtxt(path, delimiter=',', ndmin=2, dtype=np.float32, encoding=ENCODING)
     except OSError as error:
         raise BrainfmError(
             f'The table of gradients {path} cannot be read ({error}): check the path.'
@@ -26,9 +28,10 @@ def read_gradients(path: str | Path) -> np.ndarray:
             f'{path} is no table of gradients ({str(error).rstrip(".")}): it must be a CSV file '
             f'of numbers without a header, a row a parcel and a column a gradient.'
         ) from None
-    if not np.isfinite(table).all() or not table.size:
+    if not (np.abs(table) <= LARGEST).all() or not table.size:  # NaN is not, either
         raise BrainfmError(
-            f'The table of gradients {path} is empty or holds NaN or infinite values: get it anew.'
+            f'The table of gradients {path} is empty, or holds NaN or values beyond {LARGEST:g}: '
+            'get it anew.'
         )
     return table
 

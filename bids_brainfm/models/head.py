@@ -3,15 +3,13 @@
 Forms as published: BrainLM's perceptron, Brain-JEPA's normalised linear layer and linear probe.
 """
 
-import math
-from numbers import Real
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.layers import draw_normal
+from bids_brainfm.validation import SMALLEST, is_number
 
 # What only heads of a task have: statistics of the target in the training data, or the classes
 TASKS = {'regression': ('mean', 'sd'), 'classification': ('classes',)}
@@ -146,9 +144,9 @@ def _check(settings: dict, class_token: bool) -> None:
             lambda value: _is_text(value) and value not in taken,
             f'the name of a column{" other than " * bool(taken)}{", ".join(taken)}',
         ),
-        'dropout': (lambda value: _is_number(value) and 0 <= value < 1, 'a proportion below 1'),
-        'mean': (_is_number, 'a number'),
-        'sd': (lambda value: _is_number(value) and value > 0, 'a number above 0'),
+        'dropout': (lambda value: is_number(value) and 0 <= value < 1, 'a proportion below 1'),
+        'mean': (is_number, 'a number'),
+        'sd': (lambda value: is_number(value) and value >= SMALLEST, 'a number above 0'),
         'classes': (_are_classes, 'two classes or more, as a list of different texts'),
     }
     for key, (fits, what) in wanted.items():
@@ -159,10 +157,6 @@ def _check(settings: dict, class_token: bool) -> None:
 def _is_text(value: object) -> bool:
     """Whether it can be in the heading of a table."""
     return isinstance(value, str) and value.isprintable() and value.strip() != ''
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _are_classes(value: object) -> bool:

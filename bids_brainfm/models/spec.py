@@ -157,14 +157,7 @@ def resolve_model(
     (card, checkpoint), digest = find_checkpoint(name, path, home, random_weights), None
     if checkpoint is not None and path is None:
         _check_content(card)
-    try:
-        network = build(card.config)
-    except (TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
-        reason = str(error).partition('\n')[0]
-        raise BrainfmError(
-            f'The config of the model card {card.name} makes no network ({reason}): compare it '
-            f'with that of brainlm-demo.'
-        ) from None
+    network = build(card.config)
     if checkpoint is not None:
         folder = checkpoint.parent if checkpoint.is_file() else checkpoint
         config = read_config(folder, default=card.config)

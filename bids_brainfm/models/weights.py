@@ -4,8 +4,8 @@ Loading is strict: a checkpoint fits its network to the last tensor or is refuse
 sentence, because a network that keeps some random weights still gives plausible numbers.
 """
 
-import json
 import pickle
+import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -15,11 +15,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from bids_brainfm.documents import read_json
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.families import family, family_names, working_families
 from bids_brainfm.models.files import CONFIG_FILE, weights_file
 from bids_brainfm.models.head import Head
 from bids_brainfm.models.protocol import Network, check_network
+
+# Of a network, far above those that exist (BrainLM: 24 layers, 1280 wide, 650 million weights)
+MAX_LAYERS, MAX_SIZE, MAX_WEIGHTS = 1000, 10**6, 5 * 10**9
 
 
 def read_config(folder: str | Path, default: dict | None = None) -> dict:
@@ -38,7 +42,7 @@ def read_config(folder: str | Path, default: dict | None = None) -> dict:
     if not path.is_file() and default is not None:
         return default
     try:
-        config = json.loads(path.read_text(encoding='utf-8'))
+        config = read_json(path)
     except OSError as error:
         raise BrainfmError(
             f'{path} cannot be read ({error.strerror}); give the folder that holds the '
@@ -46,8 +50,6 @@ def read_config(folder: str | Path, default: dict | None = None) -> dict:
         ) from error
     except ValueError as error:
         raise BrainfmError(f'{path} is not valid JSON ({error}); fetch it again.') from error
-    if not isinstance(config, dict):
-        raise BrainfmError(f'{path} holds no JSON object; fetch it again.')
     config = known | config
     if 'model_type' not in config:
         raise BrainfmError(
@@ -71,10 +73,16 @@ def build(config: dict[str, Any]) -> Network:
         raise BrainfmError(
             f'The configuration has hidden_act {config["hidden_act"]!r}; only gelu is supported.'
         )
+    _check_sizes(config, model_type)
     try:
         with torch.device('meta'):
             network = kind(config)
             network.head = None
+            if (weights := sum(x.numel() for x in network.state_dict().values())) > MAX_WEIGHTS:
+                raise BrainfmError(
+                    f'The configuration of a {model_type} model makes a network of {weights:,} '
+                    f'weights, and at most {MAX_WEIGHTS:,} are supported: correct its sizes.'
+                )
             if lacking := check_network(network):
                 raise BrainfmError(
                     f'A network of the family {model_type} lacks {", ".join(lacking)}, which its '
@@ -88,6 +96,26 @@ def build(config: dict[str, Any]) -> Network:
         raise BrainfmError(
             f'The configuration of a {model_type} model lacks {error.args[0]!r}; add it.'
         ) from error
+    except BrainfmError:
+        raise
+    except Exception as error:  # whatever sizes that do not fit raise
+        reason = str(error).partition('\n')[0]
+        raise BrainfmError(
+            f'The configuration of a {model_type} model makes no network ({reason:.200}): compare '
+            'it with the config of a model card that comes with bids_brainfm.'
+        ) from error
+
+
+def _check_sizes(config: dict[str, Any], model_type: str) -> None:
+    """Refuse numbers that no network has, before layers are made of them."""
+    for key, value in config.items():
+        most = MAX_LAYERS if re.search('layers|depth|blocks', str(key)) else MAX_SIZE
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, int | float) and not abs(number) <= most:
+                raise BrainfmError(
+                    f'The configuration of a {model_type} model has {key} {number!r:.60}, and '
+                    f'{most:,} is the most that is supported: correct it.'
+                )
 
 
 def load_checkpoint(network: Network, checkpoint: str | Path) -> Path:

@@ -51,7 +51,7 @@ def metrics(context: 'SeriesContext') -> dict[str, float]:
     series, xyz = context.series, context.atlas.xyz
     kept = ~series.flagged
     near = nearness(series.data[kept], xyz)
-    return motion(context.run.confounds, series.dummy) | {
+    return motion(context.run.confounds, series.dummy, series.dummy + len(kept)) | {
         'num_volumes': len(kept),
         'num_censored_volumes': np.count_nonzero(~kept) if context.assessed else np.nan,
         'minutes_retained': np.count_nonzero(kept) * series.tr / 60,

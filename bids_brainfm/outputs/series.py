@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 # Field of the sidecar: volumes left out at the start, by whom
 DISCARDED, BY = 'NumberOfVolumesDiscardedBy', ('NonsteadyStatesDetector', 'User')
+# and at the end, because they hold no signal
+LEFT_OUT = 'NumberOfVolumesLeftOutAtEnd'
 FILL_RULE = (
     'the series of the nearest parcel (by centroid, and of the same structure where the atlas '
     'tells cortex from subcortex) with enough coverage'
@@ -71,8 +73,8 @@ class SeriesContext:
 
     @property
     def assessed(self) -> bool:
-        """Whether confounds were read, so that outliers are known."""
-        return bool(self.task.strategy.outliers)
+        """Whether outliers are known: confounds were read, or volumes hold no signal."""
+        return bool(self.task.strategy.outliers) or bool(self.series.flagged.any())
 
     @property
     def excluded(self) -> bool:
@@ -217,7 +219,7 @@ def _enough_left(series: Path, strategy: Strategy) -> bool:
         return True
     try:
         Freedom(
-            volumes=sidecar['NumberOfVolumes'] - _discarded(sidecar),
+            volumes=sidecar['NumberOfVolumes'] - _discarded(sidecar) - sidecar.get(LEFT_OUT, 0),
             unflagged=found['NumberOfVolumesUnflagged'], regressors=found['NumberOfRegressors'],
             nuisance_rank=found['RankOfRegressors'],
             total_rank=found['RankOfRegressorsAndFilter'], minutes=found['MinutesUnflagged'],
@@ -315,8 +317,9 @@ def write(context: SeriesContext, result: 'BoldSeries') -> None:
     write_table(coverage, {'Node': list(atlas.names)} | columns)
     write_matrix(table, series.data, list(atlas.names))
     order, label = products.display_order(atlas.xyz)
+    raw = series.found.data[series.dummy :][: len(series.data)]
     carpet = figures.carpet(
-        series.found.data[series.dummy :], series.data, series.tr, series.flagged, order,
+        raw, series.data, series.tr, series.flagged, order,
         order_label=label, start=series.start,
     )  # fmt: skip
     products.save_figure(carpet, place.figure(run, 'carpet'))
@@ -355,6 +358,8 @@ def _describe(context: SeriesContext) -> dict[str, Any]:
         'SliceTimingCorrected': metadata(context.run).get('SliceTimingCorrected'),
         'NumberOfVolumes': len(series.found.data),
         f'{DISCARDED}{by}': series.dummy,
+        'NumberOfVolumesWithoutSignal': int(series.found.empty.sum()),
+        LEFT_OUT: series.denoised.left_out if series.denoised else 0,
         'NumberOfVolumesFlagged': int(series.flagged.sum()) if context.assessed else None,
         'FlaggedVolumes': np.flatnonzero(series.flagged),
         'MaxFlagged': context.task.max_flagged,

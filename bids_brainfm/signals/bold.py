@@ -11,6 +11,8 @@ from nibabel.cifti2 import Cifti2Header
 
 from bids_brainfm.atlases.atlas import Atlas, AtlasImage
 from bids_brainfm.bids.tables import ica_tables
+from bids_brainfm.errors import BrainfmError
+from bids_brainfm.images import load_image
 from bids_brainfm.signals import denoise as denoising
 from bids_brainfm.signals import parcellate as averaging
 from bids_brainfm.signals.confounds import Tables, count_dummy, read_confounds
@@ -18,7 +20,7 @@ from bids_brainfm.signals.denoise import Freedom
 from bids_brainfm.signals.parcellate import Parcellation
 from bids_brainfm.signals.series import ParcelSeries, check_tr
 from bids_brainfm.signals.strategy import Strategy, load_strategy, override
-from bids_brainfm.signals.stream import load_image, open_bold
+from bids_brainfm.signals.stream import open_bold
 
 Series = TypeVar('Series', bound=ParcelSeries)
 
@@ -76,7 +78,7 @@ def parcellate(
         dummy = 0 if confounds is None else count_dummy(confounds, header.n_volumes)
     found = averaging.parcellate(bold, image.path, atlas.n_parcels, mask, voxels, dummy)
     return BoldSeries(
-        data=found.data, tr=tr, coverage=found.coverage, flagged=np.zeros(len(found.data), bool),
+        data=found.data, tr=tr, coverage=found.coverage, flagged=found.empty,
         brain_mean=found.brain_mean, start=start, image=image, found=found,
     )  # fmt: skip
 
@@ -161,25 +163,36 @@ class Denoised:
     warnings: tuple[str, ...]  # sentences
     names: tuple[str, ...]  # confounds that were regressed out
     dummy: int  # volumes left out at the start
-    displacement: np.ndarray | None  # of `Confounds`, without the dummy volumes
+    displacement: np.ndarray | None  # of `Confounds`, without the volumes left out
+    left_out: int = 0  # volumes without signal at the end
 
 
 def clean_series(series: Series, tables: Tables, strategy: Strategy) -> tuple[Series, Denoised]:
     """As :func:`denoise`, with all that is known of it; nothing is looked up."""
     found = read_confounds(tables, strategy, len(series.data), series.tr)
-    marked = series.flagged.astype(bool)
+    marked, stop = series.flagged.astype(bool), len(series.data)
+    if isinstance(series, BoldSeries) and series.denoised is None:
+        stop -= int(np.argmin(series.found.empty[::-1]))  # those at the end
+        if found.dummy >= stop:
+            raise BrainfmError(
+                f'The {stop} volumes that hold signal would all be dropped at the start of the '
+                'run: leave this run out, or check --dummy-scans.'
+            )
+        found, marked = found.until(stop), marked[:stop]
     if strategy.regresses or strategy.outliers or tables.custom is not None:
         found = dataclasses.replace(found, flagged=found.flagged | marked)
-    data, freedom = denoising.denoise(series.data, found, strategy, series.tr)
+    data, freedom = denoising.denoise(series.data[:stop], found, strategy, series.tr)
     sentences = freedom.warnings(strategy)
     if strategy.finds_dummies and tables.confounds is None:
         sentences.append(
             'There is no confounds table, so volumes before the steady state could not be found, '
             'and none was left out.'
         )
+    sentences += _lost(series, found.dummy, stop)
     moved = None if found.displacement is None else found.displacement[found.dummy :]
     names = found.names + found.noise_names
-    done = Denoised(freedom, tuple(sentences), names, found.dummy, moved)
+    left_out = len(series.data) - stop
+    done = Denoised(freedom, tuple(sentences), names, found.dummy, moved, left_out)
     clean = dataclasses.replace(
         series, data=data, flagged=(found.flagged | marked)[found.dummy :],
         start=series.start + found.dummy * series.tr,
@@ -187,6 +200,19 @@ def clean_series(series: Series, tables: Tables, strategy: Strategy) -> tuple[Se
     if isinstance(clean, BoldSeries):
         clean = dataclasses.replace(clean, denoised=done)
     return clean, done
+
+
+def _lost(series: ParcelSeries, start: int, stop: int) -> list[str]:
+    """Say which volumes without signal were flagged, or left out at the end."""
+    if not isinstance(series, BoldSeries) or series.denoised is not None:
+        return []
+    inside, end = int(series.found.empty[start:stop].sum()), len(series.data) - stop
+    done = [f'{end} at the end were left out'] * (end > 0)
+    done += [f'{inside} were flagged and interpolated'] * (inside > 0)
+    if not done:
+        return []
+    text = 'Volumes hold no signal (empty, constant, NaN, cut off, or equal to the volume before)'
+    return [f'{text}: {" and ".join(done)}.']
 
 
 def voxel_size(bold: Path) -> float | None:

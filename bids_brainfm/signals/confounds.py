@@ -1,6 +1,6 @@
 """Confounds of a run: columns of its tables, components of an ICA, and outlier volumes."""
 
-import json
+import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bids_brainfm.documents import read_json, read_tsv
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.signals.ica import read_components
-from bids_brainfm.signals.motion import flag_short_segments, with_own_motion
+from bids_brainfm.signals.motion import (
+    ROTATIONS,
+    TRANSLATIONS,
+    flag_short_segments,
+    with_own_motion,
+)
 from bids_brainfm.signals.strategy import FD, CompCor, Strategy
+from bids_brainfm.validation import LARGEST
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,6 +40,16 @@ class Confounds:
     noise_names: tuple[str, ...] = ()
     # (T,) framewise displacement in mm that outliers are found with, NaN at the start
     displacement: np.ndarray | None = None
+
+    def until(self, stop: int) -> 'Confounds':
+        """Return the part for the volumes before `stop`."""
+        rows = slice(stop)
+        moved = self.displacement
+        return dataclasses.replace(
+            self, regressors=self.regressors[rows], flagged=self.flagged[rows],
+            noise=self.noise[rows], signal=self.signal[rows],
+            displacement=None if moved is None else moved[rows],
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,6 +82,8 @@ def read_confounds(tables: Tables, strategy: Strategy, n_volumes: int, tr: float
     if tsv is not None:
         table = _read_table(tsv, n_volumes)
         if strategy.motion_filter or strategy.head_radius:
+            parameters = [name for name in (*TRANSLATIONS, *ROTATIONS) if name in table]
+            table[parameters] = _floats(table, parameters, tsv)
             table = with_own_motion(table, strategy, tr)
     elif strategy.needs_table:
         raise BrainfmError(
@@ -89,7 +108,7 @@ def read_confounds(tables: Tables, strategy: Strategy, n_volumes: int, tr: float
     dummy, flagged = _find_outliers(table, strategy, tsv)
     return Confounds(
         regressors, tuple(names), flagged, dummy, noise, signal, noise_names,
-        table[FD].to_numpy(dtype=float) if FD in table else None,
+        _floats(table, [FD], tsv)[:, 0] if FD in table else None,
     )  # fmt: skip
 
 
@@ -127,6 +146,12 @@ def count_dummy(tsv: Path, n_volumes: int) -> int:
     return _non_steady(_read_table(tsv, n_volumes), tsv)[1]
 
 
+def measure(tsv: Path, name: str) -> np.ndarray:
+    """Return a column (T,) of the confounds of a run, NaN where it has no value; empty: absent."""
+    table = _read_table(tsv)
+    return _floats(table, [name], tsv)[:, 0] if name in table else np.array([])
+
+
 def _non_steady(table: 'pd.DataFrame', tsv: Path | None) -> tuple[np.ndarray, int]:
     """(T,) bool, volumes that are not in steady state; how many of these are at the start."""
     columns = [c for c in table if c.startswith('non_steady_state_outlier')]
@@ -135,11 +160,9 @@ def _non_steady(table: 'pd.DataFrame', tsv: Path | None) -> tuple[np.ndarray, in
     return non_steady, dummy
 
 
-def _read_table(tsv: Path, n_volumes: int) -> 'pd.DataFrame':
-    import pandas as pd
-
+def _read_table(tsv: Path, n_volumes: int | None = None) -> 'pd.DataFrame':
     try:
-        table = pd.read_csv(tsv, sep='\t', na_values='n/a')
+        table = read_tsv(tsv, na_values='n/a')
     except FileNotFoundError:
         raise BrainfmError(
             f'The confounds table {tsv} does not exist; copy it from the fMRIPrep output, or '
@@ -148,7 +171,7 @@ def _read_table(tsv: Path, n_volumes: int) -> 'pd.DataFrame':
     except (OSError, ValueError) as error:
         reason = ' '.join(str(error).split())
         raise BrainfmError(f'The confounds table {tsv} cannot be read ({reason}).') from error
-    if len(table) != n_volumes:
+    if n_volumes is not None and len(table) != n_volumes:
         raise BrainfmError(
             f'The confounds table {tsv} has {len(table)} rows but the run has {n_volumes} '
             'volumes; use the table and the BOLD file of the same fMRIPrep run.'
@@ -190,7 +213,7 @@ def _components(
 ) -> list[str]:
     """Retained anatomical CompCor components of the masks that are wanted."""
     try:
-        described = json.loads(Path(json_path).read_text(encoding='utf-8')) if json_path else {}
+        described = read_json(json_path) if json_path else {}
     except (OSError, ValueError) as error:
         raise BrainfmError(
             f'The confounds sidecar {json_path} cannot be read ({error}); copy it again.'
@@ -225,6 +248,19 @@ def _numbers(
     table: 'pd.DataFrame', names: list[str], tsv: Path | None, fill: bool = True
 ) -> np.ndarray:
     """(T, K) float64 columns; the first row is filled from the second, or with 0."""
+    values = _floats(table, names, tsv)
+    if len(values) > 1:
+        values[0] = np.where(np.isnan(values[0]), values[1] if fill else 0, values[0])
+    for row, column in np.argwhere(np.isnan(values)):
+        raise BrainfmError(
+            f'Column {names[column]} of {tsv} has no value in row {row + 1}; '
+            'use the confounds table as fMRIPrep wrote it.'
+        )
+    return values
+
+
+def _floats(table: 'pd.DataFrame', names: list[str], tsv: Path | None) -> np.ndarray:
+    """(T, K) float64 columns, NaN where there is no value; refused if they are no numbers."""
     columns = table[names]
     for name, kind in columns.dtypes.items():
         if kind.kind not in 'iufb':
@@ -233,11 +269,9 @@ def _numbers(
                 'use the confounds table as fMRIPrep wrote it.'
             )
     values = columns.to_numpy(dtype=float, copy=True)
-    if len(values) > 1:
-        values[0] = np.where(np.isnan(values[0]), values[1] if fill else 0, values[0])
-    for row, column in np.argwhere(~np.isfinite(values)):
+    for row, column in np.argwhere(np.abs(values) > LARGEST):
         raise BrainfmError(
-            f'Column {names[column]} of {tsv} has no value in row {row + 1}; '
-            'use the confounds table as fMRIPrep wrote it.'
+            f'Column {names[column]} of {tsv} has the value {values[row, column]:g} in row '
+            f'{row + 1}, beyond {LARGEST:g}; use the confounds table as fMRIPrep wrote it.'
         )
     return values

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from bids_brainfm.documents import ENCODING, read_tsv
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.validation import LARGEST
 
 PROGRAMS = {'aroma': 'fMRIPost-AROMA or fMRIPrep with --use-aroma', 'tedana': 'tedana'}
 FILES = {
@@ -56,23 +58,24 @@ def _read_mixing(path: Path) -> tuple[np.ndarray, list[str]]:
     import pandas as pd
 
     try:
-        frame = pd.read_csv(path, sep=r'\s+', header=None)
+        frame = pd.read_csv(path, sep=r'\s+', header=None, encoding=ENCODING)
         if frame.dtypes.iloc[0].kind not in 'if':
-            frame = pd.read_csv(path, sep='\t')
+            frame = read_tsv(path)
         names = [f'{k + 1:02d}' if isinstance(k, int) else str(k) for k in frame.columns]
         courses = frame.to_numpy(dtype=float)
     except (OSError, ValueError) as error:
         reason = ' '.join(str(error).split())
         raise BrainfmError(f'The mixing matrix {path} cannot be read ({reason}).') from error
-    if not np.isfinite(courses).all():
-        raise BrainfmError(f'The mixing matrix {path} has missing values; copy it again.')
+    if not (np.abs(courses) <= LARGEST).all():  # NaN is not, either
+        raise BrainfmError(
+            f'The mixing matrix {path} has missing values, or values above {LARGEST:g}; copy it '
+            'again.'
+        )
     return courses, names
 
 
 def _noise(path: Path, names: list[str], by_name: bool) -> np.ndarray:
     """(C,) bool, components that were rejected."""
-    import pandas as pd
-
     if path.suffix == '.csv':  # numbers from 1, separated by commas
         numbers = [int(text) for text in re.findall(r'\d+', path.read_text())]
         if numbers and max(numbers) > len(names):
@@ -82,7 +85,7 @@ def _noise(path: Path, names: list[str], by_name: bool) -> np.ndarray:
             )
         return np.isin(np.arange(1, len(names) + 1), numbers)
     try:
-        table = pd.read_csv(path, sep='\t')
+        table = read_tsv(path)
         classes = list(table['classification'].astype(str))
         components = list(table['Component']) if by_name else []
     except (OSError, ValueError, KeyError) as error:

@@ -6,7 +6,7 @@ What lies outside all parcels is zero, as the background of fMRIPrep's images is
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import nibabel as nib
 import numpy as np
@@ -17,8 +17,12 @@ from scipy.sparse import csr_array
 
 from bids_brainfm.bids.files import atomic
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.images import load_image, read_values
 from bids_brainfm.signals.sampling import Sampler, labels_of, matching_labels, sampler_of
-from bids_brainfm.signals.stream import Image, load_image, open_bold
+from bids_brainfm.signals.stream import open_bold
+
+if TYPE_CHECKING:
+    from bids_brainfm.images import Image
 
 # Okabe and Ito's colours (https://jfly.uni-koeln.de/color/), then Tol's muted ones
 # (https://personal.sron.nl/~pault/); the report, too, gives them to networks.
@@ -148,10 +152,10 @@ def colour(place: int) -> tuple[float, float, float, float]:
     return red / 255, green / 255, blue / 255, 1.0
 
 
-def _open_atlas(path: Path, n_values: int) -> Image:
+def _open_atlas(path: Path, n_values: int) -> 'Image':
     """An atlas image that has as many parcels as there are values."""
     image = load_image(path)
-    highest = np.asanyarray(image.dataobj).max()
+    highest = read_values(image).max()
     # Values that are no labels at all are refused where the labels are read.
     if highest % 1 == 0 and highest != n_values:
         raise BrainfmError(
@@ -162,7 +166,7 @@ def _open_atlas(path: Path, n_values: int) -> Image:
 
 
 def _write_on_atlas(
-    path: Path, atlas: Image, painted: np.ndarray, axis: ScalarAxis | LabelAxis, intent: str
+    path: Path, atlas: 'Image', painted: np.ndarray, axis: ScalarAxis | LabelAxis, intent: str
 ) -> None:
     """Write what was painted on an atlas image, in the kind of file that it is."""
     if isinstance(atlas, nib.Cifti2Image):

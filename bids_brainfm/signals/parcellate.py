@@ -12,9 +12,13 @@ import nibabel as nib
 import numpy as np
 
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.images import load_image, read_values
 from bids_brainfm.signals import stream
+from bids_brainfm.signals.denoise import interpolate
+from bids_brainfm.signals.empty import sample_of, without_signal
 from bids_brainfm.signals.sampling import Sampler, matching_labels, sampler_of
-from bids_brainfm.signals.stream import BoldFile, load_image, open_bold
+from bids_brainfm.signals.stream import BoldFile, open_bold
+from bids_brainfm.validation import LARGEST
 
 VOXELS = ('mask', 'all')  # which voxels of a parcel its mean is taken over
 
@@ -37,6 +41,9 @@ class Parcellation:
     header_tr: float  # repetition time in the file's header in seconds, 0 where absent
     n_nonfinite: int  # voxels of the atlas left out because they hold NaN or infinite values
     skip: int  # volumes at the start that level, tSNR and the mean of the brain leave out
+    # (T,) bool, volumes without signal (see empty.without_signal), which hold interpolated values
+    # in `data` and are left out of all else
+    empty: np.ndarray
 
 
 def parcellate(
@@ -47,7 +54,8 @@ def parcellate(
 
     A voxel outside the brain mask, or that is constant over the run (outside the field of view),
     counts against the parcel's coverage and not into its mean. A voxel with a NaN or infinite
-    value anywhere is left out altogether; only then is the file read twice.
+    value anywhere is left out altogether. Volumes without signal count for nothing, and their
+    values are interpolated. Only where there are such voxels or volumes is the file read again.
 
     The temporal signal-to-noise ratio of a voxel is its mean over time by its standard deviation
     (of the population), as in MRIQC (Esteban et al. 2017); that of a parcel is the median.
@@ -74,8 +82,8 @@ def parcellate(
     skip = min(skip, bold.n_volumes - 1)
     if bold.is_cifti:
         return _from_grayordinates(bold, atlas_path, n_parcels, skip)
-    sampler = sampler_of(bold, atlas_path, n_parcels)
     mask = None if mask_path is None else _brain_mask(mask_path, bold)
+    sampler = sampler_of(bold, atlas_path, n_parcels)
     return _from_volumes(bold, sampler, mask, voxels, skip)
 
 
@@ -91,7 +99,7 @@ def _brain_mask(mask_path: Path, bold: BoldFile) -> np.ndarray:
             f'The mask {mask_path} is on another grid {image.shape} than the run {bold.path} '
             f'{bold.grid}; give the brain mask of the same space and resolution.'
         )
-    mask = (np.asanyarray(image.dataobj) > 0).ravel(order='F').astype(np.float32)
+    mask = (read_values(image) > 0).ravel(order='F').astype(np.float32)
     if not mask.any():
         raise BrainfmError(f'The mask {mask_path} is empty; run fMRIPrep again for this run.')
     return mask
@@ -111,30 +119,40 @@ def _from_volumes(
                 f'No parcel of the atlas lies inside the brain mask of {bold.path}; check that '
                 'mask and atlas are in the same space.'
             )
-    found = _stream(bold, sampler, mask, np.array([], int), skip)
+    nothing = np.array([], int)
+    found = _stream(bold, sampler, mask, nothing, np.ones(bold.n_volumes, bool), skip)
+    used = ~without_signal(found.sample)
+    if not used.all():
+        found = _stream(bold, sampler, mask, nothing, used, skip)
     nonfinite = found.nonfinite
     if nonfinite.size:
-        found = _stream(bold, sampler, mask, nonfinite, skip)
+        found = _stream(bold, sampler, mask, nonfinite, used, skip)
 
-    parcel, varies = sampler.parcel, found.varies
+    parcel, varies, steady = sampler.parcel, found.varies, _steady(used, skip)
     n_used = np.bincount(parcel[varies], minlength=n_parcels)
     sums = np.zeros((bold.n_volumes, n_parcels))
     sums[:, sampler.parcels] = found.changes
     sums += np.bincount(parcel[varies], found.first[varies], minlength=n_parcels)
     if mask is None:
-        n_covered, brain = n_used, (sums[skip:].sum(), n_used.sum())
+        n_covered, brain = n_used, (sums[steady].sum(), n_used.sum())
     else:
         n_covered = np.bincount(parcel[varies & (mask[sampler.voxels] > 0)], minlength=n_parcels)
         brain = found.brain_sum, np.count_nonzero(mask) - np.count_nonzero(mask[nonfinite])
-    brain = brain[0] / (bold.n_volumes - skip), brain[1]
+    brain = brain[0] / np.count_nonzero(steady), brain[1]
     n_bad = int(np.isin(nonfinite, sampler.voxels).sum())
     data, brain_mean = _means(bold, sums, n_used, brain, n_bad)
     ratio = _ratio(bold, found.first + found.mean_change, found.variance)
     return Parcellation(
-        data, (n_covered / size * sampler.inside).astype(np.float32), _level(data, skip),
-        _medians(ratio[varies], parcel[varies], n_parcels), brain_mean, sampler.direction, voxels,
-        bold.tr, n_bad, skip,
+        interpolate(data, used), (n_covered / size * sampler.inside).astype(np.float32),
+        _level(data[steady]), _medians(ratio[varies], parcel[varies], n_parcels), brain_mean,
+        sampler.direction, voxels, bold.tr, n_bad, skip, ~used,
     )  # fmt: skip
+
+
+def _steady(used: np.ndarray, skip: int) -> np.ndarray:
+    """Volumes (T,) bool that are used and in steady state; those used, if none is."""
+    steady = used & (np.arange(used.size) >= skip)
+    return steady if steady.any() else used
 
 
 class _Streamed(NamedTuple):
@@ -147,34 +165,41 @@ class _Streamed(NamedTuple):
     variance: np.ndarray  # (N,) over the volumes in steady state
     brain_sum: float  # over the mask and the volumes in steady state
     nonfinite: np.ndarray  # (M,) int, voxels with NaN or infinite values that reached a sum
+    sample: np.ndarray  # (T, S) values of some of the voxels, in BOLD units
 
 
 def _stream(
-    bold: BoldFile, sampler: Sampler, mask: np.ndarray | None, nonfinite: np.ndarray, skip: int
-) -> _Streamed:
-    """One pass over the volumes; voxels `nonfinite` are read as zero, which makes them constant.
+    bold: BoldFile, sampler: Sampler, mask: np.ndarray | None, nonfinite: np.ndarray,
+    used: np.ndarray, skip: int,
+) -> _Streamed:  # fmt: skip
+    """One pass over the volumes that are `used`, (T,) bool.
 
-    Sums are of the change since the first volume, so that squares of values far from zero do not
-    cost the variance its digits.
+    Voxels `nonfinite` are read as zero, which makes them constant. Sums are of the change since
+    the first volume, so that squares of values far from zero do not cost the variance its digits.
     """
     values = np.empty(sampler.voxels.size, bold.dtype)
-    changes = np.empty((bold.n_volumes, sampler.starts.size))
+    changes = np.zeros((bold.n_volumes, sampler.starts.size))
     first, change, total, squares = np.zeros((4, values.size))
     bad, brain_sum = np.zeros(int(np.prod(bold.grid)), bool), 0.0
-    unchanged = np.arange(values.size)
+    unchanged, steady, some = np.arange(values.size), _steady(used, skip), sample_of(values.size)
+    start = np.argmax(used)
+    sample = np.zeros((bold.n_volumes, values[some].size), np.float32)
     for t, frame in enumerate(stream.frames(bold)):
+        if not used[t]:
+            continue
         frame[nonfinite] = 0
         np.take(frame, sampler.voxels, out=values, mode='wrap')  # 'raise' would make a copy
-        if t == 0:
+        if t == start:
             first[:] = values
         with np.errstate(invalid='ignore', over='ignore'):
+            sample[t] = values[some] * bold.slope + bold.inter
             np.subtract(values, first, out=change)
             # A product with the mask as numbers is several times faster than picking its voxels.
             in_brain = 0.0 if mask is None else float(frame @ mask)
             np.add.reduceat(change, sampler.starts, out=changes[t])
             # Nearly every voxel has changed after a few volumes, so this soon costs nothing.
             unchanged = unchanged[change[unchanged] == 0]
-            if t >= skip:
+            if steady[t]:
                 total += change
                 squares += np.multiply(change, change, out=change)
                 brain_sum += in_brain
@@ -182,28 +207,36 @@ def _stream(
             bad |= ~np.isfinite(frame)
     varies = np.ones(values.size, bool)
     varies[unchanged] = False
-    total /= bold.n_volumes - skip
-    squares /= bold.n_volumes - skip
+    total /= np.count_nonzero(steady)
+    squares /= np.count_nonzero(steady)
     with np.errstate(invalid='ignore'):
         variance = squares - total**2
         # What rounding leaves of the variance of a voxel that is constant in steady state is zero.
         variance[variance < 1e-12 * squares] = 0
-    return _Streamed(changes, first, varies, total, variance, brain_sum, np.flatnonzero(bad))
+    bad_voxels = np.flatnonzero(bad)
+    return _Streamed(changes, first, varies, total, variance, brain_sum, bad_voxels, sample)
 
 
+@np.errstate(over='ignore', invalid='ignore')  # what is beyond bounds is refused at the end
 def _from_grayordinates(
     bold: BoldFile, atlas_path: Path, n_parcels: int, skip: int
 ) -> Parcellation:
     labels = matching_labels(atlas_path, n_parcels, bold)
+    some = sample_of(labels.size)
+    sample = np.concatenate([block[some].T for block in stream.grayordinates(bold)], axis=1)
+    used = ~without_signal(sample * bold.slope + bold.inter)
+    steady = _steady(used, skip)[used]
     sums, n_used = np.zeros((n_parcels, bold.n_volumes)), np.zeros(n_parcels)
     ratio = np.full(labels.size, np.nan)
     start, brain_sum, n_brain, n_bad = 0, 0.0, 0, 0
     for block in stream.grayordinates(bold):
         label = labels[start : start + len(block)]
+        if not used.all():
+            block = block[:, used]
         finite = np.isfinite(block).all(axis=1)
         n_bad += int(np.count_nonzero(~finite & (label > 0)))
         usable = finite & (block != block[:, :1]).any(axis=1)
-        brain_sum += block[usable][:, skip:].mean(axis=1, dtype=float).sum()
+        brain_sum += block[usable][:, steady].mean(axis=1, dtype=float).sum()
         n_brain += int(np.count_nonzero(usable))
 
         rows = np.flatnonzero(usable & (label > 0))
@@ -211,17 +244,17 @@ def _from_grayordinates(
             rows = rows[np.argsort(label[rows], kind='stable')]
             found, starts, counts = np.unique(label[rows], return_index=True, return_counts=True)
             chosen = block[rows].astype(float)
-            sums[found - 1] += np.add.reduceat(chosen, starts, axis=0)
+            sums[np.ix_(found - 1, used)] += np.add.reduceat(chosen, starts, axis=0)
             n_used[found - 1] += counts
-            steady = chosen[:, skip:]
-            ratio[start + rows] = _ratio(bold, steady.mean(axis=1), steady.var(axis=1))
+            chosen = chosen[:, steady]
+            ratio[start + rows] = _ratio(bold, chosen.mean(axis=1), chosen.var(axis=1))
         start += len(block)
     coverage = n_used / np.maximum(np.bincount(labels, minlength=n_parcels + 1)[1:], 1)
     data, brain_mean = _means(bold, sums.T, n_used, (brain_sum, n_brain), n_bad)
     tsnr = _medians(ratio[labels > 0], labels[labels > 0] - 1, n_parcels)
     return Parcellation(
-        data, coverage.astype(np.float32), _level(data, skip), tsnr, brain_mean, 'grayordinates',
-        'grayordinates', bold.tr, n_bad, skip,
+        interpolate(data, used), coverage.astype(np.float32), _level(data[_steady(used, skip)]),
+        tsnr, brain_mean, 'grayordinates', 'grayordinates', bold.tr, n_bad, skip, ~used,
     )  # fmt: skip
 
 
@@ -241,9 +274,9 @@ def _medians(values: np.ndarray, parcel: np.ndarray, n_parcels: int) -> np.ndarr
     return medians
 
 
-def _level(data: np.ndarray, skip: int) -> np.ndarray:
-    """(P,) float32 mean over time, without the `skip` volumes at the start."""
-    return data[skip:].mean(axis=0, dtype=float).astype(np.float32)
+def _level(data: np.ndarray) -> np.ndarray:
+    """(P,) float32 mean over time."""
+    return data.mean(axis=0, dtype=float).astype(np.float32)
 
 
 def _means(
@@ -265,4 +298,12 @@ def _means(
             'run fMRIPrep again for this run.'
         )
     brain_mean = float(brain_sum / n_brain * bold.slope + bold.inter)
-    return (means * bold.slope + bold.inter).astype(np.float32), brain_mean
+    with np.errstate(over='ignore', invalid='ignore'):
+        data = (means * bold.slope + bold.inter).astype(np.float32)
+    largest = max(abs(brain_mean), np.abs(data[:, n_used > 0]).max())
+    if not 1 / LARGEST <= largest <= LARGEST:  # NaN is not, either
+        raise BrainfmError(
+            f'{bold.path} has values up to {largest:.3g}, which are no BOLD signal; check the '
+            'scaling (scl_slope, scl_inter) in its header, or run fMRIPrep again for this run.'
+        )
+    return data, brain_mean

@@ -4,23 +4,23 @@ from pathlib import Path
 
 import numpy as np
 
+from bids_brainfm.signals.confounds import measure
 from bids_brainfm.signals.connectome import connectome_vector, fisher_z
 
 
-def motion(confounds: Path | None, dummy: int = 0) -> dict[str, float]:
+def motion(confounds: Path | None, start: int = 0, stop: int | None = None) -> dict[str, float]:
     """Framewise displacement and standardised DVARS of a run, NaN where the table has none.
 
-    `confounds` is fMRIPrep's table, of which the first `dummy` volumes are left out. Framewise
+    `confounds` is fMRIPrep's table, of which the volumes from `start` to `stop` count. Framewise
     displacement is in mm, as fMRIPrep computes it (Power et al. 2012,
     doi:10.1016/j.neuroimage.2011.10.018); the first volume of the run has none.
     """
     import pandas as pd
 
-    names = 'framewise_displacement', 'std_dvars'
-    table = pd.DataFrame() if confounds is None else pd.read_csv(
-        confounds, sep='\t', na_values='n/a', usecols=lambda name: name in names
-    )  # fmt: skip
-    fd, dvars = (table.get(name, pd.Series([], dtype=float))[dummy:] for name in names)
+    fd, dvars = (
+        pd.Series(measure(confounds, name) if confounds else [], dtype=float)[start:stop]
+        for name in ('framewise_displacement', 'std_dvars')
+    )
     return {
         'mean_fd': fd.mean(), 'median_fd': fd.median(), 'max_fd': fd.max(),
         'mean_std_dvars': dvars.mean(),

@@ -3,12 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import nibabel as nib
 import numpy as np
 
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.signals.stream import BoldFile, Image, load_image
+from bids_brainfm.images import brain_models, load_image, read_values
+from bids_brainfm.signals.stream import BoldFile
+
+if TYPE_CHECKING:
+    from bids_brainfm.images import Image
 
 # Where a voxel centre lies exactly between two others, LAS and RAS copies of the same data must
 # be rounded alike: points are moved a little in millimetres (not in voxels) before rounding.
@@ -51,7 +56,7 @@ def sampler_of(bold: BoldFile, atlas_path: Path, n_parcels: int) -> Sampler:
 
 
 def make_sampler(
-    atlas_img: Image, n_parcels: int, shape: tuple[int, ...], affine: np.ndarray
+    atlas_img: 'Image', n_parcels: int, shape: tuple[int, ...], affine: np.ndarray
 ) -> Sampler:
     """Find the voxels of each parcel on a run's grid, by affine and nearest neighbour.
 
@@ -93,9 +98,9 @@ def make_sampler(
     return Sampler(voxel[order], parcels, starts, inside, direction)
 
 
-def labels_of(image: Image, n_parcels: int) -> np.ndarray:
+def labels_of(image: 'Image', n_parcels: int) -> np.ndarray:
     """Labels of an atlas image, checked, flat in Fortran order, in the smallest fitting type."""
-    labels = np.asanyarray(image.dataobj).ravel(order='F')
+    labels = read_values(image).ravel(order='F')
     low, high = labels.min(), labels.max()
     with np.errstate(invalid='ignore'):  # NaN is no label; the next line says so
         whole = labels.astype(np.min_scalar_type(n_parcels))
@@ -133,7 +138,7 @@ def matching_labels(atlas_path: Path, n_parcels: int, bold: BoldFile) -> np.ndar
         raise BrainfmError(
             f'{bold.path} is a CIFTI series but the atlas {atlas_path} is not a .dlabel.nii file.'
         )
-    axis, labels = image.header.get_axis(1), labels_of(image, n_parcels)
+    axis, labels = brain_models(image), labels_of(image, n_parcels)
     in_volume = axis.volume_mask
     subcortical = np.setdiff1d(labels[in_volume], labels[~in_volume])
     n_lost = np.count_nonzero(subcortical)

@@ -1,14 +1,14 @@
 """Parcel series in the units a model was trained on."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bids_brainfm.bids.freshness import is_intact
+from bids_brainfm.documents import is_intact, read_json
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.validation import LARGEST, SMALLEST
 
 METHODS = ('none', 'run-robust', 'global-z', 'parcel-z', 'cohort', 'cohort-means')
 # What the statistics that a method needs are fitted on.
@@ -104,7 +104,7 @@ def kind_of(path: Path) -> tuple[str, str]:
 def _read(path: Path) -> ScaleStats:
     """Cohort statistics of a file, not yet compared with an atlas."""
     try:
-        content = json.loads(Path(path).read_text(encoding='utf-8'))
+        content = read_json(path)
         if not is_intact(content):
             raise ValueError('its contents are not those that were written')
         name, statistic = content.pop('Atlas'), content.pop('Statistic', 'series')
@@ -112,6 +112,8 @@ def _read(path: Path) -> ScaleStats:
         columns = [np.array(content.pop(key), dtype=float) for key in keys]
         if not (isinstance(name, str) and isinstance(statistic, str)):
             raise TypeError('Atlas and Statistic must be text')
+        if any((np.abs(column) > LARGEST).any() for column in columns):
+            raise ValueError(f'it holds values beyond {LARGEST:g}')
     except KeyError as error:
         is_bound = error.args[0] in ('Lower', 'Upper')
         raise BrainfmError(
@@ -143,7 +145,7 @@ def _read(path: Path) -> ScaleStats:
 def unusable(stats: ScaleStats) -> np.ndarray:
     """Parcels (U,) int whose interquartile range is not above zero, or that lack a number."""
     known = np.isfinite(list(stats.columns.values())).all(axis=0)
-    return np.flatnonzero(~(known & (stats.iqr > 0)))
+    return np.flatnonzero(~(known & (stats.iqr >= SMALLEST)))
 
 
 def check_method(method: str, stats: Path | None = None) -> None:

@@ -10,7 +10,7 @@ from bids_brainfm.bids.files import read_matrix
 from bids_brainfm.bids.freshness import check_contents, read_sidecar, sidecar_path
 from bids_brainfm.bids.naming import join_name, parse_name
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.validation import MAX_TR, is_number
+from bids_brainfm.validation import MAX_TR, MIN_TR, is_number
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,11 @@ def coverage_path(series: Path) -> Path:
 
 def check_tr(tr: Any, where: str = '') -> float:
     """Return a repetition time in seconds; refuse what cannot be one, such as milliseconds."""
-    if is_number(tr) and 0 < tr <= MAX_TR:
+    if is_number(tr) and MIN_TR <= tr <= MAX_TR:
         return float(tr)
     raise BrainfmError(
-        f'tr={tr!r}{where} is not a repetition time in seconds: give tr= as a number above 0 and '
-        f'at most {MAX_TR}.'
+        f'tr={tr!r}{where} is not a repetition time in seconds: give tr= as a number from '
+        f'{MIN_TR:g} to {MAX_TR}.'
     )
 
 

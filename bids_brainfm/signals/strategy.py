@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.validation import Condition, Positive, PositiveInt, Proportion, build, read_card
+from bids_brainfm.validation import (
+    Condition,
+    Count,
+    NotNegative,
+    Positive,
+    PositiveInt,
+    Proportion,
+    build,
+    read_card,
+)
 
 FOLDER = 'denoising'
 GSR = '+gsr'  # added to a name or file: the global signal as well
@@ -15,8 +24,6 @@ FD, DVARS = 'framewise_displacement', 'std_dvars'  # columns of the confounds ta
 HEAD_RADIUS = 50.0  # mm, of Power et al. 2012
 HIGH_PASS = 1 / 128  # Hz, of the cosines and of the data that fMRIPrep's CompCor is computed on
 EXPANSIONS = ('', '_derivative1', '_power2', '_derivative1_power2')
-NotNegative = Annotated[float, Condition(lambda value: value >= 0, '0 or above')]
-Count = Annotated[int, Condition(lambda value: value >= 0, '0 or above')]
 Masks = Annotated[
     tuple[str, ...],
     Condition(lambda value: value and set(value) <= {'combined', 'CSF', 'WM'},

@@ -1,28 +1,20 @@
 """BOLD files read piece by piece: one volume, or one block of grayordinates, at a time.
 
-A run of one gigabyte is never in memory whole: a buffer of one volume is enough. Inflating
-gzip is what costs time; isal does it about twice as fast as zlib.
+A run of one gigabyte is never in memory whole: a buffer of one volume is enough.
 """
 
-import gzip
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import cast
 
 import nibabel as nib
 import numpy as np
-from isal import igzip, isal_zlib
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
 
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.images import BROKEN, axis_of, brain_models, drain, load_image, open_data, skip
 
-Image: TypeAlias = nib.Nifti1Image | nib.Cifti2Image
-_UNREADABLE = (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error)
-_BROKEN_GZIP = (EOFError, gzip.BadGzipFile, zlib.error, cast(type[Exception], isal_zlib.error))
-_SECONDS = {'sec': 1.0, 'msec': 1e-3, 'usec': 1e-6}
+_SECONDS = {8: 1.0, 16: 1e-3, 24: 1e-6}  # unit codes of time
 
 
 @dataclass(frozen=True)
@@ -55,18 +47,6 @@ class BoldFile:
         return self.shape[0] if self.is_cifti else self.shape[3]
 
 
-def load_image(path: Path) -> Image:
-    """Open a NIfTI or CIFTI image; data stay on disk. Refused if it is absent or damaged."""
-    try:
-        return cast('Image', nib.load(path))
-    except FileNotFoundError:
-        raise BrainfmError(f'{path} does not exist.') from None
-    except _UNREADABLE as error:
-        raise BrainfmError(
-            f'{path} cannot be read as a NIfTI image ({error}); copy the file again.'
-        ) from error
-
-
 def open_bold(path: Path) -> BoldFile:
     """Read the header of a BOLD run and check that it is one.
 
@@ -77,11 +57,16 @@ def open_bold(path: Path) -> BoldFile:
     path = Path(path)
     stored = cast('nib.arrayproxy.ArrayProxy', image.dataobj)
     if isinstance(image, nib.Cifti2Image):
-        time, axis = (image.header.get_axis(i) for i in range(2))
+        time, axis = axis_of(image, 0), brain_models(image)
         if not isinstance(time, nib.cifti2.SeriesAxis):
             raise BrainfmError(f'{path} is a CIFTI file but not a dense time series (dtseries).')
+        if stored.shape != (len(time), len(axis)):
+            raise BrainfmError(
+                f'{path} describes {len(time)} volumes of {len(axis)} grayordinates, but its data '
+                f'are of shape {stored.shape}; copy the file again.'
+            )
         affine, tr = np.eye(4), float(time.step) if time.unit == 'SECOND' else 0.0
-    elif isinstance(image, nib.Nifti1Image):  # NIfTI-2 is a subclass
+    else:
         axis, affine = None, image.affine
         if len(image.shape) != 4 or image.shape[3] < 2:
             raise BrainfmError(
@@ -93,10 +78,8 @@ def open_bold(path: Path) -> BoldFile:
                 f'{path} has neither sform nor qform in its header, so left and right cannot be '
                 'told apart; set one of them, or run fMRIPrep again for this run.'
             )
-        unit = _SECONDS.get(image.header.get_xyzt_units()[1], 1.0)
+        unit = _SECONDS.get(int(image.header['xyzt_units']) & 0x38, 1.0)
         tr = float(image.header.get_zooms()[3]) * unit
-    else:
-        raise BrainfmError(f'{path} is not a single-file NIfTI image; convert it to .nii.gz.')
     if stored.dtype.kind not in 'iuf':
         raise BrainfmError(
             f'{path} holds values of type {stored.dtype}, not plain numbers; '
@@ -130,19 +113,18 @@ def grayordinates(bold: BoldFile, rows: int = 2048) -> Iterator[np.ndarray]:
 def _chunks(bold: BoldFile, sizes: list[int], what: str) -> Iterator[np.ndarray]:
     """Yield successive pieces of the data, all in one buffer."""
     buffer = np.empty(max(sizes), bold.dtype)
-    opener = igzip.open if bold.path.suffix == '.gz' else open
     done = 0
     try:
-        with opener(bold.path, 'rb') as stream:
-            stream.seek(bold.offset)
+        with open_data(bold.path) as stream:
+            skip(stream, bold.offset)
             for size in sizes:
                 piece = buffer[:size]
                 if stream.readinto(piece.view(np.uint8).data) < piece.nbytes:
                     raise EOFError
                 yield piece
                 done += 1
-            stream.read(1)  # at its end gzip compares its checksum
-    except _BROKEN_GZIP as error:
+            drain(stream)
+    except BROKEN as error:
         raise BrainfmError(
             f'{bold.path} is truncated or damaged: {done} of {len(sizes)} {what} could be read; '
             'copy the file again, or run fMRIPrep again for this run.'

@@ -10,6 +10,7 @@ from bids_brainfm.bids.dataset import Record, check_settings, find_records, read
 from bids_brainfm.bids.naming import parcels_name
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.signals.resample import same_rate
+from bids_brainfm.validation import is_number
 
 MISSING = ('', 'n/a', 'nan', 'na')
 
@@ -137,7 +138,7 @@ def read_targets(
             f'--target {column}: all participants have the same value '
             f'({", ".join(distinct) or "none"}), so there is nothing to learn.'
         )
-    no_numbers = [text for text in texts.values() if not np.isfinite(_number(text))]
+    no_numbers = [text for text in texts.values() if not is_number(_number(text))]
     regressed = len(distinct) > 2 and not no_numbers
     problem = problem or ('regression' if regressed else 'classification')
     if problem == 'regression':

@@ -7,10 +7,9 @@ from typing import Annotated, Literal
 
 from bids_brainfm import validation
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.validation import Condition, Positive, PositiveInt, Proportion
+from bids_brainfm.validation import Condition, NotNegative, Positive, PositiveInt, Proportion
 
 FOLDER = 'training'
-NotNegative = Annotated[float, Condition(lambda value: value >= 0, 'from 0 upwards')]
 Momentum = Annotated[float, Condition(lambda value: 0 <= value <= 1, 'from 0 to 1')]
 
 

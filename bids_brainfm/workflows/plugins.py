@@ -26,6 +26,7 @@ from nipype.pipeline.plugins.multiproc import MultiProcPlugin, process_initializ
 from nipype.pipeline.plugins.slurm import SLURMPlugin
 
 from bids_brainfm.config import Settings
+from bids_brainfm.documents import read_yaml
 from bids_brainfm.errors import BrainfmError
 
 if TYPE_CHECKING:
@@ -72,12 +73,10 @@ def _workers_can_be() -> bool:
 
 def from_file(settings: Settings, file: Path, status_callback: Callback) -> PluginBase:
     """Return the plugin that a YAML file names."""
-    import yaml
-
     try:
-        content = yaml.safe_load(file.read_text())
+        content = read_yaml(file)
         name, args = content['plugin'], dict(content.get('plugin_args') or {})
-    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise BrainfmError(
             f'--use-plugin {file} is not YAML with plugin and plugin_args '
             f'({error}): see docs/hpc.md.'

@@ -9,7 +9,6 @@ which accepts every dataset.
 
 import dataclasses
 import importlib
-import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
@@ -18,6 +17,7 @@ from typing import Any, Protocol, cast
 
 from bids_brainfm.bids.description import generators, read_description
 from bids_brainfm.bids.run import BoldRun
+from bids_brainfm.documents import read_json
 from bids_brainfm.errors import BrainfmError
 
 ADAPTERS = ('fmriprep',)  # the first that accepts a dataset reads it
@@ -109,8 +109,8 @@ def read_filters(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        return dict(json.loads(path.read_text())['bold'])
-    except (ValueError, TypeError, KeyError):
+        return dict(read_json(path)['bold'])
+    except (OSError, ValueError, TypeError, KeyError):
         raise BrainfmError(
             f'--bids-filter-file {path} is not JSON of the form {{"bold": {{"acquisition": '
             f'"mb8"}}}}: mend the file.'
