@@ -1,7 +1,9 @@
 """From the derivatives of a participant to the report: everything is read back from disk."""
 
+import hashlib
+import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from bids_brainfm.outputs.products import facts, report_figures
 from bids_brainfm.outputs.registry import BY_NAME, OF_SERIES, PRODUCTS, Product
 from bids_brainfm.reports.fragments import ModelFacts, RunFacts, Source
 from bids_brainfm.reports.methods import read_methods
-from bids_brainfm.reports.report import write_report
+from bids_brainfm.reports.report import figure_files, read_mark, write_report
 from bids_brainfm.signals.connectome import LABEL as CONNECTOME
 
 LOGGER = logging.getLogger('bids_brainfm')
@@ -35,11 +37,37 @@ def report(output: Path, subject: str, software: dict[str, str]) -> Path:
 
     The warnings of all sidecars that it shows go to the log as well.
     """
-    runs, methods = collect_runs(output, subject), read_methods(output)
+    methods = read_methods(output)
+    # before what it is made from is read: what changes meanwhile makes it another one
+    mark = _mark(output, subject, methods, software)
+    runs = collect_runs(output, subject)
     for run in runs:
         for sentence in run.warnings:
             LOGGER.warning('%s: %s', run.name, sentence)
-    return write_report(output, subject, runs, report_figures(), methods, software)
+    return write_report(output, subject, runs, report_figures(), methods, software, mark)
+
+
+def changed_reports(
+    output: Path, subjects: Iterable[str], software: dict[str, str]
+) -> Iterator[tuple[str, bool]]:
+    """Yield each participant, and whether its report would not be the one that is there."""
+    methods = read_methods(output)
+    for subject in subjects:
+        mark = _mark(output, subject, methods, software)
+        yield subject, read_mark(output / f'sub-{subject}.html') != mark
+
+
+def _mark(output: Path, subject: str, methods: str, software: dict[str, str]) -> str:
+    """Checksum of all that a report is made from: sidecars, failures, names of figures, text."""
+    digest = hashlib.sha256(json.dumps([software, methods]).encode())
+    folder = output / f'sub-{subject}'
+    read = [path for func in ('func', 'ses-*/func') for path in folder.glob(f'{func}/*.json')]
+    for path in sorted([*read, *folder.glob('log/failed-*.txt')]):
+        digest.update(f'{path.name}\n'.encode())
+        digest.update(path.read_bytes())
+    names = [path.name for path in figure_files(output, subject)]
+    digest.update('\n'.join(names).encode())
+    return digest.hexdigest()
 
 
 def collect_runs(output: Path, subject: str) -> list[RunFacts]:
