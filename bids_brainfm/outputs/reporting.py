@@ -23,6 +23,10 @@ OUTDATED = (
     'the outputs were written by another version of bids_brainfm, with other numbers: run it '
     'again with --recompute.'
 )
+AFTER_FAILURE = (
+    ' What is shown below was written before that; networks, training and the group level leave '
+    'it out.'
+)
 EMBEDDING = BY_NAME['embedding']
 NEXT_TO_SERIES = tuple(product for product in OF_SERIES if product.name != 'series')
 # Products that belong to an embedding, and have lines in the report next to its own
@@ -141,7 +145,8 @@ def _failed(output: Path, subject: str, listed: list[RunFacts]) -> list[RunFacts
         begins = f'{outcome.run}_space-'
         own = [r for r in listed if r.name.startswith(begins) and r.name.endswith(atlas)]
         if own:
-            kept = '' if model else ' What is shown below is of an earlier input.'
+            labels = [f'desc-{shown.label}' for shown in own[0].models]
+            kept = AFTER_FAILURE if not model or model in labels else ''
             own[0].failures.append(reason + kept)
         else:
             alone.append(RunFacts(outcome.run, failures=[reason]))

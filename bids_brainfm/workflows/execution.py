@@ -90,7 +90,7 @@ def run(workflow: pe.Workflow, plugin: PluginBase) -> None:
 
 
 def _known(error: Exception, work: str) -> BrainfmError | None:
-    """What a node's error comes down to: a sentence of ours, or a full disk; None if neither.
+    """What a node's error comes down to: a sentence of ours, or a folder gone or full; else None.
 
     Nipype hands on nothing but text.
     """
@@ -99,6 +99,11 @@ def _known(error: Exception, work: str) -> BrainfmError | None:
         rf'{BrainfmError.__module__}\.{BrainfmError.__name__}: (.+?)(\\n|\n)', text
     ):
         return BrainfmError(sentence[1])
+    if f'{os.strerror(errno.ENOENT)}: {repr(work)[:-1]}' in text:
+        return BrainfmError(
+            f'the work folder {work} was removed or emptied while the command ran: start again; '
+            f'what is written is kept.'
+        )
     for reason in map(os.strerror, (errno.ENOSPC, errno.EDQUOT)):
         if reason in text:
             return BrainfmError(
