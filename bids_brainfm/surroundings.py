@@ -59,7 +59,8 @@ def forgive_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            # the lowest number that is free; programs that are started have it as well
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     for number, name in ((1, 'stdout'), (2, 'stderr')):
         stream = getattr(sys, name)
         setattr(sys, name, io.TextIOWrapper(
