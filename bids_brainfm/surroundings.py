@@ -90,6 +90,10 @@ def explained() -> Iterator[None]:
     """Raise what the file system refuses as BrainfmError, one sentence."""
     try:
         yield
+    except RuntimeError as error:  # of pathlib
+        if 'Symlink loop' not in str(error):
+            raise
+        raise BrainfmError(f'{error}: a link leads to itself.') from error
     except OSError as error:
         where = f'{error.filename} cannot be used' if error.filename else 'The system refused'
         raise BrainfmError(

@@ -196,7 +196,7 @@ def test_a_label_given_twice_is_one_participant(outputs):
      ('atlas-A', set()), ('atlas-B_desc-other', set())],
 )  # fmt: skip
 def test_outputs_of_a_run_that_failed_since_are_left_out(outputs, step, left_out, caplog):
-    """Of the series and all that is made from it, or of one model; of one atlas, in any session."""
+    """Of the series and all that is made from it, or of one model; of one atlas."""
     run = 'sub-02_ses-b_task-rest_run-1'
     Outcome(run, step, f'{run}: too few volumes.').record(outputs)
     series = find_whole(outputs, 'timeseries', {}, 7, stat='mean', atlas='B')

@@ -333,8 +333,11 @@ def test_reports_show_hostile_outputs_as_text(series, tmp_path, monkeypatch, hos
     for path in out.glob('sub-*/func/*.json'):
         path.write_text(json.dumps(spoiled(json.loads(path.read_text()), hostile)))
     (figure,) = out.glob('sub-01/figures/*desc-carpet_bold.svg')
-    for old, new in (('task-rest', f'task-{slashless}'), ('Demo424_', f'Demo424_model-{slashless}_'),
-                     ('_desc', f'_{slashless}_desc'), ('rest', '[rest]?%20&amp;')):  # fmt: skip
+    renamed = {
+        'task-rest': f'task-{slashless}', 'Demo424_': f'Demo424_model-{slashless}_',
+        '_desc': f'_{slashless}_desc', 'rest': '[rest]?%20&amp;',
+    }  # fmt: skip
+    for old, new in renamed.items():
         shutil.copy(figure, figure.with_name(figure.name.replace(old, new)))
     for name, words in ((f'sub-01_task-{slashless}', hostile), ('sub-01_task-rest', hostile)):
         log = out / 'sub-01' / 'log' / f'failed-{name}_atlas-Demo424.txt'

@@ -57,6 +57,8 @@ def execute(workflow: pe.Workflow, plan: Plan) -> None:
         'stop_on_first_crash': str(settings.stop_on_first_crash).lower(),
         'poll_sleep_duration': '0.1',  # the default of 2 s a node is most of a short job
         'check_version': 'false',
+        # Nipype would take the path of the work folder for a pattern ([a], *), and find nothing
+        'remove_unnecessary_outputs': 'false',
         # seconds until a job's result is seen: shared folders show files late (default: 5)
         'job_finished_timeout': '60',
     }

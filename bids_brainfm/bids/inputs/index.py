@@ -1,11 +1,13 @@
 """The PyBIDS index of an input dataset: made once, kept whole, used by many processes."""
 
+import atexit
 import contextlib
 import hashlib
 import json
 import re
 import shutil
 import sqlite3
+import tempfile
 import uuid
 from collections.abc import Collection
 from functools import partial
@@ -27,6 +29,9 @@ def index(root: Path, participants: Collection[str], database_dir: Path) -> 'BID
     """
     from bids.layout import BIDSLayout, BIDSLayoutIndexer
 
+    if '?' in str(database_dir):  # SQLAlchemy would take what follows for options
+        database_dir = Path(tempfile.mkdtemp())
+        atexit.register(shutil.rmtree, database_dir, ignore_errors=True)
     of = json.dumps([str(root.resolve()), sorted(participants)])
     folder = database_dir / hashlib.sha256(of.encode()).hexdigest()[:12]
     kept = folder / 'layout_index.sqlite'
