@@ -27,12 +27,14 @@ def prepare() -> None:
     _use_utf8()
     forgive_streams()
     try:
-        used = [*sys.argv[1:], str(Path.cwd()), os.environ.get('BIDS_BRAINFM_HOME', '')]
+        here = str(Path.cwd())
     except FileNotFoundError:
         raise BrainfmError(
             'The current folder does not exist any more: change to another one (cd).'
         ) from None
-    for text in used:
+    if '\n' in here:  # Nipype cannot be imported there
+        raise BrainfmError('The path of the current folder has a line break: change to another.')
+    for text in (*sys.argv[1:], here, os.environ.get('BIDS_BRAINFM_HOME', '')):
         try:
             text.encode()
         except UnicodeEncodeError:
