@@ -224,6 +224,16 @@ def test_signal_that_is_swallowed_at_the_end_is_not_lost(tmp_path, monkeypatch):
     assert stopping.exit_code() == 143
 
 
+@pytest.mark.parametrize(('module', 'name'), [(models, 'list_all'), (demo, 'prepare_dataset')])
+def test_ctrl_c_is_one_sentence(module, name, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, name, interrupted)
+    assert module.main(['list']) == 130
+    assert capsys.readouterr().err.endswith('was stopped.\n')
+
+
 def test_what_the_system_refuses_is_one_sentence():
     words = 'check the path, its permissions and the free space.'
     for error, match in (

@@ -162,6 +162,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrainfmError as error:
         print(f'bids_brainfm_demo: {error}', file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print('bids_brainfm_demo was stopped.', file=sys.stderr)
+        return 130
 
     from bids_brainfm.cli.run import main as run_app
 

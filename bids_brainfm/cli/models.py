@@ -184,7 +184,7 @@ def fetch_named(name: str, home: Path, source_dir: Path | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; 0 if all went well, 2 with one sentence on stderr if not."""
+    """Run the command; 0 if all went well, 2 or 130 with one sentence on stderr if not."""
     try:
         with surroundings.explained():
             if argv is None:
@@ -193,6 +193,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrainfmError as error:
         print(f'bids_brainfm_models: {error}', file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print('bids_brainfm_models was stopped.', file=sys.stderr)
+        return 130
 
 
 def run(options: argparse.Namespace) -> int:
