@@ -104,6 +104,13 @@ def explained() -> Iterator[None]:
         ) from error
 
 
+def short_folder() -> str | None:
+    """Return a folder for temporary files whose path is short; None where there is none."""
+    found = (tempfile.gettempdir(), *FOLDERS)
+    short = (folder for folder in found if len(os.fsencode(folder)) <= LONGEST_FOLDER)
+    return next((folder for folder in short if os.access(folder, os.W_OK | os.X_OK)), None)
+
+
 def place_sockets() -> bool:
     """Choose a folder for the sockets of worker processes; returns whether there is one.
 
@@ -111,13 +118,11 @@ def place_sockets() -> bool:
     """
     from multiprocessing import util
 
-    chosen = tempfile.tempdir
-    for folder in (tempfile.gettempdir(), *FOLDERS):
-        if len(os.fsencode(folder)) <= LONGEST_FOLDER and os.access(folder, os.W_OK | os.X_OK):
-            tempfile.tempdir = folder
-            try:
-                util.get_temp_dir()  # makes it once; workers inherit it
-            finally:
-                tempfile.tempdir = chosen
-            return True
-    return False
+    if (folder := short_folder()) is None:
+        return False
+    chosen, tempfile.tempdir = tempfile.tempdir, folder
+    try:
+        util.get_temp_dir()  # makes it once; workers inherit it
+    finally:
+        tempfile.tempdir = chosen
+    return True

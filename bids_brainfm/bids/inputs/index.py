@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 import sqlite3
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.surroundings import short_folder
 
 if TYPE_CHECKING:
     from bids.layout import BIDSLayout
@@ -29,8 +31,9 @@ def index(root: Path, participants: Collection[str], database_dir: Path) -> 'BID
     """
     from bids.layout import BIDSLayout, BIDSLayoutIndexer
 
-    if '?' in str(database_dir):  # SQLAlchemy would take what follows for options
-        database_dir = Path(tempfile.mkdtemp())
+    # SQLite takes paths up to 512 bytes, SQLAlchemy what follows a question mark for options
+    if '?' in str(database_dir) or len(os.fsencode(database_dir)) > 400:
+        database_dir = Path(tempfile.mkdtemp(dir=short_folder()))
         atexit.register(shutil.rmtree, database_dir, ignore_errors=True)
     of = json.dumps([str(root.resolve()), sorted(participants)])
     folder = database_dir / hashlib.sha256(of.encode()).hexdigest()[:12]
