@@ -361,6 +361,25 @@ def test_reports_show_hostile_outputs_as_text(series, tmp_path, monkeypatch, hos
     assert all((out / link).is_file() for link in shown)
 
 
+@pytest.mark.parametrize('kept', [(), ('Atlas', 'Warnings', 'Excluded'), ('all',)])
+def test_report_names_a_malformed_sidecar(series, tmp_path, kept):
+    """Entries are missing, or of other types; the report is written all the same."""
+    from bids_brainfm.outputs.reporting import report
+
+    out = tmp_path / 'out'
+    shutil.copytree(series, out)
+    (path,) = out.glob('sub-01/func/*_stat-mean_timeseries.json')
+    content = json.loads(path.read_text())
+    malformed = {'ResultsVersion': content['ResultsVersion']} | {
+        key: [value] if kept == ('all',) else value
+        for key, value in content.items()
+        if key in kept or (kept == ('all',) and key != 'ResultsVersion')
+    }
+    path.write_text(json.dumps(malformed))
+    page = report(out, '01', {}).read_text()
+    assert f'its sidecar {path.name} is damaged: remove it and run' in page
+
+
 @pytest.fixture(scope='module')
 def series(simulated, tmp_path_factory):
     """Parcel series of one participant, with their report."""

@@ -23,6 +23,9 @@ OUTDATED = (
     'the outputs were written by another version of bids_brainfm, with other numbers: run it '
     'again with --recompute.'
 )
+# Raised where a sidecar lacks an entry, or has one of another type than this program writes
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError)
+DAMAGED = 'its sidecar {} is damaged: remove it and run the participant level again.'
 AFTER_FAILURE = (
     ' What is shown below was written before that; networks, training and the group level leave '
     'it out.'
@@ -84,25 +87,44 @@ def collect_runs(output: Path, subject: str) -> list[RunFacts]:
         if sidecar is not None and sidecar.get('ResultsVersion') != series.results_version:
             runs[name] = RunFacts(name, failures=[OUTDATED])
         elif sidecar is not None:
-            atlas, warnings = sidecar['Atlas'], list(sidecar['Warnings'])
-            source = Source(atlas['Name'], atlas['License'], atlas['Citation'])
-            inputs = facts(series, sidecar) | _lines(NEXT_TO_SERIES, record, sidecar, warnings)
-            excluded = bool(sidecar['Excluded'])
-            runs[name] = RunFacts(name, inputs, atlas=source, warnings=warnings, excluded=excluded)
+            try:
+                runs[name] = _run_facts(name, record, sidecar)
+            except MALFORMED:
+                runs[name] = RunFacts(name, failures=[DAMAGED.format(record.path.name)])
     for record in find_records(output, EMBEDDING.suffix, **sidecars):
         sidecar, run = read_sidecar(record.path), runs.get(parcels_name(record.path.name))
         connectivity = record.entities['desc'] == CONNECTOME
         version = (BY_NAME[CONNECTOME] if connectivity else EMBEDDING).results_version
         if sidecar is None or run is None or sidecar.get('ResultsVersion') != version:
             continue
-        lines = _lines(NEXT_TO_EMBEDDING, record, sidecar, run.warnings)
-        if connectivity:
-            run.inputs.update({name: str(line) for name, line in lines.items()})
-        else:
-            run.models.append(_model_facts(record.entities['desc'], sidecar, lines))
-            run.warnings.extend(sidecar['Warnings'])
+        try:
+            _add_embedding(run, record, sidecar, connectivity)
+        except MALFORMED:
+            run.failures.append(DAMAGED.format(record.path.name))
     listed = list(runs.values())
     return listed + _failed(output, subject, listed)
+
+
+def _run_facts(name: str, record: Record, sidecar: dict[str, Any]) -> RunFacts:
+    """What the sidecars of the parcel series, and of what is made from them alone, say."""
+    atlas, warnings = sidecar['Atlas'], [str(each) for each in sidecar['Warnings']]
+    source = Source(*(str(atlas[key]) for key in ('Name', 'License', 'Citation')))
+    inputs = facts(BY_NAME['series'], sidecar)
+    inputs |= _lines(NEXT_TO_SERIES, record, sidecar, warnings)
+    excluded = bool(sidecar['Excluded'])
+    return RunFacts(name, inputs, atlas=source, warnings=warnings, excluded=excluded)
+
+
+def _add_embedding(
+    run: RunFacts, record: Record, sidecar: dict[str, Any], connectivity: bool
+) -> None:
+    """Add what the sidecar of an embedding, or of the connectome as one, says."""
+    lines = _lines(NEXT_TO_EMBEDDING, record, sidecar, run.warnings)
+    if connectivity:
+        run.inputs.update({name: str(line) for name, line in lines.items()})
+    else:
+        run.models.append(_model_facts(record.entities['desc'], sidecar, lines))
+        run.warnings.extend(sidecar['Warnings'])
 
 
 def _lines(
