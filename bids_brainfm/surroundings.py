@@ -46,7 +46,7 @@ def prepare() -> None:
 
 def _use_utf8() -> None:
     """Start the command again in Python's UTF-8 mode, if its locale has another encoding."""
-    encodings = {locale.getencoding().lower(), sys.getfilesystemencoding().lower()}
+    encodings = {locale.getpreferredencoding(False).lower(), sys.getfilesystemencoding().lower()}
     if encodings != {'utf-8'} and os.environ.get('PYTHONUTF8') != '1':
         os.environ['PYTHONUTF8'] = '1'  # worker processes inherit it
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
