@@ -18,9 +18,14 @@ TIMEOUT_S = 30
 def home() -> Path:
     """Folder of fetched weights and atlases: ``$BIDS_BRAINFM_HOME`` or the user's cache."""
     if chosen := os.environ.get('BIDS_BRAINFM_HOME'):
-        return Path(chosen)
-    cache = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
-    return Path(cache) / 'bids_brainfm'
+        return Path(chosen).absolute()
+    if cache := os.environ.get('XDG_CACHE_HOME'):
+        return Path(cache, 'bids_brainfm').absolute()
+    try:
+        user = Path.home()
+    except RuntimeError:  # a container's user without a home folder
+        user = Path('/')
+    return user / '.cache' / 'bids_brainfm'
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from bids_brainfm.bids.dataset import find_whole
 from bids_brainfm.config import Settings
+from bids_brainfm.errors import BrainfmError
+from bids_brainfm.outputs.registry import BY_NAME
+from bids_brainfm.training.cohort import find_cohort
 
 STEM = 'sub-01_task-rest_space-MNI152NLin2009cAsym_atlas-Demo424'
 MODELS = Path(__file__).parents[1] / 'bids_brainfm' / 'data' / 'models'
@@ -427,6 +431,9 @@ def test_options_of_denoising(dataset, tmp_path, app, capfd):
     assert app(dataset, out, *asked, *one, '--min-dof', '25') == 0  # a limit changes no value
     assert app(dataset, out, *asked, *one, '--min-dof', '200') == 1  # but holds for what is there
     assert 'fewer than the 200 of --min-dof' in capfd.readouterr().err
+    assert_left_out(out, 'fewer than the 200 of --min-dof', capfd)
+    assert app(dataset, out, *asked, *one) == 0
+    assert len(find_cohort([out], 'Demo424')) == 1
     assert app(dataset, out, *asked, *one, '--scrub', '4') == 2
     assert 'denoise_scrub was 2 and is now 4' in capfd.readouterr().err
     assert app(dataset, tmp_path / 'other', *asked) == 1  # sub-02 has no such table
@@ -434,6 +441,23 @@ def test_options_of_denoising(dataset, tmp_path, app, capfd):
     for wrong in ('bandpass = [0.01]', 'bandpass = ["low", 0.1]', 'custom_confounds = "/no"'):
         config.write_text(wrong)
         assert app(dataset, tmp_path / 'new', '--config-file', config) == 2
+
+
+def assert_left_out(out, reason, capfd):
+    """The group level and training read nothing of a run whose last attempt failed."""
+    for product in map(BY_NAME.get, ('series', 'connectome')):
+        version, stat = product.results_version, product.stat
+        assert find_whole(out, product.suffix, {}, version, stat=stat) == []
+        said = capfd.readouterr().err
+        assert (
+            f'{product.suffix}.tsv is left out, since the last attempt to make it failed' in said
+        )
+        assert reason in said
+    with pytest.raises(BrainfmError, match='last attempt at every run'):
+        find_cohort([out], 'Demo424')
+    assert reason in capfd.readouterr().err
+    page = (out / 'sub-01.html').read_text()
+    assert 'networks, training and the group level leave it out' in page
 
 
 def test_aroma_takes_the_files_of_fmripost_aroma(simulated, tmp_path, app, capfd):

@@ -8,6 +8,7 @@ from bids_brainfm.bids import inputs
 from bids_brainfm.bids.dataset import find_records, find_whole
 from bids_brainfm.bids.freshness import write_sidecar
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.outputs.outcome import Outcome
 
 NAMES = (
     'sub-01/func/sub-01_task-rest_space-X_atlas-A_stat-mean_timeseries.tsv',
@@ -187,3 +188,22 @@ def test_denoised_runs_are_not_denoised_again(simulated, tmp_path, monkeypatch, 
 def test_a_label_given_twice_is_one_participant(outputs):
     once = find_records(outputs, 'timeseries', subjects=['01'])
     assert find_records(outputs, 'timeseries', subjects=['01', '01']) == once != []
+
+
+@pytest.mark.parametrize(
+    ('step', 'left_out'),
+    [('atlas-B', {'series', 'embedding'}), ('atlas-B_desc-m', {'embedding'}),
+     ('atlas-A', set()), ('atlas-B_desc-other', set())],
+)  # fmt: skip
+def test_outputs_of_a_run_that_failed_since_are_left_out(outputs, step, left_out, caplog):
+    """Of the series and all that is made from it, or of one model; of one atlas."""
+    run = 'sub-02_ses-b_task-rest_run-1'
+    Outcome(run, step, f'{run}: too few volumes.').record(outputs)
+    series = find_whole(outputs, 'timeseries', {}, 7, stat='mean', atlas='B')
+    assert len(series) == ('series' not in left_out)
+    assert len(find_whole(outputs, 'embedding', {}, 7)) == ('embedding' not in left_out)
+    assert len(find_whole(outputs, 'timeseries', {}, 7, stat='mean', atlas='A')) == 1
+    said = 'is left out, since the last attempt to make it failed (too few volumes): run the'
+    assert caplog.text.count(said) == len(left_out)
+    Outcome(run, step).record(outputs)  # it succeeds
+    assert len(find_whole(outputs, 'embedding', {}, 7)) == 1

@@ -153,6 +153,8 @@ def test_page_loads_only_its_figures(report):
         assert '://' not in load
         assert (out / load).is_file()
     assert not {'script', 'link', 'iframe'} & set(page.tags)
+    policy = "default-src 'none'; img-src 'self' file:; style-src 'unsafe-inline'"
+    assert f'http-equiv="Content-Security-Policy" content="{policy}' in text
     assert '@import' not in text
     assert 'url(' not in text
 
@@ -195,10 +197,10 @@ def test_runs_come_in_numerical_order_each_with_its_model(report):
 
 
 def test_titles_and_captions_are_plain_text(report):
-    """Neither HTML nor nireports' own braces in them mean anything."""
+    """Neither HTML nor a template's braces in them mean anything."""
     _, text, page = report
     assert ' '.join(page.text).count('R² < 0 & {title}, {x}') == 3
-    assert text.count("A parcel's row") == 3
+    assert ' '.join(page.text).count("A parcel's row") == 3
     assert text.count('<h4>Windows</h4>') == 3
 
 
@@ -285,6 +287,13 @@ def test_palette_keeps_the_pixels(arrays, tmp_path):
     assert Image.open(
         io.BytesIO(base64.b64decode(re.search(r'base64,([^"]+)', path.read_text())[1]))
     ).mode == 'P'  # fmt: skip
+
+
+def test_dollar_signs_in_names_are_text(arrays, tmp_path):
+    """Matplotlib would take what is between two of them for a formula, and fail."""
+    figure = connectivity(arrays['relmat'], np.arange(P), r'a $\foo$ <b> & "c"')
+    text = save(figure, tmp_path / 'x.svg').read_text()
+    assert r'$\foo$ &lt;b&gt; &amp; "c"' in text
 
 
 def test_carpet_counts_what_it_shows(arrays):
@@ -480,16 +489,22 @@ def test_pictures_leave_no_global_state(arrays):
 
 
 def test_browser_shows_the_figures(tmp_path):
-    """Moved elsewhere and opened from disk without a network, the page displays its images."""
+    """Moved elsewhere and opened from disk, the page displays its images and runs no script."""
     browser = shutil.which('chromium') or shutil.which('chromium-browser')
     if not browser:
         pytest.skip('needs chromium')
     from matplotlib.figure import Figure
     from PIL import Image
 
-    picture = Figure(figsize=(4, 2), facecolor='#FF00FF')
+    picture = Figure(figsize=(4, 2))
+    # a raster, as most figures have one
+    picture.add_axes((0, 0, 1, 1)).imshow([[[255, 0, 255]]], aspect='auto')
     save(picture, figure_path(tmp_path / 'here', RUN.format(1), 'carpet'))
     write_report(tmp_path / 'here', '01', [a_run(RUN.format(1))], FIGURES)
+    page = tmp_path / 'here' / 'sub-01.html'
+    attack = 'document.querySelectorAll("img").forEach(image => image.remove())'
+    hostile = f'<script>{attack}</script><img src="data:," onerror=\'{attack}\'></body>'
+    page.write_text(page.read_text().replace('</body>', hostile))
     shutil.move(tmp_path / 'here', tmp_path / 'moved away')
     shot = tmp_path / 'page.png'
     subprocess.run(

@@ -1,15 +1,19 @@
 """Files of other people run nothing, write nowhere else, and nothing uses the network."""
 
+import html
 import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
+from bids_brainfm.cli.run import main
 from bids_brainfm.errors import BrainfmError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -306,3 +310,92 @@ def test_no_network_call_is_made_by_any_library(simulated, tmp_path):
     made = trace.read_text()
     assert 'AF_UNIX' in made  # between the command and its workers
     assert 'AF_INET' not in made
+
+
+class Elements(HTMLParser):
+    """Elements of a page, their attributes, and where these lead."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.links = set(), set(), set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attributes}
+        self.links |= {value for name, value in attributes if name in ('href', 'src')}
+
+
+@pytest.mark.parametrize('hostile', ['"><img src=x onerror=alert(1)>', "' onload='alert(1)"])
+def test_reports_show_hostile_outputs_as_text(series, tmp_path, monkeypatch, hostile):
+    """Names of files and folders, and every text in a sidecar, may come from anyone."""
+    plain = Elements((series / 'sub-01.html').read_text())
+    out, slashless = tmp_path / 'out', hostile.replace('/', '')
+    shutil.copytree(series, out)
+    for path in out.glob('sub-*/func/*.json'):
+        path.write_text(json.dumps(spoiled(json.loads(path.read_text()), hostile)))
+    (figure,) = out.glob('sub-01/figures/*desc-carpet_bold.svg')
+    renamed = {
+        'task-rest': f'task-{slashless}', 'Demo424_': f'Demo424_model-{slashless}_',
+        '_desc': f'_{slashless}_desc', 'rest': '[rest]?%20&amp;',
+    }  # fmt: skip
+    for old, new in renamed.items():
+        shutil.copy(figure, figure.with_name(figure.name.replace(old, new)))
+    for name, words in ((f'sub-01_task-{slashless}', hostile), ('sub-01_task-rest', hostile)):
+        log = out / 'sub-01' / 'log' / f'failed-{name}_atlas-Demo424.txt'
+        log.parent.mkdir(exist_ok=True)
+        log.write_text(f'{words}\nTraceback')
+    (series_json,) = out.glob('sub-01/func/*timeseries.json')
+    other = series_json.name.replace('task-rest', f'task-{slashless}')
+    shutil.copy(series_json, series_json.with_name(other))
+    (out / 'logs' / 'CITATION.md').write_text(f'# {hostile}\n\n{hostile}\n\n- {hostile}\n')
+    shutil.copytree(out / 'sub-01', out / f'sub-{slashless}')
+    monkeypatch.chdir(tmp_path)
+    assert main([str(out), str(out), 'participant', '--reports-only']) == 0
+    pages = [Elements(path.read_text()) for path in out.glob('*.html')]
+    assert len(pages) == 2
+    for page in pages:
+        assert page.tags <= plain.tags | {'ul'}
+        assert page.attributes <= plain.attributes
+        assert all(link.startswith(('./sub-', '#')) for link in page.links)
+    assert (out / 'sub-01.html').read_text().count(html.escape(hostile)) > 9
+    shown = [unquote(link) for link in pages[0].links | pages[1].links if link.startswith('./')]
+    assert all((out / link).is_file() for link in shown)
+
+
+@pytest.mark.parametrize('kept', [(), ('Atlas', 'Warnings', 'Excluded'), ('all',)])
+def test_report_names_a_malformed_sidecar(series, tmp_path, kept):
+    """Entries are missing, or of other types; the report is written all the same."""
+    from bids_brainfm.outputs.reporting import report
+
+    out = tmp_path / 'out'
+    shutil.copytree(series, out)
+    (path,) = out.glob('sub-01/func/*_stat-mean_timeseries.json')
+    content = json.loads(path.read_text())
+    malformed = {'ResultsVersion': content['ResultsVersion']} | {
+        key: [value] if kept == ('all',) else value
+        for key, value in content.items()
+        if key in kept or (kept == ('all',) and key != 'ResultsVersion')
+    }
+    path.write_text(json.dumps(malformed))
+    page = report(out, '01', {}).read_text()
+    assert f'its sidecar {path.name} is damaged: remove it and run' in page
+
+
+@pytest.fixture(scope='module')
+def series(simulated, tmp_path_factory):
+    """Parcel series of one participant, with their report."""
+    folder = tmp_path_factory.mktemp('series')
+    options = ('-w', folder / 'work', '--model', 'brainlm-demo', '--stop-after', 'timeseries')
+    options += ('--participant-label', '01', '--nprocs', '1')
+    assert main([*map(str, (simulated, folder / 'out', 'participant', *options))]) == 0
+    return folder / 'out'
+
+
+def spoiled(value, hostile):
+    """Put a text into every text of a sidecar."""
+    if isinstance(value, dict):
+        return {key: spoiled(item, hostile) for key, item in value.items()}
+    if isinstance(value, list):
+        return [spoiled(item, hostile) for item in value]
+    return f'{value} {hostile}' if isinstance(value, str) else value

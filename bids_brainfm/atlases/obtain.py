@@ -1,6 +1,7 @@
 """Complete an atlas on this machine: fetch its files, make the images that nobody publishes."""
 
 import contextlib
+import glob
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -128,7 +129,7 @@ def template_transform(name: str, source_dir: Path | None = None) -> Path:
     home = os.environ.get('TEMPLATEFLOW_HOME') or Path.home() / '.cache' / 'templateflow'
     path = Path(home) / f'tpl-{entities["tpl"]}' / name
     if source_dir is not None:
-        path = next(source_dir.rglob(name), path)
+        path = next(source_dir.rglob(glob.escape(name)), path)
     if path.is_file() and path.stat().st_size:  # TemplateFlow keeps empty files as stubs
         return path
     if source_dir is not None:

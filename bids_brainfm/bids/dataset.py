@@ -17,7 +17,7 @@ from bids_brainfm.bids import claims
 from bids_brainfm.bids.description import generators, read_description
 from bids_brainfm.bids.files import as_plain, create, write_text
 from bids_brainfm.bids.freshness import damage, read_sidecar, sidecar_path
-from bids_brainfm.bids.naming import OUTPUT_ENTITIES, join_name, parse_name
+from bids_brainfm.bids.naming import OUTPUT_ENTITIES, failure_path, join_name, parse_name
 from bids_brainfm.documents import read_tsv
 from bids_brainfm.errors import BrainfmError
 
@@ -59,6 +59,26 @@ class Record:
         """Whether it and its sidecar are there and undamaged."""
         return self.damage is None
 
+    @property
+    def failure(self) -> str | None:
+        """Why the last attempt to make it failed, None where it did not."""
+        participant = f'sub-{self.entities["sub"]}'
+        root = next(path.parent for path in self.path.parents if path.name == participant)
+        atlas, label = (self.entities.get(key, '') for key in ('atlas', 'desc'))
+        return find_failure(root, self.name, atlas, label)
+
+
+def find_failure(output: Path, run: str, atlas: str, label: str | None) -> str | None:
+    """Why the last attempt at the parcel series of a run, or at one model, failed, if it did.
+
+    What an earlier attempt wrote is still there, and does not fit the input or the settings.
+    """
+    for step in (f'atlas-{atlas}', f'atlas-{atlas}_desc-{label}'):
+        with contextlib.suppress(FileNotFoundError):
+            text = failure_path(output, run, step).read_text(encoding='utf-8')
+            return text.partition('\n')[0].removeprefix(f'{run}: ')
+    return None
+
 
 Labels = str | Collection[str] | None
 
@@ -96,7 +116,8 @@ def find_whole(
 ) -> list[Record]:  # fmt: skip
     """Find the outputs of a dataset that group results are made from; warnings name the others.
 
-    They are whole, of this `version` of the results, and not excluded for their flagged volumes.
+    They are whole, of this `version` of the results, not excluded for their flagged volumes, and
+    the last attempt to make them did not fail.
     `filters` are the labels of an entity to take, all where empty; for the rest see
     :func:`iterate_records`. Raises BrainfmError where the dataset was not written by this
     program, lacks a participant that was asked for, or has outputs of one model that were
@@ -120,6 +141,9 @@ def find_whole(
         elif sidecar.get('ResultsVersion') != version:
             reason = 'another version of bids_brainfm wrote it, with other numbers: run the '
             reason += 'participant level again with --recompute'
+        elif (failure := record.failure) is not None:
+            reason = f'the last attempt to make it failed ({failure.rstrip(".")}): run the '
+            reason += 'participant level again, or leave the run out'
         elif sidecar.get('Excluded'):
             reason = 'more of its volumes are flagged than --max-flagged allows'
         else:

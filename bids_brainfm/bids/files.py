@@ -127,10 +127,12 @@ def create(path: Path, text: str) -> bool:
 def write_text(path: Path, text: str) -> Path:
     """Write text, unless the file has that text already (its date is then kept)."""
     path = Path(path)
-    if path.is_file() and path.read_text() == text:
+    # a name of a file may be in another encoding
+    content = text.encode(errors='backslashreplace')
+    if path.is_file() and path.read_bytes() == content:
         return path
     with atomic(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_bytes(content)
     return path
 
 

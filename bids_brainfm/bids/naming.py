@@ -66,6 +66,11 @@ def derivative_path(
     return folder / join_name(entities, suffix, extension)
 
 
+def failure_path(output: Path, run: str, step: str) -> Path:
+    """File of the output dataset that says why a step failed for a run, by their names."""
+    return output / run.partition('_')[0] / 'log' / f'failed-{run}_{step}.txt'
+
+
 def own_uri(output: Path, path: Path) -> str:
     """BIDS URI of a file of the output dataset."""
     return f'bids::{path.relative_to(output).as_posix()}'

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bids_brainfm import surroundings
 from bids_brainfm.bids.files import write_json
 from bids_brainfm.errors import BrainfmError
 
@@ -138,21 +139,32 @@ def _write_nifti(path: Path, data: np.ndarray) -> None:
     image.to_filename(path)
 
 
+def prepare_dataset(data: Path, participants: int, volumes: int) -> None:
+    """Simulate the dataset, unless an earlier command did; refuse a folder of other data."""
+    description = data / 'dataset_description.json'
+    ours = description.is_file() and SIMULATOR in description.read_text(encoding='utf-8')
+    if data.exists() and not ours:
+        raise BrainfmError(f'{data} is not a dataset of this demo: name another folder.')
+    if not data.exists():
+        print(f'Simulating {participants} participants in {data}', flush=True)
+        write_dataset(data, participants, volumes)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code of ``bids_brainfm``."""
-    options, passed_on = get_parser().parse_known_args(argv)
-    data, out = options.outdir / 'data', options.outdir / 'out'
-    description = data / 'dataset_description.json'
     try:
-        ours = description.is_file() and SIMULATOR in description.read_text()
-        if data.exists() and not ours:
-            raise BrainfmError(f'{data} is not a dataset of this demo: name another folder.')
-        if not data.exists():
-            print(f'Simulating {options.participants} participants in {data}', flush=True)
-            write_dataset(data, options.participants, options.volumes)
-    except (BrainfmError, OSError) as error:
+        with surroundings.explained():
+            if argv is None:
+                surroundings.prepare()
+            options, passed_on = get_parser().parse_known_args(argv)
+            data, out = options.outdir / 'data', options.outdir / 'out'
+            prepare_dataset(data, options.participants, options.volumes)
+    except BrainfmError as error:
         print(f'bids_brainfm_demo: {error}', file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print('bids_brainfm_demo was stopped.', file=sys.stderr)
+        return 130
 
     from bids_brainfm.cli.run import main as run_app
 

@@ -1,11 +1,13 @@
 """``bids_brainfm_models``: what models and atlases there are, fetching and training them."""
 
 import argparse
+import glob
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from bids_brainfm import surroundings
 from bids_brainfm.atlases.cards import AtlasCard, atlas_names, images_here, missing_files
 from bids_brainfm.atlases.cards import load_card as load_atlas_card
 from bids_brainfm.atlases.obtain import obtain_atlas
@@ -51,7 +53,7 @@ def weights_resources(
     """
     folder = checkpoint_dir(card, home)
     searched = [folder, *([source_dir] if source_dir else [])]
-    has = lambda name: any(any(place.rglob(name)) for place in searched)
+    has = lambda name: any(any(place.rglob(glob.escape(name))) for place in searched)
     resources = []
     for file in card.weights:
         if Path(file['name']).is_absolute():
@@ -182,19 +184,29 @@ def fetch_named(name: str, home: Path, source_dir: Path | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; 0 if all went well, 2 with one sentence on stderr if not."""
-    options = get_parser().parse_args(argv)
+    """Run the command; 0 if all went well, 2 or 130 with one sentence on stderr if not."""
     try:
-        if options.command == 'list':
-            print(list_all(home()))
-        elif options.command in training.COMMANDS:
-            return training.run(options)
-        else:
-            for name in options.names:
-                fetch_named(name, home(), options.source_dir)
+        with surroundings.explained():
+            if argv is None:
+                surroundings.prepare()
+            return run(get_parser().parse_args(argv))
     except BrainfmError as error:
         print(f'bids_brainfm_models: {error}', file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print('bids_brainfm_models was stopped.', file=sys.stderr)
+        return 130
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do what the options say; returns the exit code."""
+    if options.command in training.COMMANDS:
+        return training.run(options)
+    if options.command == 'list':
+        print(list_all(home()))
+    else:
+        for name in options.names:
+            fetch_named(name, home(), options.source_dir)
     return 0
 
 

@@ -13,7 +13,7 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bids_brainfm import stopping
+from bids_brainfm import stopping, surroundings
 from bids_brainfm.cli import scratch
 from bids_brainfm.cli.parser import named_files, parse_settings
 from bids_brainfm.config import Settings, split_name
@@ -39,9 +39,14 @@ def main(argv: list[str] | None = None) -> int:
     by SIGTERM.
     """
     try:
-        with stopping.listening():
-            return run(parse_settings(argv))
+        with surroundings.explained(), stopping.listening():
+            if argv is None:
+                surroundings.prepare()
+            code = run(parse_settings(argv))
+            stopping.check()  # a library may have swallowed the signal
+            return code
     except BrainfmError as error:
+        LOGGER.debug('Traceback', exc_info=True)
         print(f'bids_brainfm: error: {error}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -216,7 +221,7 @@ def start_log(settings: Settings, name: str) -> Path:
 
     folder = settings.output_dir / 'logs' / name
     write_text(folder / 'bids_brainfm.toml', settings.to_toml())
-    file = _LogFile(folder / 'bids_brainfm.log')
+    file = _LogFile(folder / 'bids_brainfm.log', encoding='utf-8', errors='backslashreplace')
     file.setFormatter(FORM)
     for kept in [handler for handler in LOGGER.handlers if isinstance(handler, MemoryHandler)]:
         kept.setTarget(file)
@@ -309,6 +314,11 @@ def conclude(plan: 'Plan', crashed: Exception | None, seconds: float) -> int:
 
     output = plan.settings.output_dir
     failures = plan.read_failures()
+    if crashed is None and (removed := plan.removed()):
+        more = f' and {len(removed) - 1} more' * (len(removed) > 1)
+        crashed = BrainfmError(
+            f'{removed[0]}{more} were removed while the command ran: start it again.'
+        )
     for sentence in failures:
         LOGGER.error('Failed: %s', sentence)
     if crashed is not None:

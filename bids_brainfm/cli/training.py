@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from bids_brainfm import surroundings
 from bids_brainfm.arguments import number, positive, proportion, ratio, seed
 from bids_brainfm.config import PRECISIONS, absolute, available_cpus
 from bids_brainfm.errors import BrainfmError
@@ -168,6 +169,8 @@ def run(options: argparse.Namespace) -> int:
     from bids_brainfm.training.session import is_first_process
     from bids_brainfm.training.settings import TrainingSettings
 
+    if options.workers:
+        surroundings.place_sockets()
     here = int(os.environ.get('LOCAL_WORLD_SIZE', '1'))
     nthreads = options.nthreads or max(1, available_cpus() // here)
     torch.set_num_threads(nthreads)

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,11 +128,10 @@ def write(
     levels of it. BrainfmError: both levels are one, or no model has maps of both.
     """
     column, a, b = settings.options['contrast']
-    plain = lambda text: re.sub('[^a-zA-Z0-9]', '', text)
     if a == b:
         raise BrainfmError(f'--contrast {column} {a} {b} subtracts {a} from itself: name two.')
     column = {long: short for short, long in LONG_NAMES.items()}.get(column, column)
-    folder = dataset / 'group' / f'{plain(column)}-{plain(a)}-minus-{plain(b)}'
+    folder = dataset / 'group' / f'{_plain(column)}-{_plain(a)}-minus-{_plain(b)}'
     written, lacking = [], []
     for group in groups:
         try:
@@ -166,6 +166,16 @@ def write(
     for reason in lacking:
         LOGGER.warning('%s', reason)
     return written
+
+
+def _plain(text: str) -> str:
+    """Return letters and digits for the name of a folder, different ones for different texts.
+
+    >>> _plain('F'), _plain('M+') == _plain('M-')
+    ('F', False)
+    """
+    kept = re.sub('[^a-zA-Z0-9]', '', text)
+    return kept if kept == text else f'{kept}{zlib.crc32(text.encode()):08x}'
 
 
 def _write_map(table: Path, group: GroupMap, found: Contrast, a: str, b: str) -> None:

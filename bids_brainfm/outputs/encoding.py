@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bids_brainfm import stopping
 from bids_brainfm.atlases.atlas import load_atlas
 from bids_brainfm.bids.run import BoldRun
 from bids_brainfm.config import available_cpus
@@ -72,6 +73,7 @@ def encode_all(
         def settle(run: BoldRun, found: Context | Exception) -> None:
             work = partial(_write, found, task)
             outcomes.append(outcome := attempt(place.output, run, place.step, work, stop))
+            stopping.check()
             bar.update()
             head = f'[{len(outcomes)}/{len(runs)}]'
             if outcome.error:

@@ -16,7 +16,7 @@ import numpy as np
 from bids_brainfm.analyses import networks as analysis
 from bids_brainfm.analyses.knn import KnnResult, knn_protocol
 from bids_brainfm.bids import freshness
-from bids_brainfm.bids.dataset import SETTINGS, iterate_records
+from bids_brainfm.bids.dataset import SETTINGS, find_failure, iterate_records
 from bids_brainfm.bids.files import read_relmat, write_table
 from bids_brainfm.bids.naming import own_uri
 from bids_brainfm.bids.run import BoldRun
@@ -114,9 +114,11 @@ def sources(
 
 
 def _usable(member: Member, task: NetworksTask) -> bool:
-    """Whether the features of a run are of its inputs as they are now, and not excluded."""
+    """Whether the features of a run fit its inputs as they are now, and are not excluded."""
     file, version = task.features_file(member.run), BY_NAME[task.feature_product].results_version
-    sidecar = freshness.read_sidecar(freshness.sidecar_path(file)) or {}
+    sidecar, place = freshness.read_sidecar(freshness.sidecar_path(file)) or {}, task.place
+    if find_failure(place.output, member.run.name, place.atlas, place.label) is not None:
+        return False
     return freshness.is_current(file, member.inputs, version) and not sidecar.get('Excluded')
 
 

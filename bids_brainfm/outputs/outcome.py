@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bids_brainfm.bids.files import write_text
+from bids_brainfm.bids.naming import failure_path
 from bids_brainfm.bids.run import BoldRun
 from bids_brainfm.errors import BrainfmError
 
@@ -24,7 +25,7 @@ class Outcome:
 
     def path(self, output: Path) -> Path:
         """File of the output dataset that says why the step failed."""
-        return output / self.run.partition('_')[0] / 'log' / f'failed-{self.run}_{self.step}.txt'
+        return failure_path(output, self.run, self.step)
 
     def record(self, output: Path, details: str = '') -> None:
         """Write down why the step failed, or forget an earlier failure."""
@@ -68,5 +69,6 @@ def read_failures(output: Path, subject: str) -> list[Outcome]:
     outcomes = []
     for path in sorted((output / f'sub-{subject}' / 'log').glob('failed-*.txt')):
         run, _, step = path.stem.removeprefix('failed-').partition('_atlas-')
-        outcomes.append(Outcome(run, f'atlas-{step}', path.read_text().partition('\n')[0]))
+        sentence = path.read_text(encoding='utf-8').partition('\n')[0]
+        outcomes.append(Outcome(run, f'atlas-{step}', sentence))
     return outcomes

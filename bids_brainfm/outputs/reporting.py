@@ -1,7 +1,9 @@
 """From the derivatives of a participant to the report: everything is read back from disk."""
 
+import hashlib
+import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from bids_brainfm.outputs.products import facts, report_figures
 from bids_brainfm.outputs.registry import BY_NAME, OF_SERIES, PRODUCTS, Product
 from bids_brainfm.reports.fragments import ModelFacts, RunFacts, Source
 from bids_brainfm.reports.methods import read_methods
-from bids_brainfm.reports.report import write_report
+from bids_brainfm.reports.report import figure_files, read_mark, write_report
 from bids_brainfm.signals.connectome import LABEL as CONNECTOME
 
 LOGGER = logging.getLogger('bids_brainfm')
@@ -21,7 +23,13 @@ OUTDATED = (
     'the outputs were written by another version of bids_brainfm, with other numbers: run it '
     'again with --recompute.'
 )
+# Raised where a sidecar lacks an entry, or has one of another type than this program writes
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError)
 DAMAGED = 'the sidecar {} is damaged: run the participant level again.'
+AFTER_FAILURE = (
+    ' What is shown below was written before that; networks, training and the group level leave '
+    'it out.'
+)
 EMBEDDING = BY_NAME['embedding']
 NEXT_TO_SERIES = tuple(product for product in OF_SERIES if product.name != 'series')
 # Products that belong to an embedding, and have lines in the report next to its own
@@ -36,11 +44,37 @@ def report(output: Path, subject: str, software: dict[str, str]) -> Path:
 
     The warnings of all sidecars that it shows go to the log as well.
     """
-    runs, methods = collect_runs(output, subject), read_methods(output)
+    methods = read_methods(output)
+    # before what it is made from is read: what changes meanwhile makes it another one
+    mark = _mark(output, subject, methods, software)
+    runs = collect_runs(output, subject)
     for run in runs:
         for sentence in run.warnings:
             LOGGER.warning('%s: %s', run.name, sentence)
-    return write_report(output, subject, runs, report_figures(), methods, software)
+    return write_report(output, subject, runs, report_figures(), methods, software, mark)
+
+
+def changed_reports(
+    output: Path, subjects: Iterable[str], software: dict[str, str]
+) -> Iterator[tuple[str, bool]]:
+    """Yield each participant, and whether its report would not be the one that is there."""
+    methods = read_methods(output)
+    for subject in subjects:
+        mark = _mark(output, subject, methods, software)
+        yield subject, read_mark(output / f'sub-{subject}.html') != mark
+
+
+def _mark(output: Path, subject: str, methods: str, software: dict[str, str]) -> str:
+    """Checksum of all that a report is made from: sidecars, failures, names of figures, text."""
+    digest = hashlib.sha256(json.dumps([software, methods]).encode())
+    folder = output / f'sub-{subject}'
+    read = [path for func in ('func', 'ses-*/func') for path in folder.glob(f'{func}/*.json')]
+    for path in sorted([*read, *folder.glob('log/failed-*.txt')]):
+        digest.update(f'{path.name}\n'.encode())
+        digest.update(path.read_bytes())
+    names = [path.name for path in figure_files(output, subject)]
+    digest.update('\n'.join(names).encode())
+    return digest.hexdigest()
 
 
 def collect_runs(output: Path, subject: str) -> list[RunFacts]:
@@ -55,25 +89,23 @@ def collect_runs(output: Path, subject: str) -> list[RunFacts]:
         elif sidecar.get('ResultsVersion') != series.results_version:
             runs[name] = RunFacts(name, failures=[OUTDATED])
         else:
-            atlas, warnings = sidecar['Atlas'], list(sidecar['Warnings'])
-            source = Source(atlas['Name'], atlas['License'], atlas['Citation'])
-            inputs = facts(series, sidecar) | _lines(NEXT_TO_SERIES, record, sidecar, warnings)
-            excluded = bool(sidecar['Excluded'])
-            warnings += _other_settings(output, sidecar)
-            runs[name] = RunFacts(name, inputs, atlas=source, warnings=warnings, excluded=excluded)
+            try:
+                runs[name] = _run_facts(name, record, sidecar)
+                runs[name].warnings.extend(_other_settings(output, sidecar))
+            except MALFORMED:
+                runs[name] = RunFacts(name, failures=[DAMAGED.format(record.path.name)])
     for record in find_records(output, EMBEDDING.suffix, **sidecars):
         sidecar, run = read_sidecar(record.path), runs.get(parcels_name(record.path.name))
         connectivity = record.entities['desc'] == CONNECTOME
         version = (BY_NAME[CONNECTOME] if connectivity else EMBEDDING).results_version
         if sidecar is None or run is None or sidecar.get('ResultsVersion') != version:
             continue
-        lines = _lines(NEXT_TO_EMBEDDING, record, sidecar, run.warnings)
-        if connectivity:
-            run.inputs.update({name: str(line) for name, line in lines.items()})
+        try:
+            _add_embedding(run, record, sidecar, connectivity)
+        except MALFORMED:
+            run.failures.append(DAMAGED.format(record.path.name))
         else:
-            run.models.append(_model_facts(record.entities['desc'], sidecar, lines))
-            run.warnings.extend(sidecar['Warnings'])
-            others = _other_settings(output, sidecar)
+            others = () if connectivity else _other_settings(output, sidecar)
             run.warnings.extend(words for words in others if words not in run.warnings)
     listed = list(runs.values())
     return listed + _failed(output, subject, listed)
@@ -85,6 +117,28 @@ def _other_settings(output: Path, sidecar: dict[str, Any]) -> list[str]:
     others = [n for n, digest in made.items() if recorded_digest(output, n) not in (None, digest)]
     words = 'The outputs were made with other settings of {} than those in logs/settings.'
     return [words.format(name) for name in others]
+
+
+def _run_facts(name: str, record: Record, sidecar: dict[str, Any]) -> RunFacts:
+    """What the sidecars of the parcel series, and of what is made from them alone, say."""
+    atlas, warnings = sidecar['Atlas'], [str(each) for each in sidecar['Warnings']]
+    source = Source(*(str(atlas[key]) for key in ('Name', 'License', 'Citation')))
+    inputs = facts(BY_NAME['series'], sidecar)
+    inputs |= _lines(NEXT_TO_SERIES, record, sidecar, warnings)
+    excluded = bool(sidecar['Excluded'])
+    return RunFacts(name, inputs, atlas=source, warnings=warnings, excluded=excluded)
+
+
+def _add_embedding(
+    run: RunFacts, record: Record, sidecar: dict[str, Any], connectivity: bool
+) -> None:
+    """Add what the sidecar of an embedding, or of the connectome as one, says."""
+    lines = _lines(NEXT_TO_EMBEDDING, record, sidecar, run.warnings)
+    if connectivity:
+        run.inputs.update({name: str(line) for name, line in lines.items()})
+    else:
+        run.models.append(_model_facts(record.entities['desc'], sidecar, lines))
+        run.warnings.extend(sidecar['Warnings'])
 
 
 def _lines(
@@ -127,7 +181,8 @@ def _failed(output: Path, subject: str, listed: list[RunFacts]) -> list[RunFacts
         begins = f'{outcome.run}_space-'
         own = [r for r in listed if r.name.startswith(begins) and r.name.endswith(atlas)]
         if own:
-            kept = '' if model else ' What is shown below is of an earlier input.'
+            labels = [f'desc-{shown.label}' for shown in own[0].models]
+            kept = AFTER_FAILURE if not model or model in labels else ''
             own[0].failures.append(reason + kept)
         else:
             alone.append(RunFacts(outcome.run, failures=[reason]))

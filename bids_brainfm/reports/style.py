@@ -40,6 +40,7 @@ STYLE: dict[str, Any] = {
     **dict.fromkeys(('axes.spines.top', 'axes.spines.right', 'legend.frameon'), False),
     **{'axes.titlesize': 9.5, 'axes.titlelocation': 'left', 'axes.titleweight': 'bold'},
     'axes.linewidth': 0.7,
+    'text.parse_math': False,  # names of models, groups and parcels may have dollar signs
     'image.interpolation': 'none',  # rasters keep their own pixels, the viewer scales them
     'svg.hashsalt': 'bids_brainfm',  # ids inside the SVG are the same in every process
 }

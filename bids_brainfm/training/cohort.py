@@ -1,5 +1,6 @@
 """Who is trained on: runs of our own derivatives, and targets of participants."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from bids_brainfm.errors import BrainfmError
 from bids_brainfm.signals.resample import same_rate
 from bids_brainfm.validation import is_number
 
+LOGGER = logging.getLogger('bids_brainfm')
 MISSING = ('', 'n/a', 'nan', 'na')
 
 
@@ -64,6 +66,12 @@ def find_cohort(datasets: Sequence[Path], atlas: str, mix_trs: bool = False) -> 
                     f'{dataset}: {name} has parcel series of {atlas} in {len(found)} '
                     f'spaces ({", ".join(one.path.name for one in found)}): keep one of them.'
                 )
+            if (failure := record.failure) is not None:
+                LOGGER.warning(
+                    '%s is left out, since the last attempt to make it failed (%s): run the '
+                    'participant level again.', record.path, failure.rstrip('.'),
+                )  # fmt: skip
+                continue
             sidecar = record.sidecar or {}
             if record.damage or 'RepetitionTime' not in sidecar:
                 fault = record.damage or 'has no RepetitionTime in its sidecar'
@@ -77,6 +85,11 @@ def find_cohort(datasets: Sequence[Path], atlas: str, mix_trs: bool = False) -> 
             tr = float(sidecar['RepetitionTime'])
             excluded = bool(sidecar.get('Excluded'))
             runs.append(CohortRun(record.path, dataset, record.entities['sub'], tr, excluded))
+    if not runs:
+        raise BrainfmError(
+            f'The last attempt at every run of {", ".join(map(str, datasets))} failed: run the '
+            f'participant level again.'
+        )
     if len(versions) > 1:
         one, other, *_ = versions.values()
         raise BrainfmError(

@@ -9,6 +9,7 @@ import contextlib
 import csv
 import itertools
 import math
+import operator
 import shutil
 import signal as signals
 import time
@@ -216,7 +217,7 @@ class Trainer:
             for g in range(0, batch, together)
         ]
         loader = torch.utils.data.DataLoader(
-            _MicroBatches(self.stream), batch_sampler=mine, collate_fn=lambda found: found[0],
+            _MicroBatches(self.stream), batch_sampler=mine, collate_fn=operator.itemgetter(0),
             num_workers=workers, multiprocessing_context='spawn' if workers else None,
         )  # fmt: skip
         micro_batches = iter(loader)

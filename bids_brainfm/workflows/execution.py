@@ -57,6 +57,8 @@ def execute(workflow: pe.Workflow, plan: Plan) -> None:
         'stop_on_first_crash': str(settings.stop_on_first_crash).lower(),
         'poll_sleep_duration': '0.1',  # the default of 2 s a node is most of a short job
         'check_version': 'false',
+        # Nipype would take the path of the work folder for a pattern ([a], *), and find nothing
+        'remove_unnecessary_outputs': 'false',
         # seconds until a job's result is seen: shared folders show files late (default: 5)
         'job_finished_timeout': '60',
     }
@@ -90,7 +92,7 @@ def run(workflow: pe.Workflow, plugin: PluginBase) -> None:
 
 
 def _known(error: Exception, work: str) -> BrainfmError | None:
-    """What a node's error comes down to: a sentence of ours, or a full disk; None if neither.
+    """What a node's error comes down to: a sentence of ours, or a folder gone or full; else None.
 
     Nipype hands on nothing but text.
     """
@@ -99,6 +101,11 @@ def _known(error: Exception, work: str) -> BrainfmError | None:
         rf'{BrainfmError.__module__}\.{BrainfmError.__name__}: (.+?)(\\n|\n)', text
     ):
         return BrainfmError(sentence[1])
+    if f'{os.strerror(errno.ENOENT)}: {repr(work)[:-1]}' in text:
+        return BrainfmError(
+            f'the work folder {work} was removed or emptied while the command ran: start again; '
+            f'what is written is kept.'
+        )
     for reason in map(os.strerror, (errno.ENOSPC, errno.EDQUOT)):
         if reason in text:
             return BrainfmError(

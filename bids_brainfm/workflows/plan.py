@@ -15,6 +15,7 @@ from typing import Any
 
 from bids_brainfm.atlases.atlas import load_atlas
 from bids_brainfm.bids.description import generators, read_description
+from bids_brainfm.bids.freshness import sidecar_path
 from bids_brainfm.bids.inputs import FindRuns, open_datasets, read_filters
 from bids_brainfm.bids.naming import parse_name
 from bids_brainfm.bids.run import BoldRun
@@ -117,13 +118,30 @@ class Plan:
         for outcome in self.steps + self.failures:
             outcome.record(self.settings.output_dir)
 
-    def read_failures(self) -> list[str]:
-        """Sentences of what failed in this plan."""
+    def failed(self) -> list[Outcome]:
+        """What failed in this plan, by run and step."""
         wanted = {(outcome.run, outcome.step) for outcome in self.steps + self.failures}
         known = (read_failures(self.settings.output_dir, each) for each in self.subjects)
-        recorded = [o.error or '' for o in chain(*known) if (o.run, o.step) in wanted]
+        return [o for o in chain(*known) if (o.run, o.step) in wanted]
+
+    def read_failures(self) -> list[str]:
+        """Sentences of what failed in this plan."""
+        recorded = [outcome.error or '' for outcome in self.failed()]
         absent = [f'sub-{label}: no BOLD run matches what was asked for.' for label in self.absent]
         return recorded + absent
+
+    def removed(self) -> list[Path]:
+        """Sidecars that are gone although nothing failed: removed while the command ran."""
+        failed = {(outcome.run, outcome.step) for outcome in self.failed()}
+        wanted = [self.settings.output_dir / 'dataset_description.json']
+        for atlas in self.atlases:
+            series = atlas.task.place
+            made = [(series, 'series')] + [(m.task.place, 'embedding') for m in atlas.models]
+            for run in atlas.runs:
+                for place, product in made:
+                    if failed.isdisjoint({(run.name, series.step), (run.name, place.step)}):
+                        wanted.append(sidecar_path(place.table(run, product)))
+        return [path for path in wanted if not path.is_file()]
 
 
 def _subject(name: str) -> str:

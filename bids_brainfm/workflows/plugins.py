@@ -25,6 +25,7 @@ from nipype.pipeline.plugins.linear import LinearPlugin
 from nipype.pipeline.plugins.multiproc import MultiProcPlugin, process_initializer
 from nipype.pipeline.plugins.slurm import SLURMPlugin
 
+from bids_brainfm import surroundings
 from bids_brainfm.config import Settings
 from bids_brainfm.documents import read_yaml
 from bids_brainfm.errors import BrainfmError
@@ -68,6 +69,12 @@ def _workers_can_be() -> bool:
             'worker processes (/dev/shm: %s).', error.strerror,
         )  # fmt: skip
         return False
+    if not surroundings.place_sockets():
+        LOGGER.warning(
+            'Runs are processed one after another, since there is no folder with a short path '
+            '(such as /tmp) for the sockets of worker processes: set TMPDIR to one.'
+        )
+        return False
     return True
 
 
@@ -102,6 +109,7 @@ class MultiProc(MultiProcPlugin):
     lost: Exception | None = None
 
     def __init__(self, plugin_args: dict[str, Any]) -> None:
+        surroundings.place_sockets()
         super().__init__(plugin_args)
         context = multiprocessing.get_context(plugin_args.get('mp_context'))
         if context.get_start_method() == 'forkserver':
@@ -142,6 +150,7 @@ def _start_fork_server() -> None:
 
 def _prepare_worker(folder: str) -> None:
     """Leave signals to the process that gives the work, and end with it, however it ends."""
+    surroundings.forgive_streams()
     process_initializer(folder)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,11 +1,14 @@
 """The PyBIDS index of an input dataset: made once, kept whole, used by many processes."""
 
+import atexit
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 import sqlite3
+import tempfile
 import uuid
 from collections.abc import Collection
 from functools import partial
@@ -13,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.surroundings import short_folder
 
 if TYPE_CHECKING:
     from bids.layout import BIDSLayout
@@ -27,6 +31,10 @@ def index(root: Path, participants: Collection[str], database_dir: Path) -> 'BID
     """
     from bids.layout import BIDSLayout, BIDSLayoutIndexer
 
+    # SQLite takes paths up to 512 bytes, SQLAlchemy what follows a question mark for options
+    if '?' in str(database_dir) or len(os.fsencode(database_dir)) > 400:
+        database_dir = Path(tempfile.mkdtemp(dir=short_folder()))
+        atexit.register(shutil.rmtree, database_dir, ignore_errors=True)
     of = json.dumps([str(root.resolve()), sorted(participants)])
     folder = database_dir / hashlib.sha256(of.encode()).hexdigest()[:12]
     kept = folder / 'layout_index.sqlite'

@@ -145,4 +145,5 @@ def coverage(xyz: np.ndarray, coverage: np.ndarray, min_coverage: float) -> Figu
     axes.set_yscale('log')  # a few low parcels must be seen next to hundreds of good ones
     axes.set_ylim(bottom=0.7)
     axes.yaxis.set_major_formatter('{x:.0f}')
+    axes.yaxis.set_minor_formatter('')
     return figure
