@@ -1,11 +1,10 @@
 """The files that describe a dataset: what made it, and from what."""
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bids_brainfm.bids.files import write_json, write_text
+from bids_brainfm.bids.files import read_json, write_json, write_text
 from bids_brainfm.bids.freshness import read_sidecar
 from bids_brainfm.errors import BrainfmError
 
@@ -31,13 +30,13 @@ def read_description(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise BrainfmError(f'The input {folder} is not a folder: check the path.')
     try:
-        return dict(json.loads(path.read_text()))
+        return read_json(path)
     except FileNotFoundError:
         raise BrainfmError(
             f'{path} is missing, so {folder} is not a BIDS dataset: give the folder that '
             f'fMRIPrep wrote, the one with dataset_description.json in it.'
         ) from None
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise BrainfmError(f'{path} is not a JSON object ({error}): restore the file.') from None
 
 

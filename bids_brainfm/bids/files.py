@@ -93,6 +93,20 @@ def _runs(process: int) -> bool:
     return True
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object, with or without a byte-order mark.
+
+    Raises OSError where the file cannot be read, ValueError where it is no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding='utf-8-sig'))
+    except RecursionError:
+        raise ValueError('it is nested too deeply') from None
+    if not isinstance(content, dict):
+        raise ValueError(f'it holds {type(content).__name__}, not an object')
+    return content
+
+
 def write_text(path: Path, text: str) -> Path:
     """Write text, unless the file has that text already (its date is then kept)."""
     path = Path(path)

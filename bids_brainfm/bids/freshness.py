@@ -21,7 +21,7 @@ def fingerprint(path: Path) -> dict:
 
 def input_fingerprints(run: BoldRun) -> dict[str, dict]:
     """Fingerprints of all files that the outputs of a run depend on, by BIDS URI."""
-    return {run.uri(path): fingerprint(path) for path in run.companions().values()}
+    return {run.uri(path): fingerprint(path) for path in run.companions()}
 
 
 def read_sidecar(path: Path) -> dict | None:

@@ -17,6 +17,11 @@ from bids_brainfm.signals.sampling import Sampler, matching_labels, sampler_of
 from bids_brainfm.signals.stream import BoldFile, load_image, open_bold
 
 VOXELS = ('mask', 'all')  # which voxels of a parcel its mean is taken over
+_SAME_PLACE = 0.3  # mm between corners of two grids; headers round
+DEMEANED = (
+    'The parcels have means of about zero, so the data seem to have been demeaned or denoised '
+    'before: denoising them again may distort them, and --scale cohort is refused.'
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,12 @@ class Parcellation:
     header_tr: float  # repetition time in the file's header in seconds, 0 where absent
     n_nonfinite: int  # voxels of the atlas left out because they hold NaN or infinite values
     skip: int  # volumes at the start that level, tSNR and the mean of the brain leave out
+
+    @property
+    def demeaned(self) -> bool:
+        """Whether parcels fluctuate about zero: BOLD fluctuates by percents around its level."""
+        spread = self.data[self.skip :].std(axis=0, dtype=float)
+        return bool(np.nanmedian(np.abs(self.level)) < np.nanmedian(spread))
 
 
 def parcellate(
@@ -82,14 +93,18 @@ def parcellate(
 def _brain_mask(mask_path: Path, bold: BoldFile) -> np.ndarray:
     """(V,) float32 brain mask on the run's grid, 1 inside, in Fortran order."""
     image = load_image(mask_path)
-    if (
-        isinstance(image, nib.Cifti2Image)
-        or image.shape != bold.grid
-        or not np.allclose(image.affine, bold.affine, atol=1e-3)
-    ):
+    if isinstance(image, nib.Cifti2Image) or image.shape != bold.grid:
         raise BrainfmError(
             f'The mask {mask_path} is on another grid {image.shape} than the run {bold.path} '
             f'{bold.grid}; give the brain mask of the same space and resolution.'
+        )
+    corners = np.array([[0, 0, 0, 1], [*(np.array(bold.grid) - 1), 1]], float)
+    apart = np.abs(corners @ (image.affine - bold.affine).T).max()
+    if not apart < _SAME_PLACE:
+        raise BrainfmError(
+            f'The mask {mask_path} has the grid {bold.grid} of the run {bold.path}, but another '
+            f'affine, which puts it up to {apart:.3g} mm away; give the brain mask of the same '
+            'space and resolution.'
         )
     mask = (np.asanyarray(image.dataobj) > 0).ravel(order='F').astype(np.float32)
     if not mask.any():

@@ -4,7 +4,7 @@ All that can be missing or contradictory is found here: weights, atlases, inputs
 """
 
 import dataclasses
-from collections import Counter
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -14,7 +14,9 @@ from typing import Any
 
 from bids_brainfm.atlases.atlas import load_atlas
 from bids_brainfm.bids.description import generators, read_description
-from bids_brainfm.bids.inputs import FindRuns, open_datasets, read_filters
+from bids_brainfm.bids.inputs import FindRuns, open_datasets
+from bids_brainfm.bids.inputs.filters import read_filters
+from bids_brainfm.bids.inputs.listing import abridge
 from bids_brainfm.bids.naming import parse_name
 from bids_brainfm.bids.run import BoldRun
 from bids_brainfm.bids.tables import custom_table, ica_tables
@@ -33,6 +35,7 @@ from bids_brainfm.resources import home
 from bids_brainfm.signals.strategy import Strategy, load_strategy, override
 from bids_brainfm.workflows import resolve
 
+LOGGER = logging.getLogger('bids_brainfm')
 # The card's own space first; fMRIPrep's default comes last, where the atlas is a warped one
 SPACES = ('MNI152NLin6Asym', 'fsLR', 'MNI152NLin2009cAsym')
 
@@ -138,8 +141,7 @@ def make_plan(settings: Settings, datasets: dict[str, Path], work: Path, version
     place = home()
     cards = resolve.find_resources(settings, place)
     tasks = [] if settings.stop_after else resolve.resolve_models(settings, place, version)
-    database = settings.bids_database_dir or work / 'bids_db'
-    inputs = open_datasets(datasets, settings.participant_label, database)
+    inputs = open_datasets(datasets, settings.participant_label)
     prepare_output(settings.output_dir)
     failures: list[Outcome] = []
     plans = []
@@ -222,10 +224,11 @@ def _plan_atlas(
         parameters=resolve.parameters(OF_SERIES, settings, None, atlas),
     )  # fmt: skip
     runs = [_with_tables(run, series) for run in runs]
-    if twice := [name for name, n in Counter(run.name for run in runs).items() if n > 1]:
-        raise BrainfmError(
-            f'{", ".join(twice[:3])} is in more than one of the --derivatives datasets, and both '
-            f'would write the same files: name one dataset.'
+    _check_unique(runs)
+    if noted := [note for run in runs for note in run.notes]:
+        LOGGER.warning(
+            'Some runs have several candidates for one file (see their reports): %s',
+            abridge(noted, 3),
         )
     for task in tasks:
         check_fit(task.spec, atlas, task.contract)
@@ -250,6 +253,17 @@ def _plan_atlas(
         if remade & {run.name for run in own} or not networks.participant_current(own, sources)
     }
     return AtlasPlan(series, atlas.citation, runs, todo, models, sources, network_runs)
+
+
+def _check_unique(runs: Sequence[BoldRun]) -> None:
+    """Raise BrainfmError where two files would be written to the same outputs."""
+    first: dict[str, BoldRun] = {}
+    for run in runs:
+        if (other := first.setdefault(run.name, run)) is not run:
+            raise BrainfmError(
+                f'{run.name} is in more than one of the --derivatives datasets, and both would '
+                f'write the same files ({other.bold} and {run.bold}): name one dataset.'
+            )
 
 
 def _with_tables(run: BoldRun, task: SeriesTask) -> BoldRun:
