@@ -196,7 +196,6 @@ def test_refusals_before_anything_runs(dataset, tmp_path, app, capfd):
     assert '--task-id nback' in say(dataset, out, '--task-id', 'nback')
     assert 'inside the input' in say(dataset, dataset / 'out')
     assert 'inside the input' in say(dataset, out, '-w', dataset / 'work')
-    assert 'inside the input' in say(dataset, out, '--bids-database-dir', dataset / 'db')
     named = ['-d', f'prep={dataset}', '-w', tmp_path / 'w']
     raw = tmp_path / 'raw'
     raw.mkdir()

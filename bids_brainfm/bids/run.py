@@ -133,14 +133,13 @@ def repetition_time(run: BoldRun, header: float = 0.0) -> float:
     if tr is None and run.is_cifti and 0 < header <= MAX_TR:
         return header
     if tr is None:
-        lack = f'{run.bold.name} has no JSON sidecar, and so'
-        if run.sidecars:
-            lack = f'{" and ".join(path.name for path in run.sidecars)}:'
+        names = ' and '.join(path.name for path in run.sidecars)
+        lack = f'{names} has' if names else f'{run.bold.name} has no JSON sidecar, and so'
+        given = f' (the header of the image gives {header:g} s)' if header > 0 else ''
         task = f'task-{run.entities["task"]}_' if 'task' in run.entities else ''
-        given = f', if right, {header:g} as in the header of the image,' if header > 0 else ''
         raise BrainfmError(
-            f'{run.name}: {lack} no RepetitionTime: write it in seconds{given} into that sidecar, '
-            f'or once for all its runs into {task}bold.json at the root of the dataset.'
+            f'{run.name}: {lack} no RepetitionTime{given}: write it in seconds into the sidecar, '
+            f'or once for all runs of the task into {task}bold.json at the root of the dataset.'
         )
     name = _source(run, 'RepetitionTime')
     if is_number(tr) and 0 < tr <= MAX_TR:

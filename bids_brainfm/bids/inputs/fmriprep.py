@@ -1,7 +1,7 @@
 """fMRIPrep's derivatives, from 1.2 on."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ EXTENSIONS = ('.dtseries.nii', '.nii.gz', '.nii')  # the first is read where the
 OF_FILES = {'datatype', 'extension', 'part', 'suffix', *VERSION_ENTITIES} | {
     LONG_NAMES[key] for key in VERSION_ENTITIES if key in LONG_NAMES
 }
-Key = frozenset[tuple[str, str]]
 open_dataset = list_dataset
 
 
@@ -58,50 +57,43 @@ def find_runs(
     without: dict[str, str] = {}
     unseen = set(filters)
     for folder in listing.folders:
-        files = folder.files
-        for images in _recordings(folder, files, filters, unseen):
-            stem = recording_name(images[0].entities)
+        for files in _recordings(folder):
+            found = _asked_for(files, filters, unseen)
+            if not found:
+                continue
+            stem = recording_name(found[0].entities)
             try:
                 _check_label(stem)
-                bold, notes = _choose(images, spaces)
-                runs.append(_pair(stem, bold, folder, files, dataset, listing.root, notes))
+                bold, notes = _choose(found, spaces)
+                runs.append(_pair(bold, folder, files, dataset, listing.root, notes))
             except BrainfmError as error:
                 without[stem] = f'{stem}: {error}'
     asked.check_names(unseen, listing.root)
     return runs, without
 
 
-def _recordings(
-    folder: Folder, files: list[File], filters: Mapping[str, Any], unseen: set[str]
-) -> list[list[File]]:
-    """BOLD images of each recording, or other files of it where there is no image.
+def _recordings(folder: Folder) -> Iterable[list[File]]:
+    """Files of each recording: all parts, echoes and versions are of one recording."""
+    groups: dict[frozenset[tuple[str, str]], list[File]] = {}
+    versions = {'part', *VERSION_ENTITIES}
+    for file in [*folder.files, *_old_images(folder)]:
+        key = frozenset(item for item in file.entities.items() if item[0] not in versions)
+        groups.setdefault(key, []).append(file)
+    return groups.values()
+
+
+def _asked_for(files: list[File], filters: Mapping[str, Any], unseen: set[str]) -> list[File]:
+    """BOLD images of a recording that the filters take, or other files where there is no image.
 
     Names of filters that are in the name of an image are taken out of `unseen`.
     """
-    images: dict[Key, list[File]] = {}
-    others: dict[Key, list[File]] = {}
-    known: set[Key] = set()
-    of_recordings = {key: value for key, value in filters.items() if key not in OF_FILES}
-    for file in [*files, *_old_images(folder)]:
-        if not (_is_image(file) or _is_trace(file)):
-            continue
-        labels, key = asked.labels(file), _key(file)
-        if not _is_image(file):
-            if asked.matches(labels, of_recordings):
-                others.setdefault(key, []).append(file)
-            continue
-        unseen -= labels.keys()
-        known.add(key)
-        if asked.matches(labels, filters):
-            images.setdefault(key, []).append(file)
-    lost = [some for key, some in others.items() if key not in known]
-    return [*images.values(), *lost]
-
-
-def _key(file: File) -> Key:
-    """What tells recordings apart: all parts, echoes and versions are of one recording."""
-    versions = ('part', *VERSION_ENTITIES)
-    return frozenset(item for item in file.entities.items() if item[0] not in versions)
+    images = [file for file in files if _is_image(file)]
+    if not images:
+        own = {key: value for key, value in filters.items() if key not in OF_FILES}
+        return [f for f in files if _is_trace(f) and asked.matches(asked.labels(f), own)]
+    labels = [asked.labels(file) for file in images]
+    unseen.difference_update(*labels)
+    return [f for f, known in zip(images, labels, strict=True) if asked.matches(known, filters)]
 
 
 def _is_image(file: File) -> bool:
@@ -150,23 +142,30 @@ def _choose(files: list[File], spaces: tuple[str, ...]) -> tuple[File, list[str]
 
 def _notes(candidates: list[File]) -> list[str]:
     """Say that the first of several candidates was taken."""
-    best, *others = (file.path.name for file in candidates)
-    return [f'{best} was read, and not {abridge(others)}.'] if others else []
+    names = [file.path.name for file in candidates]
+    return [f'{names[0]} was read, and not {abridge(names[1:])}.'] if len(names) > 1 else []
 
 
 def _is_usable(file: File, spaces: tuple[str, ...]) -> bool:
     """Whether it is a series by fMRIPrep, in one of the spaces, and not denoised."""
     entities = DEFAULTS | {'den': '91k'} | file.entities
     grayordinates = file.extension == '.dtseries.nii'
-    descriptions = (None, 'preproc') if grayordinates else ('preproc',)
     return (
         entities.get('space') in spaces
         and (entities['space'] == 'fsLR') == grayordinates
         and entities['part'] == 'mag'
         and entities['den'] == '91k'
-        and entities.get('desc') in descriptions
+        and not _other_description(file)
         and file.extension in EXTENSIONS
     )
+
+
+def _other_description(file: File) -> str:
+    """Description of an image that is not the preprocessed series; empty for one that is."""
+    desc = file.entities.get('desc')
+    if desc == 'preproc' or (desc is None and file.extension == '.dtseries.nii'):
+        return ''
+    return f'desc-{desc}' if desc else 'without desc'
 
 
 def _preference(file: File, spaces: tuple[str, ...]) -> tuple[int, int, str, int]:
@@ -192,11 +191,10 @@ def _no_usable(images: list[File], spaces: tuple[str, ...], n_echoes: int) -> st
     lack = f'there is no preprocessed BOLD in {" or ".join(spaces)}'
     found = f'(found: {abridge(sorted({_describe(file) for file in images}))})'
     in_space = [file for file in images if file.entities.get('space') in spaces]
-    others = sorted({file.entities.get('desc', 'preproc') for file in in_space} - {'preproc'})
-    if others:
+    if any(_other_description(file) for file in in_space):
         return (
-            f'{lack} {found}; desc-{" and desc-".join(others)} is not the preprocessed series, '
-            f'and data that were denoised are not read: give the output of fMRIPrep itself.'
+            f'{lack} {found}; only desc-preproc is read, and not data that were denoised already: '
+            f'give the output of fMRIPrep itself.'
         )
     if n_echoes > 1 and any('echo' in file.entities for file in in_space):
         return f'{lack} that combines the echoes {found}: run fMRIPrep on all echoes at once.'
@@ -206,13 +204,11 @@ def _no_usable(images: list[File], spaces: tuple[str, ...], n_echoes: int) -> st
 
 def _describe(file: File) -> str:
     """Space of an image, and what else is particular about it."""
-    usual = DEFAULTS | {'desc': 'preproc', 'den': '91k'}
-    given = {
-        key: file.entities[key] for key in ('echo', 'part', 'den', 'desc') if key in file.entities
-    }
-    unusual = join_name({key: label for key, label in given.items() if label != usual.get(key)})
+    usual = DEFAULTS | {'den': '91k'}
+    given = ((key, file.entities[key]) for key in ('echo', 'part', 'den') if key in file.entities)
+    unusual = [f'{key}-{label}' for key, label in given if label != usual.get(key)]
     ending = file.extension if file.extension not in EXTENSIONS else ''
-    words = (file.entities.get('space', 'native'), unusual.replace('_', ' '), ending)
+    words = (file.entities.get('space', 'native'), *unusual, _other_description(file), ending)
     return ' '.join(word for word in words if word)
 
 
@@ -222,7 +218,7 @@ def recording_name(entities: Mapping[str, str]) -> str:
 
 
 def _pair(
-    stem: str, bold: File, folder: Folder, files: list[File], dataset: str, root: Path,
+    bold: File, folder: Folder, files: list[File], dataset: str, root: Path,
     notes: list[str],
 ) -> BoldRun:  # fmt: skip
     """Return an image with its companions; raises BrainfmError for links without their file."""
@@ -230,7 +226,7 @@ def _pair(
     tables = companions(bold, files, CONFOUNDS, VERSION_ENTITIES)
     described = [table.path.with_suffix('.json') for table in tables[:1]]
     run = BoldRun(
-        stem, bold.entities, dataset, root, bold.path,
+        recording_name(bold.entities), bold.entities, dataset, root, bold.path,
         mask=masks[0].path if masks else None,
         sidecars=tuple(file.path for file in sidecars(bold, folder)),
         confounds=tables[0].path if tables else None,
@@ -250,4 +246,4 @@ def run_of(bold: Path) -> BoldRun:
     """Return a BOLD file with what fMRIPrep writes next to it."""
     folder, file = list_around(bold), parse_file(bold.parent, bold.name)
     files = [other for other in folder.files if 'sub' in file.entities]
-    return _pair(recording_name(file.entities), file, folder, files, 'preprocessed', Path(), [])
+    return _pair(file, folder, files, 'preprocessed', Path(), [])

@@ -76,7 +76,8 @@ def parse_file(folder: Path, name: str) -> File:
 
 def is_regular(file: File) -> bool:
     """Whether a name consists of entities, each once, suffix and extension, as BIDS has it."""
-    return join_name(file.entities, file.suffix, file.extension) == file.path.name
+    name = file.path.name
+    return name.isprintable() and join_name(file.entities, file.suffix, file.extension) == name
 
 
 def levels_of(entities: dict[str, str]) -> dict[str, str]:
@@ -111,7 +112,7 @@ def list_dataset(root: Path, participants: Collection[str] = ()) -> Listing:
         ) from None
     if empty := [folder.name for folder in folders if not folder.names]:
         LOGGER.warning('There are no functional files of %s in %s.', abridge(empty), root)
-    if strays := [str(path) for folder in folders for path in folder.strays]:
+    if strays := [_printable(path) for folder in folders for path in folder.strays]:
         LOGGER.warning(
             'Not read, because the name does not follow BIDS, or has another participant or '
             'session than its folder: %s.', abridge(strays),
@@ -125,9 +126,12 @@ def iterate_folders(root: Path, participants: Collection[str] = ()) -> Iterator[
     top, wanted = _level(root, names), {f'sub-{label}' for label in participants}
     for subject in (n for n in names if n in wanted or (not wanted and n[:4] == 'sub-')):
         person = root / subject
+        levels = {'sub': subject[4:]}
         if not person.is_dir():
+            if person.is_symlink():  # to a folder that is not here
+                yield Folder(person, (), (top,), levels)
             continue
-        entries, levels = names_in(person), {'sub': subject[4:]}
+        entries = names_in(person)
         above = (top, _level(person, entries))
         sessions = [person / n for n in entries if n.startswith('ses-')]
         sessions = [session for session in sessions if session.is_dir()]
@@ -146,6 +150,11 @@ def _level(path: Path, names: Iterable[str]) -> Folder:
 def _functional(path: Path, above: tuple[Folder, ...], levels: dict[str, str]) -> Folder:
     """Return a folder with data, without names where it does not exist."""
     return Folder(path, names_in(path) if path.is_dir() else (), above, levels)
+
+
+def _printable(path: Path) -> str:
+    """Return a path as text, also where its name is not UTF-8."""
+    return os.fsencode(path).decode(errors='backslashreplace')
 
 
 def abridge(names: Collection[str], most: int = 5) -> str:

@@ -68,18 +68,25 @@ def sidecars(bold: File, folder: Folder) -> list[File]:
     """
     found = []
     for level in (*folder.above, folder):
-        fitting = [
-            file
-            for file in level.files
-            if file.suffix == bold.suffix
-            and file.extension in ('.json', '.dtseries.json')
-            and contains(bold.entities, file.entities)
+        stem = bold.path.name.partition('.')[0]
+        best = [
+            parse_file(level.path, name)  # its own, also where the name does not follow BIDS
+            for name in (f'{stem}.json', f'{stem}.dtseries.json')
+            if name in level.names
         ]
-        most = max((len(file.entities) for file in fitting), default=0)
-        best = [file for file in fitting if len(file.entities) == most]
-        if level is folder:  # its own, also where the name does not follow BIDS
-            stem = bold.path.name.partition('.')[0]
-            own = {f'{stem}.json', f'{stem}.dtseries.json'}.intersection(folder.names)
-            best = [parse_file(folder.path, name) for name in own] or best
-        found += sorted(best, key=lambda file: (len(file.extension), file.path))
+        found += best or _most_specific(bold, level.files)
     return found
+
+
+def _most_specific(bold: File, files: Iterable[File]) -> list[File]:
+    """JSON files that apply to a BOLD file and share most entities with it."""
+    fitting = [
+        file
+        for file in files
+        if file.suffix == bold.suffix
+        and file.extension in ('.json', '.dtseries.json')
+        and contains(bold.entities, file.entities)
+    ]
+    most = max((len(file.entities) for file in fitting), default=0)
+    best = (file for file in fitting if len(file.entities) == most)
+    return sorted(best, key=lambda file: (len(file.extension), file.path))
