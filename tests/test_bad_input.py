@@ -58,6 +58,32 @@ def remove(pattern):
     return lambda func: the(func, pattern).unlink()
 
 
+def empty_csf(func):
+    path = the(func, '*confounds_timeseries.tsv')
+    table = pd.read_csv(path, sep='\t')
+    table[[name for name in table if name.startswith('csf')]] = np.nan
+    table.to_csv(path, sep='\t', index=False, na_rep='n/a')
+
+
+def shift_mask(func):
+    path = the(func, '*_mask.nii.gz')
+    image = nib.load(path)
+    affine = image.affine.copy()
+    affine[0, 3] += 20
+    nib.save(nib.Nifti1Image(np.asanyarray(image.dataobj), affine), path)
+
+
+def sidecar_folder(func):
+    path = the(func, '*_bold.json')
+    path.unlink()
+    path.mkdir()
+
+
+def rename_desc(func):
+    for path in func.glob('*desc-preproc*'):
+        path.rename(path.with_name(path.name.replace('preproc', 'denoised')))
+
+
 def fewer_confounds(func):
     path = the(func, '*confounds_timeseries.tsv')
     pd.read_csv(path, sep='\t').iloc[:-3].to_csv(path, sep='\t', index=False, na_rep='n/a')
@@ -84,11 +110,17 @@ FAULTS = {
     'truncated': (truncate, ['volumes', 'desc-preproc_bold.nii.gz']),
     'threed': (one_volume, ['desc-preproc_bold.nii.gz', '4-D']),
     'constant': (constant, ['constant']),
-    'notr': (edit_sidecar(RepetitionTime=None), ['no RepetitionTime', '.json']),
+    'notr': (edit_sidecar(RepetitionTime=None), ['no RepetitionTime', '.json', '0.735 s']),
+    'infinitetr': (edit_sidecar(RepetitionTime=float('inf')), ['RepetitionTime inf', '.json']),
+    'sidecarfolder': (sidecar_folder, ['_bold.json', 'directory']),
+    'emptycsf': (empty_csf, ['Every value of csf', '--denoise']),
+    'shiftedmask': (shift_mask, ['another affine', '20 mm']),
+    'noimage': (remove('*_bold.nii.gz'), ['no preprocessed BOLD image', 'confounds']),
+    'denoised': (rename_desc, ['desc-denoised', 'output of fMRIPrep']),
     'zerotr': (edit_sidecar(RepetitionTime=0), ['RepetitionTime 0', '.json']),
     'mstr': (edit_sidecar(RepetitionTime=735), ['milliseconds', '0.735']),
     'nosidecar': (remove('*_bold.json'), ['sidecar']),
-    'nomask': (remove('*_mask.nii.gz'), ['brain mask']),
+    'nomask': (remove('*_mask.nii.gz'), ['brain mask', 'found: none']),
     'noconfounds': (remove('*confounds_timeseries.tsv'), ['confounds', '--denoise none']),
     'fewconfounds': (fewer_confounds, ['207', '210']),
     'nospace': (rename_space, ['T1w', '--output-spaces']),

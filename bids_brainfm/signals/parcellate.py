@@ -98,13 +98,14 @@ def _brain_mask(mask_path: Path, bold: BoldFile) -> np.ndarray:
             f'The mask {mask_path} is on another grid {image.shape} than the run {bold.path} '
             f'{bold.grid}; give the brain mask of the same space and resolution.'
         )
-    corners = np.array([[0, 0, 0, 1], [*(np.array(bold.grid) - 1), 1]], float)
+    corners = np.diag([*(size - 1.0 for size in bold.grid), 1.0])  # at the ends of the three axes
+    corners[:, 3] = 1
     apart = np.abs(corners @ (image.affine - bold.affine).T).max()
     if not apart < _SAME_PLACE:
         raise BrainfmError(
-            f'The mask {mask_path} has the grid {bold.grid} of the run {bold.path}, but another '
-            f'affine, which puts it up to {apart:.3g} mm away; give the brain mask of the same '
-            'space and resolution.'
+            f'The mask {mask_path} is on another grid than the run {bold.path}: both are '
+            f'{bold.grid}, but another affine puts its voxels up to {apart:.3g} mm away; give the '
+            'brain mask of the same space and resolution.'
         )
     mask = (np.asanyarray(image.dataobj) > 0).ravel(order='F').astype(np.float32)
     if not mask.any():
