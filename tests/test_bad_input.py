@@ -210,6 +210,26 @@ def test_nan_voxels_are_left_out_and_said(dataset, tmp_path, app):
     assert not table.isna().any(axis=None)
 
 
+@pytest.mark.slow
+def test_data_without_a_mean_and_two_masks_are_said(dataset, tmp_path, app):
+    """In the sidecar and the report: the run is read all the same."""
+    func = dataset / 'sub-01' / 'func'
+    path, mask = the(func, '*_bold.nii.gz'), the(func, '*_mask.nii.gz')
+    image = nib.load(path)
+    data = image.get_fdata(dtype=np.float32)
+    data -= data.mean(axis=-1, keepdims=True)
+    nib.save(nib.Nifti1Image(data, image.affine), path)
+    nib.save(nib.load(mask), mask.with_suffix(''))
+    out = tmp_path / 'out'
+    options = ('--participant-label', '01', '--stop-after', 'timeseries')
+    assert app(dataset, out, *options) == 0
+    sidecar = json.loads(the(out / 'sub-01' / 'func', '*_stat-mean_timeseries.json').read_text())
+    candidates, demeaned = sidecar['Warnings'][:2]
+    assert candidates == f'{mask.name} was read, and not {mask.with_suffix("").name}.'
+    assert 'denoised before' in demeaned
+    assert 'means of about zero' in (out / 'sub-01.html').read_text()
+
+
 def refused(app, capfd, *arguments) -> str:
     """The sentence of a command that cannot run at all."""
     assert app(*arguments) == 2
