@@ -244,6 +244,16 @@ def test_candidates_of_a_run_are_named(exists, names, read, note):
         assert note in run.notes[0]
 
 
+def test_the_companion_that_shares_more_entities_is_taken(exists):
+    """Of a mask with part-mag, as in the image, and one without; the report names both."""
+    part = MNI.replace('_space', '_part-mag_space')
+    masks = [f'{MNI}_desc-brain_mask.nii.gz', f'{part}_desc-brain_mask.nii']
+    runs, _ = find(f'{part}_desc-preproc_bold.nii.gz', *masks)
+    (run,) = runs.values()
+    assert run.mask.name == masks[1]
+    assert run.notes == (f'{masks[1]} was read, and not {masks[0]}.',)
+
+
 @pytest.mark.parametrize(
     ('names', 'said'),
     [
@@ -318,7 +328,7 @@ def run_with(tmp_path, content, extension='.nii.gz'):
         ('{"RepetitionTime": 2000}', r'milliseconds: write it in seconds \(2\)'),
         ('[' * 100_000, 'not a readable JSON file .*deep'),
         ('[]', 'not a readable JSON file .it holds list'),
-        ('{}', r'x_bold.json has no RepetitionTime \(the header .* 0.8 s\): .* task-rest_bold.json'),
+        ('{}', r'x_bold.json has no RepetitionTime \(the header .* 0.8 s\): .* task-rest_bold'),
     ],
 )  # fmt: skip
 def test_repetition_times_that_cannot_be(tmp_path, content, said):
@@ -347,6 +357,11 @@ def test_components_without_the_part_of_the_confounds(tmp_path):
     table = tmp_path / f'{STEM}_desc-confounds_part-mag_timeseries.tsv'
     names = [path.name for path in ica_tables(table, 'tedana')]
     assert names == [f'{STEM}_desc-ICA_mixing.tsv', f'{STEM}_desc-tedana_metrics.tsv']
+    table = tmp_path / f'{STEM}_desc-confounds_timeseries.tsv'
+    (tmp_path / f'{STEM}_desc-ICA_mixing.tsv').rename(
+        tmp_path / f'{STEM}_part-mag_desc-ICA_mixing.tsv'
+    )
+    assert ica_tables(table, 'tedana')[0].name == f'{STEM}_part-mag_desc-ICA_mixing.tsv'
 
 
 def test_datasets_are_found_or_what_is_there_is_listed(tmp_path):

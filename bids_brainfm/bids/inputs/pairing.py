@@ -84,9 +84,8 @@ def _most_specific(bold: File, files: Iterable[File]) -> list[File]:
         file
         for file in files
         if file.suffix == bold.suffix
-        and file.extension in ('.json', '.dtseries.json')
+        and file.extension == '.json'
         and contains(bold.entities, file.entities)
     ]
     most = max((len(file.entities) for file in fitting), default=0)
-    best = (file for file in fitting if len(file.entities) == most)
-    return sorted(best, key=lambda file: (len(file.extension), file.path))
+    return [file for file in fitting if len(file.entities) == most]
