@@ -16,9 +16,11 @@ from bids_brainfm.models.spec import resolve_model
 from bids_brainfm.resources import home
 from bids_brainfm.signals import bold as signals
 from bids_brainfm.signals.bold import BoldSeries, denoise
+from bids_brainfm.signals.parcellate import DEMEANED
 from bids_brainfm.signals.scale import check_stats
 from bids_brainfm.signals.series import ParcelSeries as ParcelSeries
 from bids_brainfm.signals.strategy import Strategy
+from bids_brainfm.signals.stream import open_bold
 
 
 class Model(models.Model):
@@ -106,7 +108,8 @@ def parcellate(
     -----
     UserWarning
         There is no brain mask of the volumes, so that voxels outside the brain are not
-        distinguished from those inside; or volumes hold no signal.
+        distinguished from those inside; volumes hold no signal; or the parcels fluctuate about
+        zero, as in data that were denoised before.
     """
     run = run_of(Path(bold))
     atlas = atlas if isinstance(atlas, Atlas) else load_atlas(atlas)
@@ -116,9 +119,9 @@ def parcellate(
             f'The name of {run.bold.name} has no space- entity, so its template space is unknown: '
             f'give it as space=, such as {atlas.images[0].space}.'
         )
-    if tr is None and run.sidecar is not None:
-        tr = repetition_time(run)
-    start = None if run.sidecar is None else start_time(run)
+    if tr is None and run.sidecars:
+        tr = repetition_time(run, open_bold(run.bold).tr)
+    start = start_time(run)
     series = signals.parcellate(
         run.bold, atlas, Path(mask) if mask else run.mask, space, tr, start or 0.0, voxels,
         run.confounds,
@@ -129,6 +132,8 @@ def parcellate(
             'or equal to the volume before): they are flagged, and their values interpolated.',
             stacklevel=2,
         )
+    if series.found.demeaned:
+        warnings.warn(f'{run.bold.name}: {DEMEANED}', stacklevel=2)
     return series
 
 

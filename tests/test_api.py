@@ -180,6 +180,18 @@ def test_volumes_without_a_brain_mask_give_a_warning(bold, tmp_path):
         model.embed_bold(copy, denoising='none', tr=TR)
 
 
+def test_data_without_a_mean_give_a_warning(dataset):
+    """Denoised data under the name of preprocessed ones."""
+    (bold,) = (dataset / 'sub-01' / 'func').glob('*_bold.nii.gz')
+    image = nib.load(bold)
+    data = image.get_fdata(dtype=np.float32)
+    data -= data.mean(axis=-1, keepdims=True)
+    nib.save(nib.Nifti1Image(data, image.affine), bold)
+    with pytest.warns(UserWarning, match=r'bold\.nii\.gz: The parcels have means of about zero'):
+        series = bids_brainfm.parcellate(bold, 'Demo424')
+    assert abs(series.brain_mean) < 1e-2
+
+
 def test_a_series_has_level_tsnr_and_the_time_of_its_first_volume(dataset):
     """What fMRIPrep writes next to the file is looked up: mask, StartTime and dummy volumes."""
     folder = dataset / 'sub-01' / 'func'

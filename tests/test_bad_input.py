@@ -58,6 +58,32 @@ def remove(pattern):
     return lambda func: the(func, pattern).unlink()
 
 
+def empty_csf(func):
+    path = the(func, '*confounds_timeseries.tsv')
+    table = pd.read_csv(path, sep='\t')
+    table[[name for name in table if name.startswith('csf')]] = np.nan
+    table.to_csv(path, sep='\t', index=False, na_rep='n/a')
+
+
+def shift_mask(func):
+    path = the(func, '*_mask.nii.gz')
+    image = nib.load(path)
+    affine = image.affine.copy()
+    affine[0, 3] += 20
+    nib.save(nib.Nifti1Image(np.asanyarray(image.dataobj), affine), path)
+
+
+def sidecar_folder(func):
+    path = the(func, '*_bold.json')
+    path.unlink()
+    path.mkdir()
+
+
+def rename_desc(func):
+    for path in func.glob('*desc-preproc*'):
+        path.rename(path.with_name(path.name.replace('preproc', 'denoised')))
+
+
 def fewer_confounds(func):
     path = the(func, '*confounds_timeseries.tsv')
     pd.read_csv(path, sep='\t').iloc[:-3].to_csv(path, sep='\t', index=False, na_rep='n/a')
@@ -84,11 +110,17 @@ FAULTS = {
     'truncated': (truncate, ['volumes', 'desc-preproc_bold.nii.gz']),
     'threed': (one_volume, ['desc-preproc_bold.nii.gz', '4-D']),
     'constant': (constant, ['constant']),
-    'notr': (edit_sidecar(RepetitionTime=None), ['no RepetitionTime', '.json']),
+    'notr': (edit_sidecar(RepetitionTime=None), ['no RepetitionTime', '.json', '0.735 s']),
+    'infinitetr': (edit_sidecar(RepetitionTime=float('inf')), ['RepetitionTime inf', '.json']),
+    'sidecarfolder': (sidecar_folder, ['_bold.json', 'directory']),
+    'emptycsf': (empty_csf, ['Every value of csf', '--denoise']),
+    'shiftedmask': (shift_mask, ['another affine', '20 mm']),
+    'noimage': (remove('*_bold.nii.gz'), ['no preprocessed BOLD image', 'confounds']),
+    'denoised': (rename_desc, ['desc-denoised', 'output of fMRIPrep']),
     'zerotr': (edit_sidecar(RepetitionTime=0), ['RepetitionTime 0', '.json']),
     'mstr': (edit_sidecar(RepetitionTime=735), ['milliseconds', '0.735']),
     'nosidecar': (remove('*_bold.json'), ['sidecar']),
-    'nomask': (remove('*_mask.nii.gz'), ['brain mask']),
+    'nomask': (remove('*_mask.nii.gz'), ['brain mask', 'found: none']),
     'noconfounds': (remove('*confounds_timeseries.tsv'), ['confounds', '--denoise none']),
     'fewconfounds': (fewer_confounds, ['207', '210']),
     'nospace': (rename_space, ['T1w', '--output-spaces']),
@@ -179,6 +211,26 @@ def test_nan_voxels_are_left_out_and_said(dataset, tmp_path, app):
     assert not table.isna().any(axis=None)
 
 
+@pytest.mark.slow
+def test_data_without_a_mean_and_two_masks_are_said(dataset, tmp_path, app):
+    """In the sidecar and the report: the run is read all the same."""
+    func = dataset / 'sub-01' / 'func'
+    path, mask = the(func, '*_bold.nii.gz'), the(func, '*_mask.nii.gz')
+    image = nib.load(path)
+    data = image.get_fdata(dtype=np.float32)
+    data -= data.mean(axis=-1, keepdims=True)
+    nib.save(nib.Nifti1Image(data, image.affine), path)
+    nib.save(nib.load(mask), mask.with_suffix(''))
+    out = tmp_path / 'out'
+    options = ('--participant-label', '01', '--stop-after', 'timeseries')
+    assert app(dataset, out, *options) == 0
+    sidecar = json.loads(the(out / 'sub-01' / 'func', '*_stat-mean_timeseries.json').read_text())
+    candidates, demeaned = sidecar['Warnings'][:2]
+    assert candidates == f'{mask.name} was read, and not {mask.with_suffix("").name}.'
+    assert 'denoised before' in demeaned
+    assert 'means of about zero' in (out / 'sub-01.html').read_text()
+
+
 def refused(app, capfd, *arguments) -> str:
     """The sentence of a command that cannot run at all."""
     assert app(*arguments) == 2
@@ -197,7 +249,6 @@ def test_refusals_before_anything_runs(dataset, tmp_path, app, capfd):
     assert '--task-id nback' in say(dataset, out, '--task-id', 'nback')
     assert 'inside the input' in say(dataset, dataset / 'out')
     assert 'inside the input' in say(dataset, out, '-w', dataset / 'work')
-    assert 'inside the input' in say(dataset, out, '--bids-database-dir', dataset / 'db')
     named = ['-d', f'prep={dataset}', '-w', tmp_path / 'w']
     raw = tmp_path / 'raw'
     raw.mkdir()

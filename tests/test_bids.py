@@ -11,7 +11,7 @@ from bids_brainfm.bids.dataset import check_participants, claim_settings, iterat
 from bids_brainfm.bids.files import atomic, read_matrix, write_matrix
 from bids_brainfm.bids.inputs import find_datasets
 from bids_brainfm.bids.inputs.fmriprep import find_runs
-from bids_brainfm.bids.inputs.index import index
+from bids_brainfm.bids.inputs.listing import list_dataset
 from bids_brainfm.bids.naming import parse_name
 from bids_brainfm.bids.run import BoldRun, start_time
 from bids_brainfm.errors import BrainfmError
@@ -33,9 +33,8 @@ def make_tree(root: Path, *names: str) -> Path:
     return root
 
 
-def found(root, tmp_path, spaces=SPACES, participants=(), **filters):
-    layout = index(root, participants, tmp_path / 'db')
-    runs, without = find_runs(layout, 'fmriprep', spaces, filters)
+def found(root, spaces=SPACES, **filters):
+    runs, without = find_runs(list_dataset(root), 'fmriprep', spaces, filters)
     return [run.bold.name for run in runs], without
 
 
@@ -55,7 +54,7 @@ def test_best_space_and_resolution_win(tmp_path):
         f'sub-03_task-rest_space-MNI152NLin2009cAsym_{BOLD}',
         'sub-03_task-rest_space-fsLR_den-170k_bold.dtseries.nii',
     )
-    names, without = found(root, tmp_path)
+    names, without = found(root)
     assert names == [
         f'sub-01_task-rest_space-MNI152NLin6Asym_res-02_{BOLD}',
         'sub-02_task-rest_space-fsLR_den-91k_bold.dtseries.nii',
@@ -78,15 +77,13 @@ def test_sessions_runs_echoes_and_parts(tmp_path):
         'sub-01_ses-b_task-nback_hemi-L_space-fsaverage_bold.func.gii',
         'sub-01_ses-b_task-nback_space-MNI152NLin6Asym_res-2_boldref.nii.gz',
     )
-    names, _ = found(root, tmp_path)
+    names, _ = found(root)
     assert len(names) == 4
     assert not any('echo' in n or 'phase' in n for n in names)
-    assert found(root, tmp_path, run=['1'])[0] == [f'sub-01_ses-a_task-rest_run-01_{mni}']
-    assert found(root, tmp_path, session=['b'], task='nback')[0] == [
-        f'sub-01_ses-b_task-nback_{mni}'
-    ]
-    assert len(found(root, tmp_path, run=None)[0]) == 2
-    assert len(found(root, tmp_path, run='*')[0]) == 2
+    assert found(root, run=['1'])[0] == [f'sub-01_ses-a_task-rest_run-01_{mni}']
+    assert found(root, session=['b'], task='nback')[0] == [f'sub-01_ses-b_task-nback_{mni}']
+    assert len(found(root, run=None)[0]) == 2
+    assert len(found(root, run='*')[0]) == 2
 
 
 def test_run_without_an_accepted_space_is_named(tmp_path):
@@ -95,7 +92,7 @@ def test_run_without_an_accepted_space_is_named(tmp_path):
         f'sub-01_task-rest_space-T1w_{BOLD}',
         f'sub-01_task-rest_{BOLD}',
     )
-    names, without = found(root, tmp_path)
+    names, without = found(root)
     assert names == []
     (sentence,) = without.values()
     assert 'found: T1w, native' in sentence
@@ -109,7 +106,7 @@ def test_link_without_its_file_is_named(tmp_path):
     path = root / 'sub-01' / 'func' / name
     path.unlink()
     path.symlink_to('../../.git/annex/not-here')
-    names, without = found(root, tmp_path)
+    names, without = found(root)
     assert names == []
     assert 'datalad get' in without['sub-01_task-rest']
 
@@ -124,8 +121,7 @@ def test_companions_belong_to_the_run(tmp_path):
         f'{stem}_desc-confounds_regressors.tsv',
         'sub-01_task-rest_run-02_desc-confounds_timeseries.tsv',
     )
-    layout = index(root, (), tmp_path / 'db')
-    (run,), _ = find_runs(layout, 'fmriprep', SPACES, {})
+    (run,), _ = find_runs(list_dataset(root), 'fmriprep', SPACES, {})
     assert run.name == stem
     assert run.mask.name == f'{stem}_space-MNI152NLin6Asym_res-2_desc-brain_mask.nii.gz'
     assert run.confounds.name == f'{stem}_desc-confounds_regressors.tsv'
@@ -137,7 +133,7 @@ def test_start_time_is_that_of_the_sidecar(tmp_path):
     """BIDS allows times before the first sample; unknown is None; other values are refused."""
     sidecar = tmp_path / 'sub-01_task-rest_bold.json'
     entities = {'sub': '01', 'task': 'rest', 'space': 'X'}
-    run = BoldRun('sub-01_task-rest', entities, 'x', tmp_path, tmp_path / 'b', sidecar=sidecar)
+    run = BoldRun('sub-01_task-rest', entities, 'x', tmp_path, tmp_path / 'b', sidecars=(sidecar,))
     for written, expected in ((0.3675, 0.3675), (0, 0.0), (-1.5, -1.5), (None, None)):
         sidecar.write_text(json.dumps({'StartTime': written}))
         assert start_time(run) == expected
@@ -151,7 +147,7 @@ def test_start_time_is_that_of_the_sidecar(tmp_path):
             start_time(run)
 
 
-def test_index_leaves_the_input_alone_and_other_participants_out(tmp_path):
+def test_only_the_participants_that_are_asked_for_are_listed(tmp_path):
     mni = f'space-MNI152NLin6Asym_{BOLD}'
     root = make_tree(
         tmp_path / 'd',
@@ -159,14 +155,8 @@ def test_index_leaves_the_input_alone_and_other_participants_out(tmp_path):
         f'sub-011_task-rest_{mni}',
         f'sub-02_task-a_{mni}',
     )
-    (root / 'sub-01' / 'anat').mkdir()
-    (root / 'sub-01' / 'anat' / 'sub-01_T1w.nii.gz').touch()
-    before = sorted(root.rglob('*'))
-    layout = index(root, ('01',), tmp_path / 'db')
-    assert sorted(root.rglob('*')) == before
-    assert [Path(f).name for f in layout.get(return_type='filename', extension='.nii.gz')] == [
-        f'sub-01_task-rest_{mni}'
-    ]
+    runs, _ = find_runs(list_dataset(root, ('01',)), 'x', SPACES, {})
+    assert [run.name for run in runs] == ['sub-01_task-rest']
     with pytest.raises(BrainfmError, match=r'no participant 03 .* 01, 011, 02'):
         check_participants({'a': root}, ('03', '01'))
     other = make_tree(tmp_path / 'e', f'sub-03_task-rest_{mni}')
@@ -177,12 +167,12 @@ def test_filters_of_fmriprep(tmp_path):
     """Its filter files name datatype and suffix too; a slip is named, not taken for no match."""
     mni = f'space-MNI152NLin6Asym_{BOLD}'
     root = make_tree(tmp_path / 'd', f'sub-01_ses-A_task-rest_acq-mb_{mni}')
-    layout = index(root, (), tmp_path / 'db')
+    listing = list_dataset(root)
     filters = {'datatype': 'func', 'suffix': 'bold', 'session': 'A', 'acquisition': ['mb', None]}
-    runs, _ = find_runs(layout, 'x', SPACES, filters | {'reconstruction': None})
+    runs, _ = find_runs(listing, 'x', SPACES, filters | {'reconstruction': None})
     assert len(runs) == 1
     with pytest.raises(BrainfmError, match='sesion'):
-        find_runs(layout, 'x', SPACES, {'sesion': 'A'})
+        find_runs(listing, 'x', SPACES, {'sesion': 'A'})
 
 
 def test_raw_dataset_with_derivatives_inside(tmp_path):

@@ -121,18 +121,18 @@ def test_the_first_adapter_that_accepts_a_dataset_reads_it(tmp_path, monkeypatch
     flat = types.ModuleType('flat')
     flat.FOLDER, flat.SOURCE = 'flat', 'flat files'
     flat.accepts = lambda description: description.get('Name') == 'flat'
-    flat.open_dataset = lambda root, participants, database: root
+    flat.open_dataset = lambda root, participants: root
     flat.find_runs = lambda opened, dataset, spaces, filters: ([run], {})
     monkeypatch.setitem(sys.modules, f'{inputs.__name__}.flat', flat)
     monkeypatch.setattr(inputs, 'ADAPTERS', ('flat', *inputs.ADAPTERS))
     description = tmp_path / 'dataset_description.json'
     description.write_text('{"Name": "flat", "DatasetType": "derivative"}')
-    (find_runs,) = inputs.open_datasets({'d': tmp_path}, (), tmp_path / 'db')
+    (find_runs,) = inputs.open_datasets({'d': tmp_path}, ())
     ((found,), without) = find_runs(('X',), {})
     assert (found.name, found.pipeline, found.denoised, without) == (run.name, 'flat', True, {})
     description.write_text('{"Name": "other", "DatasetType": "derivative"}')
     (tmp_path / 'sub-01').mkdir()
-    (find_runs,) = inputs.open_datasets({'d': tmp_path}, (), tmp_path / 'db')
+    (find_runs,) = inputs.open_datasets({'d': tmp_path}, ())
     assert find_runs(('X',), {}) == ([], {})
 
 

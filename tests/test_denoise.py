@@ -808,3 +808,16 @@ def test_unknown_strategies_are_refused(tmp_path):
     refused('no denoising strategy 24P: choose 36P, acompcor', load_strategy, '24P+gsr')
     refused('does not exist', load_strategy, tmp_path / 'absent.yml')
     refused('min_dof 2.5 is not a whole number', override, load_strategy('none'), min_dof=2.5)
+
+
+def test_a_column_without_a_value_points_to_another_denoising(tmp_path):
+    """fMRIPrep writes n/a throughout where a mask is empty: the table is as it wrote it."""
+    table, sidecar = make_table()
+    table[['csf', 'white_matter']] = np.nan
+    tsv = write(tmp_path, table, sidecar)
+    refused(r'Every value of white_matter, csf in|Every value of csf, white_matter in', read, tsv)
+    refused('choose another --denoise', read, tsv)
+    read(tsv, 'compcor', json_path=tsv.with_suffix('.json'))
+    table['std_dvars'] = np.nan
+    refused('std_dvars .* threshold of 0', read, write(tmp_path, table, sidecar), 'compcor',
+            json_path=tsv.with_suffix('.json'))  # fmt: skip

@@ -12,7 +12,6 @@ import random
 import re
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -24,8 +23,6 @@ import pytest
 
 from bids_brainfm.atlases.atlas import load_atlas
 from bids_brainfm.bids.files import TEMPORARY, _machine, atomic, remove_leftovers
-from bids_brainfm.bids.inputs.fmriprep import find_runs
-from bids_brainfm.bids.inputs.index import index
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.spec import resolve_model
 from bids_brainfm.resources import Resource, fetch, is_present
@@ -404,20 +401,16 @@ def test_output_disk_full(simulated, reference, tmp_path, small_disk, kilobytes,
 @slow
 @pytest.mark.parametrize('nprocs', [1, 2])
 def test_work_disk_full(simulated, reference, tmp_path, small_disk, nprocs):
-    """Graph and index want space in the work folder; the sentence names it."""
+    """The graph wants space in the work folder; the sentence names it."""
     out, work = tmp_path / 'out', small_disk(8) / 'work'
     options = ('--nprocs', nprocs, '-w', work)
     code, said = end(start(tmp_path, simulated, out, *options))
-    assert code == 2
-    assert re.search(rf'index in {work}/\S+ cannot be used .*full.*make space', said)
-    index = ('--bids-database-dir', tmp_path / 'index')
-    code, said = end(start(tmp_path, simulated, out, *options, *index))
     assert code == 1
     assert re.search(rf'disk of the work folder {work}/\S+,.* is full \({NO_SPACE}\)', said)
     assert 'Traceback' not in said
     assert_whole(out, reference)
     small_disk(50_000)
-    code, said = end(start(tmp_path, simulated, out, *options, *index))
+    code, said = end(start(tmp_path, simulated, out, *options))
     assert code == 0, said
     for path in out.glob('logs/crash-*'):
         path.unlink()
@@ -445,7 +438,7 @@ def ten(simulated, tmp_path_factory):
 def test_twenty_jobs_in_one_folder(ten, tmp_path):
     """Two for each of ten participants at once: valid shared files, as if one had made them."""
     (data, alone), out = ten, tmp_path / 'out'
-    options = ('--nprocs', '1', '--omp-nthreads', '1', '--bids-database-dir', tmp_path / 'index')
+    options = ('--nprocs', '1', '--omp-nthreads', '1')
     jobs = [
         start(tmp_path, data, out, *options, '--participant-label', label)
         for label in LABELS
@@ -522,47 +515,6 @@ def damage(path, how, share=667):
     else:
         content = content[: int(len(content) * how)]
     path.write_bytes(content)
-
-
-@pytest.mark.parametrize('how', [0, 0.5, 0.97, 'pages'])
-def test_damaged_index_is_made_again(simulated, tmp_path, how):
-    runs = lambda: find_runs(
-        index(simulated, (), tmp_path), 'x', (SPACE.removeprefix('space-'),), {}
-    )
-    whole = runs()
-    assert len(whole[0]) == 2
-    (kept,) = tmp_path.rglob('*.sqlite')
-    damage(kept, how)
-    assert runs() == whole
-    assert list(tmp_path.rglob('*.sqlite')) == [kept]
-    assert len(list(tmp_path.rglob('*'))) == 2
-
-
-def test_half_an_index_is_not_taken_for_an_empty_dataset(simulated, tmp_path):
-    """As a process leaves it that was killed between PyBIDS's two commits."""
-    runs = lambda: index(simulated, (), tmp_path).get(suffix='bold')
-    found = len(runs())
-    (kept,) = tmp_path.rglob('*.sqlite')
-    with sqlite3.connect(kept) as database:
-        for table in ('tags', 'files'):
-            database.execute(f'DELETE FROM {table}')
-    assert len(runs()) == found > 0
-
-
-def test_an_index_is_of_its_dataset_and_participants(simulated, dataset, tmp_path):
-    """One folder of indices for all: none is taken for that of another."""
-    shutil.rmtree(dataset / 'sub-02')
-    found = lambda root, *labels: {
-        str(path)
-        for path in index(root, labels, tmp_path / 'db').get(
-            suffix='bold', extension='.nii.gz', return_type='filename'
-        )
-    }
-    one, both, other = found(simulated, '01'), found(simulated), found(dataset)
-    assert len(one) == len(other) == 1
-    assert one < both
-    assert not other & both
-    assert (found(simulated, '01'), found(simulated), found(dataset)) == (one, both, other)
 
 
 @pytest.mark.slow

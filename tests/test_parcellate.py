@@ -436,7 +436,8 @@ def test_atlas_and_mask_that_do_not_fit_are_refused(case):
     refused('3-D image of labels', bold, bold, 10**6)
     mask = np.ones(SHAPE, np.uint8)
     refused('another grid', bold, atlas, P, save(folder / 'm.nii.gz', mask[1:]))
-    refused('another grid', bold, atlas, P, save(folder / 'm.nii.gz', *flipped(mask, AFFINE)))
+    flip = save(folder / 'm.nii.gz', *flipped(mask, AFFINE))
+    refused('another grid .* another affine puts its voxels up to', bold, atlas, P, flip)
     refused('is empty', bold, atlas, P, save(folder / 'm.nii.gz', mask * 0))
 
 
@@ -503,3 +504,23 @@ def test_coverage_of_real_coarse_runs_counts_the_brain_mask(atlas, n_parcels, lo
             parcellate(bold, path, n_parcels, mask, 'all').data, without.data
         )
     assert [int((one.coverage < 0.5).sum()) for one in found] == low
+
+
+def test_a_mask_with_exchanged_axes_is_refused(tmp_path):
+    """Its first and last voxel are those of the run."""
+    labels = np.ones((6, 6, 6), np.int16)
+    affine = np.diag([2.0, 2, 2, 1])
+    data = np.random.default_rng(0).normal(100, 1, (*labels.shape, T)).astype(np.float32)
+    bold = save(tmp_path / 'bold.nii', data, affine)
+    atlas = save(tmp_path / 'atlas.nii', labels, affine)
+    mask = save(tmp_path / 'mask.nii', labels, affine[:, [1, 0, 2, 3]])
+    refused('affine puts its voxels up to 10 mm away', bold, atlas, 1, mask)
+
+
+def test_series_about_zero_count_as_demeaned(case):
+    """As residuals of a denoising do; BOLD fluctuates by percents around its level."""
+    assert not parcellate(case['bold'], case['atlas'], P).demeaned
+    data = case['data'] - case['data'].mean(axis=-1, keepdims=True)
+    for level in (0, 1):
+        bold = save(case['dir'] / 'residuals.nii.gz', data + level)
+        assert parcellate(bold, case['atlas'], P).demeaned

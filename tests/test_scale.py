@@ -11,6 +11,7 @@ from bids_brainfm.signals.scale import (
     METHODS,
     STATISTICS,
     ScaleStats,
+    brain_level,
     check_stats,
     fit_scaling,
     kind_of,
@@ -238,6 +239,10 @@ def test_series_that_were_demeaned_are_no_levels():
     assert '\n' not in str(caught.value)
     with pytest.raises(BrainfmError, match='were demeaned'):
         scale(scale(data, 'parcel-z', 9000), 'cohort-means', 9000, stats=stats)
+    small = 0.5 * float(np.median(data.std(axis=0)))  # rounding leaves a mean just above zero
+    with pytest.raises(BrainfmError, match=r'at an SD of the parcels of .* not a BOLD level'):
+        brain_level(small, data.std(axis=0))
+    assert brain_level(9000, data.std(axis=0)) == 9000
 
 
 def uk_biobank_like():

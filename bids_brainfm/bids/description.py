@@ -33,9 +33,11 @@ def read_description(folder: Path) -> dict[str, Any]:
     try:
         return read_json(path)
     except FileNotFoundError:
+        inside = sorted(found.parent.name for found in folder.glob(f'*/{path.name}'))
         raise BrainfmError(
             f'{path} is missing, so {folder} is not a BIDS dataset: give the folder that '
-            f'fMRIPrep wrote, the one with dataset_description.json in it.'
+            f'fMRIPrep wrote, the one with dataset_description.json in it'
+            f'{" (there is one in " + ", ".join(inside[:5]) + ")" if inside else ""}.'
         ) from None
     except (ValueError, OSError) as error:
         raise BrainfmError(f'{path} is not a JSON object ({error}): restore the file.') from None

@@ -32,12 +32,12 @@ def fingerprint(path: Path) -> dict:
 
 def input_fingerprints(run: BoldRun) -> dict[str, dict]:
     """Fingerprints of all files that the outputs of a run depend on, by BIDS URI."""
-    return {run.uri(path): fingerprint(path) for path in run.companions().values()}
+    return {run.uri(path): fingerprint(path) for path in run.companions()}
 
 
 def check_unchanged(run: BoldRun, before: Mapping[str, dict]) -> None:
     """Raise BrainfmError where an input of a run is another one than `before` it was read."""
-    there = [path for path in run.companions().values() if path.is_file()]
+    there = [path for path in run.companions() if path.is_file()]
     after = {run.uri(path): fingerprint(path) for path in there}
     if changed := [uri for uri, state in before.items() if after.get(uri) != state]:
         raise BrainfmError(

@@ -1,22 +1,22 @@
 """Tables that belong to the confounds of a run: further confounds, and components of an ICA."""
 
-import re
-from collections.abc import Iterable
 from pathlib import Path
 
+from bids_brainfm.bids.inputs.listing import File, parse_file
+from bids_brainfm.bids.inputs.pairing import belongs, ending, without_desc
 from bids_brainfm.bids.naming import parse_name
 
-# Names after the entities of the run; the newest programs first
+# How their names end; the newest programs first
 ICA_TABLES = {
     'aroma': (
         # fMRIPost-AROMA, and fMRIPrep up to 23.0
-        (r'desc-melodic_mixing\.tsv', r'desc-MELODIC_mixing\.tsv'),
-        (r'desc-aroma_metrics\.tsv', r'AROMAnoiseICs\.csv'),
+        ('desc-melodic_mixing.tsv', 'desc-MELODIC_mixing.tsv'),
+        ('desc-aroma_metrics.tsv', 'AROMAnoiseICs.csv'),
     ),
-    'tedana': ((r'desc-ICA_mixing\.tsv',), (r'desc-tedana_metrics\.tsv',)),
+    'tedana': (('desc-ICA_mixing.tsv',), ('desc-tedana_metrics.tsv',)),
 }
 # A component has no space, but the series that was decomposed has
-ENTITIES = r'(_(?:part|space|cohort|res|den)-[A-Za-z0-9]+)*'
+OF_IMAGES = ('part', 'space', 'cohort', 'res', 'den')
 
 
 def _folders(confounds: Path, folder: Path | None) -> list[Path]:
@@ -41,14 +41,16 @@ def ica_tables(
 
     They are those of ICA-AROMA or tedana (`program`), in a `folder` or next to the `confounds`.
     """
-    stem = re.split(r'_desc-|_[A-Za-z]+\.', confounds.name)[0]
-    places = [*_folders(confounds, folder), confounds.parent]
-    files = [path for place in places if place.is_dir() for path in sorted(place.iterdir())]
-    mixing, metrics = (_first(files, stem, names) for names in ICA_TABLES[program])
+    places = [
+        place for place in (*_folders(confounds, folder), confounds.parent) if place.is_dir()
+    ]
+    files = [parse_file(place, path.name) for place in places for path in sorted(place.iterdir())]
+    run = without_desc(parse_file(confounds.parent, confounds.name))
+    own = [file for file in files if belongs(run, without_desc(file), OF_IMAGES)]
+    mixing, metrics = (_first(own, endings) for endings in ICA_TABLES[program])
     return mixing, metrics
 
 
-def _first(files: Iterable[Path], stem: str, names: Iterable[str]) -> Path | None:
-    """Take the first file that has one of the names."""
-    forms = [re.compile(re.escape(stem) + ENTITIES + '_' + name) for name in names]
-    return next((path for form in forms for path in files if form.fullmatch(path.name)), None)
+def _first(files: list[File], endings: tuple[str, ...]) -> Path | None:
+    """Take the first file that has one of the endings."""
+    return next((f.path for form in endings for f in files if ending(f) == form), None)

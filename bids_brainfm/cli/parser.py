@@ -76,7 +76,8 @@ def get_parser() -> argparse.ArgumentParser:
     add('-d', '--derivatives', nargs='+', metavar='NAME=PATH',
         help='fMRIPrep derivatives to read in place of bids_dir')
     add('--bids-database-dir', '--bids_database_dir', type=Path, metavar='PATH',
-        help='PyBIDS index to reuse between runs (default: a fresh one in the work directory)')
+        help='accepted as by other BIDS Apps, and without effect: listing a dataset takes less '
+        'time than reading an index of it')
 
     add = parser.add_argument_group('Options for models and their input').add_argument
     add('-m', '--model', nargs='+', metavar='NAME[=PATH]',

@@ -97,7 +97,6 @@ def check_places(settings: Settings, datasets: dict[str, Path]) -> None:
     written = {
         'output folder': settings.output_dir,
         'work folder': settings.work_dir,
-        'index folder': settings.bids_database_dir,
     }
     read, raw = [root.resolve() for root in datasets.values()], settings.bids_dir.resolve()
     for what, path in written.items():
@@ -113,7 +112,7 @@ def check_places(settings: Settings, datasets: dict[str, Path]) -> None:
     if settings.clean_workdir:
         from bids_brainfm.resources import home
 
-        files = [settings.bids_database_dir, *(path for _, path in named_files(settings))]
+        files: list[Path | None] = [path for _, path in named_files(settings)]
         files += map(Path, (settings.denoise.removesuffix(GSR), *settings.model))
         files += [*(split_name(model)[1] for model in settings.model), home()]
         kept = [*read, raw, settings.output_dir.resolve()]

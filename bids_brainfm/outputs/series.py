@@ -21,7 +21,13 @@ from bids_brainfm.bids.freshness import (
     write_sidecar,
 )
 from bids_brainfm.bids.naming import own_uri
-from bids_brainfm.bids.run import BoldRun, metadata, repetition_time, start_time
+from bids_brainfm.bids.run import (
+    BoldRun,
+    check_companions,
+    metadata,
+    repetition_time,
+    start_time,
+)
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.outputs import products, quality
 from bids_brainfm.outputs.outcome import Outcome, attempt
@@ -30,6 +36,7 @@ from bids_brainfm.outputs.tasks import Place, SeriesTask
 from bids_brainfm.reports.report import Figure
 from bids_brainfm.signals.connectome import connectome
 from bids_brainfm.signals.denoise import Freedom
+from bids_brainfm.signals.parcellate import DEMEANED
 from bids_brainfm.signals.series import coverage_path
 from bids_brainfm.signals.strategy import Strategy, describe
 
@@ -113,7 +120,13 @@ class SeriesContext:
     @property
     def warnings(self) -> list[str]:
         """What is out of the ordinary, one sentence each."""
-        found, tr, sentences = self.series.found, self.series.tr, []
+        found, tr, sentences = self.series.found, self.series.tr, list(self.run.notes)
+        if 'RepetitionTime' not in metadata(self.run):
+            sentences.append(
+                f'No sidecar gives the repetition time; that of the header, {tr:g} s, was used.'
+            )
+        if found.demeaned and not self.run.denoised:
+            sentences.append(DEMEANED)
         if found.header_tr and abs(found.header_tr - tr) > 1e-3 * tr:
             sentences.append(
                 f'The header gives a repetition time of {found.header_tr:g} s, the sidecar '
@@ -145,7 +158,7 @@ class SeriesContext:
     def sources(self) -> list[str]:
         """URIs of what the outputs are made from; the last one is the atlas."""
         output = self.task.place.output
-        sources = [self.run.uri(path) for path in self.run.companions().values()]
+        sources = [self.run.uri(path) for path in self.run.companions()]
         return [*sources, own_uri(output, export_atlas(output, self.atlas, self.series.image))]
 
     def write_sidecar(self, path: Path, content: dict[str, Any], from_series: bool = True) -> None:
@@ -167,19 +180,12 @@ def compute_series(run: BoldRun, task: SeriesTask) -> SeriesContext:
     """Parcellate and denoise one run; refuse files that are missing, damaged or contradictory."""
     from bids_brainfm.signals.bold import clean_series, parcellate
     from bids_brainfm.signals.confounds import Tables
+    from bids_brainfm.signals.stream import open_bold
 
     inputs = input_fingerprints(run)
-    tr, start, strategy = repetition_time(run), start_time(run), task.strategy
-    if run.mask is None and not run.is_cifti:
-        raise BrainfmError(
-            f'{run.name}: the brain mask of {run.bold.name} (desc-brain_mask) is missing: copy it '
-            f'from the fMRIPrep output.'
-        )
-    if run.confounds is None and strategy.needs_table:
-        raise BrainfmError(
-            f'{run.name}: there is no desc-confounds_timeseries.tsv, which denoising '
-            f'"{strategy.name}" needs: copy it from the fMRIPrep output, or use --denoise none.'
-        )
+    tr = repetition_time(run, open_bold(run.bold).tr)
+    start, strategy = start_time(run), task.strategy
+    check_companions(run, strategy.name if strategy.needs_table else None)
     if task.custom_confounds and run.custom is None and not (strategy.ica and run.mixing):
         raise BrainfmError(
             f'{run.name}: there is no table of this run in {task.custom_confounds} '

@@ -88,8 +88,8 @@ class CohortFit:
 
         NaN for parcels to be left out; a `brain_mean` that is no BOLD level is refused.
         """
-        series, level = np.array(data, float), brain_level(brain_mean)
-        series *= GRAND_MEAN / level
+        series = np.array(data, float)
+        series *= GRAND_MEAN / brain_level(brain_mean, series.std(axis=0))
         mean = series.mean(axis=0)
         values = series - mean
         if self._participant is None:

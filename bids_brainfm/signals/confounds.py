@@ -165,7 +165,7 @@ def _read_table(tsv: Path, n_volumes: int | None = None) -> 'pd.DataFrame':
         table = read_tsv(tsv, na_values='n/a')
     except FileNotFoundError:
         raise BrainfmError(
-            f'The confounds table {tsv} does not exist; copy it from the fMRIPrep output, or '
+            f'The confounds table {tsv} does not exist; copy it if fMRIPrep wrote one, or '
             'choose --denoise none with --keep-nonsteady.'
         ) from None
     except (OSError, ValueError) as error:
@@ -213,7 +213,7 @@ def _components(
 ) -> list[str]:
     """Retained anatomical CompCor components of the masks that are wanted."""
     try:
-        described = read_json(json_path) if json_path else {}
+        described = read_json(Path(json_path)) if json_path else {}
     except (OSError, ValueError) as error:
         raise BrainfmError(
             f'The confounds sidecar {json_path} cannot be read ({error}); copy it again.'
@@ -222,12 +222,12 @@ def _components(
     columns.sort(key=lambda name: (name[0], int(name.rpartition('_')[2])))
     chosen: list[str] = []
     for mask in wanted.masks:
-        entry: dict[str, dict[str, Any]] = {name: described.get(name, {}) for name in columns}
+        entry = {name: _mapping(described.get(name)) for name in columns}
         found = [n for n in columns if entry[n].get('Mask') == mask and entry[n].get('Retained')]
         if not found:
             raise BrainfmError(
                 f'The sidecar of {tsv} ({json_path or "absent"}) describes no retained CompCor '
-                f'component of the {mask} mask; copy it from the fMRIPrep output, or choose '
+                f'component of the {mask} mask; copy it if fMRIPrep wrote one, or choose '
                 'another --denoise.'
             )
         if wanted.variance:
@@ -244,6 +244,11 @@ def _components(
     return chosen
 
 
+def _mapping(entry: Any) -> dict[str, Any]:
+    """Description of a column, empty where there is none."""
+    return entry if isinstance(entry, dict) else {}
+
+
 def _numbers(
     table: 'pd.DataFrame', names: list[str], tsv: Path | None, fill: bool = True
 ) -> np.ndarray:
@@ -251,10 +256,16 @@ def _numbers(
     values = _floats(table, names, tsv)
     if len(values) > 1:
         values[0] = np.where(np.isnan(values[0]), values[1] if fill else 0, values[0])
+    if empty := [names[column] for column in np.flatnonzero(np.isnan(values).all(axis=0))]:
+        raise BrainfmError(
+            f'Every value of {", ".join(empty[:4])} in {tsv} is n/a, as where fMRIPrep found no '
+            f'voxel in a mask: choose another --denoise, or a threshold of 0 for a column that '
+            f'only flags volumes.'
+        )
     for row, column in np.argwhere(np.isnan(values)):
         raise BrainfmError(
-            f'Column {names[column]} of {tsv} has no value in row {row + 1}; '
-            'use the confounds table as fMRIPrep wrote it.'
+            f'Column {names[column]} of {tsv} has no value in row {row + 1}; choose another '
+            f'--denoise, or run fMRIPrep again for this run.'
         )
     return values
 

@@ -21,6 +21,11 @@ from bids_brainfm.signals.stream import BoldFile, open_bold
 from bids_brainfm.validation import LARGEST
 
 VOXELS = ('mask', 'all')  # which voxels of a parcel its mean is taken over
+_SAME_PLACE = 0.3  # mm between corners of two grids; headers round
+DEMEANED = (
+    'The parcels have means of about zero, so the data seem to have been demeaned or denoised '
+    'before: denoising them again may distort them, and --scale cohort is refused.'
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,12 @@ class Parcellation:
     # (T,) bool, volumes without signal (see empty.without_signal), which hold interpolated values
     # in `data` and are left out of all else
     empty: np.ndarray
+
+    @property
+    def demeaned(self) -> bool:
+        """Whether parcels fluctuate about zero: BOLD fluctuates by percents around its level."""
+        spread = self.data[self.skip :].std(axis=0, dtype=float)
+        return bool(np.nanmedian(np.abs(self.level)) < np.nanmedian(spread))
 
 
 def parcellate(
@@ -90,14 +101,19 @@ def parcellate(
 def _brain_mask(mask_path: Path, bold: BoldFile) -> np.ndarray:
     """(V,) float32 brain mask on the run's grid, 1 inside, in Fortran order."""
     image = load_image(mask_path)
-    if (
-        isinstance(image, nib.Cifti2Image)
-        or image.shape != bold.grid
-        or not np.allclose(image.affine, bold.affine, atol=1e-3)
-    ):
+    if isinstance(image, nib.Cifti2Image) or image.shape != bold.grid:
         raise BrainfmError(
             f'The mask {mask_path} is on another grid {image.shape} than the run {bold.path} '
             f'{bold.grid}; give the brain mask of the same space and resolution.'
+        )
+    corners = np.diag([*(size - 1.0 for size in bold.grid), 1.0])  # at the ends of the three axes
+    corners[:, 3] = 1
+    apart = np.abs(corners @ (image.affine - bold.affine).T).max()
+    if not apart < _SAME_PLACE:
+        raise BrainfmError(
+            f'The mask {mask_path} is on another grid than the run {bold.path}: both are '
+            f'{bold.grid}, but another affine puts its voxels up to {apart:.3g} mm away; give the '
+            'brain mask of the same space and resolution.'
         )
     mask = (read_values(image) > 0).ravel(order='F').astype(np.float32)
     if not mask.any():

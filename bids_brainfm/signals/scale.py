@@ -270,7 +270,7 @@ def fit_scaling(
         with np.errstate(invalid='ignore', divide='ignore'):  # parcels that do not vary
             low, high = (bound * sd / spread for bound in CLIP_SD)
     elif stats is not None and method == 'cohort':
-        to_run = brain_level(brain_mean) / GRAND_MEAN
+        to_run = brain_level(brain_mean, sd) / GRAND_MEAN
         offset, spread = mean + stats.median * to_run, stats.iqr * to_run
         low = low if stats.lower is None else stats.lower
         high = high if stats.upper is None else stats.upper
@@ -284,7 +284,7 @@ def fit_scaling(
                 'large constant; give series that were not demeaned, or choose another --scale '
                 "such as 'global-z'."
             )
-        to_run = brain_level(brain_mean) / GRAND_MEAN
+        to_run = brain_level(brain_mean, sd) / GRAND_MEAN
         offset, spread, varies = stats.median * to_run, stats.iqr * to_run, ~np.isnan(mean)
     if stats is not None and method in STATISTICS:
         varies = varies & ~np.isin(np.arange(n_parcels), unusable(stats))
@@ -336,12 +336,14 @@ def static_warning(proportion: float, method: str) -> str | None:
     )
 
 
-def brain_level(brain_mean: float) -> float:
-    """The brain mean, refused if it is no BOLD level (not above zero)."""
-    if np.isfinite(brain_mean) and brain_mean > 0:
+def brain_level(brain_mean: float, sd: np.ndarray) -> float:
+    """The brain mean, refused if it is no BOLD level: not above the SD (P,) of the parcels."""
+    fluctuation = np.nanmedian(sd)
+    if np.isfinite(brain_mean) and brain_mean > fluctuation:
         return brain_mean
     raise BrainfmError(
-        f'The mean of the brain is {brain_mean:g}, not a BOLD level, so the run cannot be brought '
+        f'The mean of the brain is {brain_mean:.3g}, at an SD of the parcels of '
+        f'{fluctuation:.3g}: not a BOLD level, so the run cannot be brought '
         "to the cohort's grand mean; give series that were not demeaned, or choose another "
         "--scale such as 'run-robust'."
     )

@@ -5,7 +5,6 @@ All that can be missing or contradictory is found here: weights, atlases, inputs
 
 import dataclasses
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -16,7 +15,9 @@ from typing import Any
 from bids_brainfm.atlases.atlas import load_atlas
 from bids_brainfm.bids.description import generators, read_description
 from bids_brainfm.bids.freshness import sidecar_path
-from bids_brainfm.bids.inputs import FindRuns, open_datasets, read_filters
+from bids_brainfm.bids.inputs import FindRuns, open_datasets
+from bids_brainfm.bids.inputs.filters import read_filters
+from bids_brainfm.bids.inputs.listing import abridge
 from bids_brainfm.bids.naming import parse_name
 from bids_brainfm.bids.run import BoldRun
 from bids_brainfm.bids.tables import custom_table, ica_tables
@@ -158,8 +159,9 @@ def make_plan(settings: Settings, datasets: dict[str, Path], work: Path, version
     place = home()
     cards = resolve.find_resources(settings, place)
     tasks = [] if settings.stop_after else resolve.resolve_models(settings, place, version)
-    database = settings.bids_database_dir or work / 'bids_db'
-    inputs = open_datasets(datasets, settings.participant_label, database)
+    if settings.bids_database_dir:
+        LOGGER.warning('--bids-database-dir has no effect: a dataset is listed, not indexed.')
+    inputs = open_datasets(datasets, settings.participant_label)
     prepare_output(settings.output_dir)
     failures: list[Outcome] = []
     plans = []
@@ -242,10 +244,11 @@ def _plan_atlas(
         parameters=resolve.parameters(OF_SERIES, settings, None, atlas),
     )  # fmt: skip
     runs = [_with_tables(run, series) for run in runs]
-    if twice := [name for name, n in Counter(run.name for run in runs).items() if n > 1]:
-        raise BrainfmError(
-            f'{", ".join(twice[:3])} is in more than one of the --derivatives datasets, and both '
-            f'would write the same files: name one dataset.'
+    _check_unique(runs)
+    if noted := [note for run in runs for note in run.notes]:
+        LOGGER.warning(
+            'Some runs have several candidates for one file (see their reports): %s',
+            abridge(noted, 3),
         )
     for task in tasks:
         check_fit(task.spec, atlas, task.contract)
@@ -297,6 +300,17 @@ def _done(
             for path, fault in damaged_files(BY_NAME[name], run, task.place).items():
                 LOGGER.warning('%s %s: it is made again.', path, fault)
     return found
+
+
+def _check_unique(runs: Sequence[BoldRun]) -> None:
+    """Raise BrainfmError where two files would be written to the same outputs."""
+    first: dict[str, BoldRun] = {}
+    for run in runs:
+        if (other := first.setdefault(run.name, run)) is not run:
+            raise BrainfmError(
+                f'{run.name} is in more than one of the --derivatives datasets, and both would '
+                f'write the same files ({other.bold} and {run.bold}): name one dataset.'
+            )
 
 
 def _with_tables(run: BoldRun, task: SeriesTask) -> BoldRun:

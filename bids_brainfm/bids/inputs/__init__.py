@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from bids_brainfm.bids.description import generators, read_description
+from bids_brainfm.bids.inputs.listing import abridge, iterate_folders
 from bids_brainfm.bids.run import BoldRun
-from bids_brainfm.documents import read_json
 from bids_brainfm.errors import BrainfmError
 
 ADAPTERS = ('fmriprep',)  # the first that accepts a dataset reads it
@@ -34,8 +34,8 @@ class Adapter(Protocol):
     def accepts(self, description: Mapping[str, Any]) -> bool:
         """Whether it reads the dataset with this ``dataset_description.json``."""
 
-    def open_dataset(self, root: Path, participants: Collection[str], database_dir: Path) -> Any:
-        """Prepare a dataset for `find_runs`; what can be kept lies in `database_dir`."""
+    def open_dataset(self, root: Path, participants: Collection[str]) -> Any:
+        """Prepare a dataset for `find_runs`, with these participants or all where empty."""
 
     def find_runs(
         self, opened: Any, dataset: str, spaces: tuple[str, ...], filters: Mapping[str, Any]
@@ -51,15 +51,13 @@ def adapter(name: str) -> Adapter:
     return cast(Adapter, importlib.import_module(f'{__name__}.{name}'))
 
 
-def open_datasets(
-    datasets: Mapping[str, Path], participants: Collection[str], database_dir: Path
-) -> list[FindRuns]:
+def open_datasets(datasets: Mapping[str, Path], participants: Collection[str]) -> list[FindRuns]:
     """Open all datasets and return, for each, `find_runs` of the adapter that reads it."""
     found: list[FindRuns] = []
     for name, root in datasets.items():
         description = read_description(root)
         pipeline = next(each for each in ADAPTERS if adapter(each).accepts(description))
-        opened = adapter(pipeline).open_dataset(root, participants, database_dir / name)
+        opened = adapter(pipeline).open_dataset(root, participants)
         found.append(partial(_find_runs, pipeline, opened, name))
     return found
 
@@ -75,6 +73,7 @@ def find_datasets(bids_dir: Path, derivatives: dict[str, str]) -> dict[str, Path
     """Name the preprocessed datasets to read: `derivatives` (name and path), or else `bids_dir`.
 
     That holds fMRIPrep derivatives, or is a raw dataset with ``derivatives/fmriprep`` inside.
+    Raises BrainfmError where it is neither, with what there is.
     """
     if derivatives:
         for name in derivatives:
@@ -95,23 +94,20 @@ def find_datasets(bids_dir: Path, derivatives: dict[str, str]) -> dict[str, Path
         if (nested := bids_dir / 'derivatives' / folder).is_dir():
             read_description(nested)
             return {folder: nested}
+    if _has_preprocessed(bids_dir):  # though its description does not tell
+        return {'preprocessed': bids_dir}
+    lack = f'{bids_dir} is a raw BIDS dataset without derivatives/{" or ".join(folders)}'
+    if others := sorted((bids_dir / 'derivatives').glob('*/')):
+        raise BrainfmError(
+            f'{lack}, but with {abridge([path.name for path in others])} in its derivatives: name '
+            f'the output of fMRIPrep, as in --derivatives fmriprep={others[0]}.'
+        )
     raise BrainfmError(
-        f'{bids_dir} is a raw BIDS dataset without derivatives/{" or ".join(folders)}: run '
-        f'fMRIPrep first, or name its output with --derivatives fmriprep=PATH.'
+        f'{lack}: run fMRIPrep first, or name its output with --derivatives fmriprep=PATH.'
     )
 
 
-def read_filters(path: Path | None) -> dict[str, Any]:
-    """Filters of a ``--bids-filter-file`` for BOLD files: entity to value.
-
-    Raises BrainfmError where the file is not JSON of the form ``{"bold": {entity: value}}``.
-    """
-    if path is None:
-        return {}
-    try:
-        return dict(read_json(path)['bold'])
-    except (OSError, ValueError, TypeError, KeyError):
-        raise BrainfmError(
-            f'--bids-filter-file {path} is not JSON of the form {{"bold": {{"acquisition": '
-            f'"mb8"}}}}: mend the file.'
-        ) from None
+def _has_preprocessed(root: Path) -> bool:
+    """Whether a folder holds BOLD images with a space or a description, which raw data lack."""
+    images = (f for folder in iterate_folders(root) for f in folder.files if f.suffix == 'bold')
+    return any({'space', 'desc'} & file.entities.keys() for file in images)

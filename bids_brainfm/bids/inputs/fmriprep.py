@@ -1,29 +1,41 @@
-"""fMRIPrep's derivatives, from 20.2 on."""
+"""fMRIPrep's derivatives, from 1.2 on."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from bids_brainfm.bids.inputs.index import index
-from bids_brainfm.bids.naming import LONG_NAMES, join_name, parse_name
+from bids_brainfm.bids.inputs import filters as asked
+from bids_brainfm.bids.inputs.listing import (
+    File,
+    Folder,
+    Listing,
+    abridge,
+    list_around,
+    list_dataset,
+    parse_file,
+)
+from bids_brainfm.bids.inputs.pairing import DEFAULTS, VERSION_ENTITIES, companions, sidecars
+from bids_brainfm.bids.naming import LONG_NAMES, join_name
 from bids_brainfm.bids.run import BoldRun
 from bids_brainfm.errors import BrainfmError
-
-if TYPE_CHECKING:
-    from bids.layout import BIDSLayout
 
 FOLDER = 'fmriprep'  # below derivatives/ of a raw dataset
 # How the methods text goes on after "Preprocessed BOLD series were taken from"
 SOURCE = 'fMRIPrep (Esteban et al. 2019) derivatives'
-# Entities that name a version or a part of the same recording, not another recording
-VERSION_ENTITIES = ('space', 'cohort', 'res', 'den', 'desc', 'echo', 'hemi')
 FLAGS = {
     'MNI152NLin6Asym': '--output-spaces MNI152NLin6Asym:res-2',
     'MNI152NLin2009cAsym': '--output-spaces MNI152NLin2009cAsym:res-2',
     'fsLR': '--cifti-output 91k',
 }
-open_dataset = index
+MASKS = ('desc-brain_mask.nii.gz', 'desc-brain_mask.nii')
+# Up to 20.1 fMRIPrep called the table of confounds regressors
+CONFOUNDS = ('desc-confounds_timeseries.tsv', 'desc-confounds_regressors.tsv')
+EXTENSIONS = ('.dtseries.nii', '.nii.gz', '.nii')  # the first is read where there are several
+OF_FILES = {'datatype', 'extension', 'part', 'suffix', *VERSION_ENTITIES} | {
+    LONG_NAMES[key] for key in VERSION_ENTITIES if key in LONG_NAMES
+}
+open_dataset = list_dataset
 
 
 def accepts(description: Mapping[str, Any]) -> bool:
@@ -32,90 +44,172 @@ def accepts(description: Mapping[str, Any]) -> bool:
 
 
 def find_runs(
-    layout: 'BIDSLayout', dataset: str, spaces: tuple[str, ...], filters: Mapping[str, Any]
+    listing: Listing, dataset: str, spaces: tuple[str, ...], filters: Mapping[str, Any]
 ) -> tuple[list[BoldRun], dict[str, str]]:
     """Choose, for every recording, the file in the best space, and its companions.
 
     `dataset` is its name in BIDS URIs; `spaces` come the best first (``fsLR``: 91k grayordinates).
     `filters` map an entity (PyBIDS's long names or the short ones) to the value it must have: a
     label, a list of labels, None (absent) or ``'*'`` (any). Returns the runs, and by the name of
-    each recording without a file in these spaces (or a broken link only) a sentence saying so.
+    each recording that cannot be read a sentence that says why.
     """
-    root = Path(layout.root)
-    recordings: dict[str, list[tuple[dict[str, str], str, Path]]] = {}
-    unknown = filters.keys() - layout.get_entities().keys() - LONG_NAMES.keys()
-    for path in map(Path, sorted(layout.get(suffix='bold', return_type='filename'))):
-        entities, _, extension = parse_name(path.name)
-        if 'nii' not in extension:
-            continue
-        by_name = entities | {LONG_NAMES.get(key, key): value for key, value in entities.items()}
-        by_name |= {'datatype': path.parent.name, 'suffix': 'bold', 'extension': extension}
-        unknown -= by_name.keys()
-        if all(_same(by_name.get(key), value) for key, value in filters.items()):
-            recordings.setdefault(recording_name(entities), []).append((entities, extension, path))
-    if unknown:
-        raise BrainfmError(
-            f'The filter names {", ".join(sorted(unknown))}, which is no entity of {root}: '
-            f'choose among {", ".join(sorted(layout.get_entities()))}.'
-        )
     runs: list[BoldRun] = []
     without: dict[str, str] = {}
-    for stem, files in recordings.items():
-        if not re.fullmatch('[A-Za-z0-9_+-]+', stem):  # it becomes part of paths and of pages
-            without[stem] = (
-                f'{stem}: its name has other characters than letters and digits in a label, which '
-                f'BIDS does not allow: rename its files.'
-            )
-            continue
-        usable = [(e, path) for e, extension, path in files if _is_usable(e, extension, spaces)]
-        if not usable:
-            named = (f'{e.get("space", "native")} {e.get("den", "")}' for e, _, _ in files)
-            found = sorted({name.rstrip() for name in named})
-            without[stem] = (
-                f'{stem}: there is no preprocessed BOLD in {" or ".join(spaces)} (found: '
-                f'{", ".join(found)}); run fMRIPrep again with '
-                f'{FLAGS.get(spaces[0], "--output-spaces " + spaces[0])}.'
-            )
-            continue
-        _, path = min(usable, key=lambda item: _preference(item[0], spaces))
-        if path.exists():
-            runs.append(run_of(path, dataset, root))
-        else:
-            without[stem] = (
-                f'{stem}: {path.name} is a link to a file that is not here: fetch its content '
-                f'first (with DataLad: datalad get).'
-            )
+    unseen = set(filters)
+    for folder in listing.folders:
+        for files in _recordings(folder):
+            found = _asked_for(files, filters, unseen)
+            if not found:
+                continue
+            stem = recording_name(found[0].entities)
+            try:
+                _check_label(stem)
+                bold, notes = _choose(found, spaces)
+                runs.append(_pair(bold, folder, files, dataset, listing.root, notes))
+            except BrainfmError as error:
+                without[stem] = f'{stem}: {error}'
+    asked.check_names(unseen, listing.root)
     return runs, without
 
 
-def _same(found: str | None, wanted: Any) -> bool:
-    """Whether a label is what a filter asks for; ``01`` and ``1`` are the same run."""
-    if isinstance(wanted, (list, tuple)):
-        return any(_same(found, one) for one in wanted)
-    if wanted is None or found is None:
-        return found is wanted
-    if wanted == '*':
-        return True
-    text = str(wanted)
-    return int(found) == int(text) if found.isdigit() and text.isdigit() else found == text
+def _recordings(folder: Folder) -> Iterable[list[File]]:
+    """Files of each recording: all parts, echoes and versions are of one recording."""
+    groups: dict[frozenset[tuple[str, str]], list[File]] = {}
+    versions = {'part', *VERSION_ENTITIES}
+    for file in [*folder.files, *_old_images(folder)]:
+        key = frozenset(item for item in file.entities.items() if item[0] not in versions)
+        groups.setdefault(key, []).append(file)
+    return groups.values()
 
 
-def _is_usable(entities: dict[str, str], extension: str, spaces: tuple[str, ...]) -> bool:
-    """Whether a ``_bold`` file is a preprocessed series of the whole run in one of the spaces."""
-    wanted = {'part': ('mag',), 'den': ('91k',), 'space': spaces}
-    given = {'part': 'mag', 'den': '91k', 'space': None} | entities
-    if 'echo' in entities or any(given[key] not in labels for key, labels in wanted.items()):
-        return False
-    if extension == '.dtseries.nii':
-        return entities['space'] == 'fsLR'
-    return extension in ('.nii', '.nii.gz') and entities.get('desc') == 'preproc'
+def _asked_for(files: list[File], filters: Mapping[str, Any], unseen: set[str]) -> list[File]:
+    """BOLD images of a recording that the filters take, or other files where there is no image.
+
+    Names of filters that are in the name of an image are taken out of `unseen`.
+    """
+    images = [file for file in files if _is_image(file)]
+    if not images:
+        own = {key: value for key, value in filters.items() if key not in OF_FILES}
+        return [f for f in files if _is_trace(f) and asked.matches(asked.labels(f), own)]
+    labels = [asked.labels(file) for file in images]
+    unseen.difference_update(*labels)
+    return [f for f, known in zip(images, labels, strict=True) if asked.matches(known, filters)]
 
 
-def _preference(entities: dict[str, str], spaces: tuple[str, ...]) -> tuple[int, int, str]:
-    """Sort key of a candidate: the space's rank, then 2 mm, native and other resolutions."""
-    resolution = entities.get('res')
+def _is_image(file: File) -> bool:
+    return file.suffix == 'bold' and 'nii' in file.extension
+
+
+def _is_trace(file: File) -> bool:
+    """Whether a file shows that fMRIPrep has processed a recording."""
+    return file.suffix in ('boldref', 'preproc') or file.entities.get('desc') == 'confounds'
+
+
+def _old_images(folder: Folder) -> list[File]:
+    """Images by fMRIPrep 1.0 and 1.1, whose names are not those of BIDS."""
+    names = [name for name in folder.names if '_bold_' in name and '_preproc.nii' in name]
+    return [parse_file(folder.path, name) for name in names]
+
+
+def _check_label(stem: str) -> None:
+    if not re.fullmatch('[A-Za-z0-9_+-]+', stem):  # it becomes part of paths and of pages
+        raise BrainfmError(
+            'its name has other characters than letters and digits in a label, which BIDS does '
+            'not allow: rename its files.'
+        )
+
+
+def _choose(files: list[File], spaces: tuple[str, ...]) -> tuple[File, list[str]]:
+    """Choose the image of a recording in the best space, and say what else there was there."""
+    images = [file for file in files if _is_image(file)]
+    if not images:
+        raise BrainfmError(_no_image(files))
+    usable = [file for file in images if _is_usable(file, spaces)]
+    combined = [file for file in usable if 'echo' not in file.entities]
+    echoes = {file.entities['echo'] for file in images if 'echo' in file.entities}
+    usable = usable if len(echoes) == 1 and not combined else combined
+    if not usable:
+        raise BrainfmError(_no_usable(images, spaces, len(echoes)))
+    ranked = sorted(usable, key=lambda file: _preference(file, spaces))
+    best, *others = [f for f in ranked if f.entities['space'] == ranked[0].entities['space']]
+    if others and _preference(best, spaces) == _preference(others[0], spaces):
+        raise BrainfmError(
+            f'{best.path} and {others[0].path.name} are both a series of this run, and nothing '
+            f'tells which one to read: choose with --bids-filter-file, or move one away.'
+        )
+    return best, _notes([best, *others])
+
+
+def _notes(candidates: list[File]) -> list[str]:
+    """Say that the first of several candidates was taken."""
+    names = [file.path.name for file in candidates]
+    return [f'{names[0]} was read, and not {abridge(names[1:])}.'] if len(names) > 1 else []
+
+
+def _is_usable(file: File, spaces: tuple[str, ...]) -> bool:
+    """Whether it is a series by fMRIPrep, in one of the spaces, and not denoised."""
+    entities = DEFAULTS | {'den': '91k'} | file.entities
+    grayordinates = file.extension == '.dtseries.nii'
+    return (
+        entities.get('space') in spaces
+        and (entities['space'] == 'fsLR') == grayordinates
+        and entities['part'] == 'mag'
+        and entities['den'] == '91k'
+        and not _other_description(file)
+        and file.extension in EXTENSIONS
+    )
+
+
+def _other_description(file: File) -> str:
+    """Description of an image that is not the preprocessed series; empty for one that is."""
+    desc = file.entities.get('desc')
+    if desc == 'preproc' or (desc is None and file.extension == '.dtseries.nii'):
+        return ''
+    return f'desc-{desc}' if desc else 'without desc'
+
+
+def _preference(file: File, spaces: tuple[str, ...]) -> tuple[int, int, str, int]:
+    """Sort key: the space's rank, then 2 mm, native and other resolutions, then the extension."""
+    resolution = file.entities.get('res')
     rank = {'2': 0, '02': 0, None: 1}.get(resolution, 2)
-    return spaces.index(entities['space']), rank, str(resolution)
+    extension = EXTENSIONS.index(file.extension)
+    return spaces.index(file.entities['space']), rank, str(resolution), extension
+
+
+def _no_image(files: list[File]) -> str:
+    names = abridge(sorted(file.path.name for file in files), 3)
+    if any(file.suffix == 'preproc' for file in files):
+        return f'{names} has a name of fMRIPrep 1.0 or 1.1: run fMRIPrep 20.2 or later.'
+    return (
+        f'there is no preprocessed BOLD image, but {names}: copy the image too or, if fMRIPrep '
+        f'wrote none (--level minimal or resampling), run it again with --level full.'
+    )
+
+
+def _no_usable(images: list[File], spaces: tuple[str, ...], n_echoes: int) -> str:
+    """Why none of the images of a recording is read."""
+    lack = f'there is no preprocessed BOLD in {" or ".join(spaces)}'
+    found = f'(found: {abridge(sorted({_describe(file) for file in images}))})'
+    in_space = [file for file in images if file.entities.get('space') in spaces]
+    if any(_other_description(file) for file in in_space):
+        return (
+            f'{lack} {found}; only desc-preproc is read, and not data that were denoised already: '
+            f'give the output of fMRIPrep itself.'
+        )
+    if n_echoes > 1 and any('echo' in file.entities for file in in_space):
+        return f'{lack} that combines the echoes {found}: run fMRIPrep on all echoes at once.'
+    flag = FLAGS.get(spaces[0], f'--output-spaces {spaces[0]}')
+    return f'{lack} {found}; run fMRIPrep again with {flag}.'
+
+
+def _describe(file: File) -> str:
+    """Space of an image, and what else is particular about it."""
+    usual = DEFAULTS | {'den': '91k'}
+    given = ((key, file.entities[key]) for key in ('echo', 'part', 'den') if key in file.entities)
+    unusual = [f'{key}-{label}' for key, label in given if label != usual.get(key)]
+    ending = file.extension if file.extension not in EXTENSIONS else ''
+    words = (file.entities.get('space', 'native'), *unusual, _other_description(file), ending)
+    return ' '.join(word for word in words if word)
 
 
 def recording_name(entities: Mapping[str, str]) -> str:
@@ -123,24 +217,33 @@ def recording_name(entities: Mapping[str, str]) -> str:
     return join_name({k: v for k, v in entities.items() if k not in VERSION_ENTITIES})
 
 
-def run_of(bold: Path, dataset: str = 'preprocessed', root: Path = Path()) -> BoldRun:
-    """Return a BOLD file with what fMRIPrep writes next to it."""
-    entities = parse_name(bold.name)[0]
-    stem = recording_name(entities)
-
-    def existing(*names: str) -> Path | None:
-        return next((bold.parent / n for n in names if (bold.parent / n).exists()), None)
-
-    others = {key: label for key, label in entities.items() if key != 'desc'}
-    mask = join_name(others | {'desc': 'brain'}, 'mask')
-    base = bold.name.partition('.')[0]
-    confounds = f'{stem}_desc-confounds'
-    return BoldRun(
-        stem, entities, dataset, root, bold,
-        mask=existing(f'{mask}.nii.gz', f'{mask}.nii'),
-        # older fMRIPrep names the sidecar of grayordinates after the whole extension
-        sidecar=existing(f'{base}.json', f'{base}.dtseries.json'),
-        # up to 20.1 fMRIPrep called the table regressors
-        confounds=existing(f'{confounds}_timeseries.tsv', f'{confounds}_regressors.tsv'),
-        confounds_json=existing(f'{confounds}_timeseries.json', f'{confounds}_regressors.json'),
+def _pair(
+    bold: File, folder: Folder, files: list[File], dataset: str, root: Path,
+    notes: list[str],
+) -> BoldRun:  # fmt: skip
+    """Return an image with its companions; raises BrainfmError for links without their file."""
+    masks = companions(bold, files, MASKS, ('echo',))
+    tables = companions(bold, files, CONFOUNDS, VERSION_ENTITIES)
+    described = [table.path.with_suffix('.json') for table in tables[:1]]
+    run = BoldRun(
+        recording_name(bold.entities), bold.entities, dataset, root, bold.path,
+        mask=masks[0].path if masks else None,
+        sidecars=tuple(file.path for file in sidecars(bold, folder)),
+        confounds=tables[0].path if tables else None,
+        confounds_json=next((p for p in described if p.name in folder.names), None),
+        notes=(*notes, *_notes(masks[:2]), *_notes(tables[:2])),
     )  # fmt: skip
+    for path in run.companions():
+        if not path.exists():
+            raise BrainfmError(
+                f'{path.name} is a link to a file that is not here: fetch its content first (with '
+                f'DataLad: datalad get).'
+            )
+    return run
+
+
+def run_of(bold: Path) -> BoldRun:
+    """Return a BOLD file with what fMRIPrep writes next to it."""
+    folder, file = list_around(bold), parse_file(bold.parent, bold.name)
+    files = [other for other in folder.files if 'sub' in file.entities]
+    return _pair(file, folder, files, 'preprocessed', Path(), [])
