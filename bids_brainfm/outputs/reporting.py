@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,10 @@ def report(output: Path, subject: str, software: dict[str, str]) -> Path:
     return write_report(output, subject, runs, report_figures(), methods, software, mark)
 
 
-def changed_reports(
-    output: Path, subjects: Iterable[str], software: dict[str, str]
-) -> Iterator[tuple[str, bool]]:
-    """Yield each participant, and whether its report would not be the one that is there."""
-    methods = read_methods(output)
-    for subject in subjects:
-        mark = _mark(output, subject, methods, software)
-        yield subject, read_mark(output / f'sub-{subject}.html') != mark
+def report_current(output: Path, subject: str, software: dict[str, str]) -> bool:
+    """Whether the report of a participant is the one that would be written now."""
+    mark = _mark(output, subject, read_methods(output), software)
+    return read_mark(output / f'sub-{subject}.html') == mark
 
 
 def _mark(output: Path, subject: str, methods: str, software: dict[str, str]) -> str:

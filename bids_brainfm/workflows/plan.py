@@ -100,6 +100,15 @@ class Plan:
         return sorted(runs | {_subject(failure.run) for failure in self.failures})
 
     @property
+    def busy(self) -> set[str]:
+        """Participants for whom something is left to do."""
+        subjects = set[str]()
+        for atlas in self.atlases:
+            parts = (atlas.todo, *(model.todo for model in atlas.models))
+            subjects |= {run.subject for runs in parts for run in runs} | set(atlas.network_runs)
+        return subjects
+
+    @property
     def steps(self) -> list[Outcome]:
         """Everything that this plan wants done, by run and step, as if it were."""
         return [step for atlas in self.atlases for step in atlas.steps]
