@@ -10,10 +10,9 @@ import uuid
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.progress import Progress
 
 if TYPE_CHECKING:
     from bids.layout import BIDSLayout
@@ -32,24 +31,20 @@ def index(root: Path, participants: Collection[str], database_dir: Path) -> 'BID
     folder = database_dir / hashlib.sha256(of.encode()).hexdigest()[:12]
     kept = folder / 'layout_index.sqlite'
 
-    ignore: list[Any] = ['code', 'logs', 'sourcedata', 'derivatives']
+    ignore: list[str | re.Pattern[str]] = ['code', 'logs', 'sourcedata', 'derivatives']
     ignore.append(re.compile(r'/(anat|dwi|figures|fmap|log)/'))
-    # 4 ms a file: what belongs to a recording is found by its name
-    ignore.append(re.compile(r'/(?!.*_bold\.(dtseries\.)?nii(\.gz)?$)[^/]+\.[^/]+$'))
     if participants:
         wanted = '|'.join(map(re.escape, participants))
         ignore.append(re.compile(rf'^/sub-(?!({wanted})(/|$))'))
-    layout = partial(BIDSLayout, root, validate=False, config=['bids', 'derivatives'])
-    total = len(participants) or sum(1 for _ in root.glob('sub-*/'))
+    indexer = BIDSLayoutIndexer(validate=False, index_metadata=False, ignore=ignore)
+    config = ['bids', 'derivatives']
+    layout = partial(BIDSLayout, root, validate=False, config=config, indexer=indexer)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not _is_index(kept):
             # under another name, or a process that runs at the same time would find half of it
             part = folder / uuid.uuid4().hex
-            with Progress(total, f'Indexing {root}', 'participant') as progress:
-                ignore.append(_Counter(progress))
-                indexer = BIDSLayoutIndexer(validate=False, index_metadata=False, ignore=ignore)
-                layout(database_path=part, indexer=indexer)
+            layout(database_path=part)
             (part / kept.name).replace(kept)
             shutil.rmtree(part)
         return layout(database_path=folder)
@@ -59,19 +54,6 @@ def index(root: Path, participants: Collection[str], database_dir: Path) -> 'BID
             f'The PyBIDS index in {database_dir} cannot be used ({reason}): remove it, make space '
             f'there, or name another place with --bids-database-dir.'
         ) from error
-
-
-class _Counter:
-    """A pattern that no path matches; PyBIDS tries it on each folder of a participant."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-
-    def search(self, path: str) -> bool:
-        """Count the folders of participants."""
-        if path.startswith('/sub-') and path.count('/') == 1:
-            self.progress.update()
-        return False
 
 
 def _is_index(path: Path) -> bool:
