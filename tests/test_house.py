@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parents[1] / 'bids_brainfm'
 # From the top down; a room imports what is below it. errors.py is below all of them.
 ROOMS = (
     'cli', 'workflows', 'outputs', 'reports', 'training', 'api', 'analyses', 'models', 'signals',
-    'atlases', 'bids', 'resources', 'validation', 'config', 'arguments', 'stopping', 'errors',
+    'atlases', 'bids', 'resources', 'validation', 'config', 'arguments', 'progress', 'stopping',
+    'errors',
 )  # fmt: skip
 
 

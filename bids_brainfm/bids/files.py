@@ -7,6 +7,7 @@ removed by the next one.
 """
 
 import contextlib
+import fnmatch
 import functools
 import hashlib
 import json
@@ -91,6 +92,15 @@ def _runs(process: int) -> bool:
     except PermissionError:  # another user's
         pass
     return True
+
+
+def listed(folder: Path, pattern: str) -> list[Path]:
+    """Files of a folder whose names match, sorted; none where there is no such folder."""
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    return [folder / name for name in sorted(fnmatch.filter(names, pattern))]
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -4,9 +4,11 @@ A sidecar records the size and time of change of every input, the size of the da
 share it, and the version of the results: outputs of an earlier version have other numbers.
 """
 
+import functools
 import json
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from bids_brainfm.bids.files import write_json
 from bids_brainfm.bids.run import BoldRun
@@ -27,10 +29,16 @@ def input_fingerprints(run: BoldRun) -> dict[str, dict]:
 def read_sidecar(path: Path) -> dict | None:
     """Content of a sidecar, None where it is missing or not whole."""
     try:
-        content = json.loads(path.read_text())
+        state = path.stat()
+        content = _parse(path, state.st_mtime_ns, state.st_size, state.st_ino)
     except (OSError, ValueError):
         return None
-    return content if isinstance(content, dict) else None
+    return dict(content) if isinstance(content, dict) else None
+
+
+@functools.lru_cache(64)  # the same few are read again and again while a run is looked at
+def _parse(path: Path, *_: int) -> Any:
+    return json.loads(path.read_text())
 
 
 def sidecar_path(data: Path) -> Path:

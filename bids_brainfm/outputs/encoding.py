@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bids_brainfm.atlases.atlas import load_atlas
+from bids_brainfm.bids.freshness import input_fingerprints
 from bids_brainfm.bids.run import BoldRun
 from bids_brainfm.config import available_cpus
 from bids_brainfm.errors import BrainfmError
@@ -27,7 +28,8 @@ LOGGER = logging.getLogger('bids_brainfm')
 
 def run_current(run: BoldRun, task: ModelTask) -> bool:
     """Whether all products of a model that are asked for exist and fit the inputs."""
-    return all(product_current(BY_NAME[name], run, task) for name in task.parameters)
+    inputs = input_fingerprints(run)
+    return all(product_current(BY_NAME[name], run, task, inputs) for name in task.parameters)
 
 
 def load(task: ModelTask) -> 'Model':

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bids_brainfm.bids.files import write_text
+from bids_brainfm.bids.files import listed, write_text
 from bids_brainfm.bids.run import BoldRun
 from bids_brainfm.errors import BrainfmError
 
@@ -66,7 +66,7 @@ def attempt(
 def read_failures(output: Path, subject: str) -> list[Outcome]:
     """All steps that failed for a participant and have not succeeded since."""
     outcomes = []
-    for path in sorted((output / f'sub-{subject}' / 'log').glob('failed-*.txt')):
+    for path in listed(output / f'sub-{subject}' / 'log', 'failed-*.txt'):
         run, _, step = path.stem.removeprefix('failed-').partition('_atlas-')
         outcomes.append(Outcome(run, f'atlas-{step}', path.read_text().partition('\n')[0]))
     return outcomes

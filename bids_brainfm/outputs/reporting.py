@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bids_brainfm.bids.dataset import Record, find_records
+from bids_brainfm.bids.files import listed
 from bids_brainfm.bids.freshness import read_sidecar
 from bids_brainfm.bids.naming import join_name, parcels_name
 from bids_brainfm.outputs.outcome import read_failures
@@ -57,8 +58,9 @@ def _mark(output: Path, subject: str, methods: str, software: dict[str, str]) ->
     """Checksum of all that a report is made from: sidecars, failures, names of figures, text."""
     digest = hashlib.sha256(json.dumps([software, methods]).encode())
     folder = output / f'sub-{subject}'
-    read = [path for func in ('func', 'ses-*/func') for path in folder.glob(f'{func}/*.json')]
-    for path in sorted([*read, *folder.glob('log/failed-*.txt')]):
+    places = [folder / 'func', *(session / 'func' for session in listed(folder, 'ses-*'))]
+    read = [path for place in places for path in listed(place, '*.json')]
+    for path in [*read, *listed(folder / 'log', 'failed-*.txt')]:
         digest.update(f'{path.name}\n'.encode())
         digest.update(path.read_bytes())
     names = [path.name for path in figure_files(output, subject)]

@@ -191,7 +191,10 @@ def compute_series(run: BoldRun, task: SeriesTask) -> SeriesContext:
 
 def series_current(run: BoldRun, task: SeriesTask) -> bool:
     """Whether series and connectome of a run exist, fit the inputs, and have enough data left."""
-    current = all(products.product_current(BY_NAME[name], run, task) for name in task.parameters)
+    inputs = input_fingerprints(run)
+    current = all(
+        products.product_current(BY_NAME[name], run, task, inputs) for name in task.parameters
+    )
     return current and _enough_left(task.place.table(run, 'series'), task.strategy)
 
 
