@@ -96,10 +96,9 @@ def _runs(process: int) -> bool:
 
 def listed(folder: Path, pattern: str) -> list[Path]:
     """Files of a folder whose names match, sorted; none where there is no such folder."""
-    try:
-        names = os.listdir(folder)
-    except FileNotFoundError:
-        return []
+    names: list[str] = []
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        names = [entry.name for entry in entries]
     return [folder / name for name in sorted(fnmatch.filter(names, pattern))]
 
 

@@ -109,7 +109,8 @@ class WriteReports(Each):
     def _do(self, item: Any) -> str | None:
         from bids_brainfm.outputs.reporting import report
 
-        report(*item, self.inputs.task)
+        output, subject = item
+        report(output, subject, self.inputs.task)
         return None
 
     def _name(self, item: Any) -> str:
