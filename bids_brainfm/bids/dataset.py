@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -17,6 +18,7 @@ from bids_brainfm.bids.files import as_plain, atomic, write_text
 from bids_brainfm.bids.freshness import is_whole, read_sidecar, sidecar_path
 from bids_brainfm.bids.naming import OUTPUT_ENTITIES, join_name, parse_name
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.progress import track
 
 LOGGER = logging.getLogger('bids_brainfm')
 VERSION = 'results_version'  # key of the settings records
@@ -98,9 +100,13 @@ def find_whole(
     subjects = filters.get('sub', ())
     check_participants({'outputs': root}, subjects)
     asked = {name: labels for name, labels in filters.items() if labels and name != 'sub'}
-    records = find_records(root, suffix, subjects=subjects, **(asked | entities))
+    people = sorted(set(subjects) or {path.name[4:] for path in root.glob('sub-*/')})
+    records = (
+        iterate_records(root, suffix, subjects=[label], **(asked | entities))
+        for label in track(people, f'Looking through {root}', 'participant')
+    )
     kept = []
-    for record in records:
+    for record in chain.from_iterable(records):
         sidecar = record.sidecar or {}
         if not record.whole:
             reason = 'it or its sidecar (.json) is not whole: run the participant level again'

@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import threading
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +26,8 @@ class Journal(logging.Handler):
 
     def __init__(self, folder: Path, what: str = '', unit: str = '') -> None:
         super().__init__()
-        self.file = (folder / f'{uuid.uuid4().hex}.jsonl').open('w')
+        # read in the order in which nodes began
+        self.file = (folder / f'{time.time_ns()}-{uuid.uuid4().hex}.jsonl').open('w')
         self.what, self.unit = what, unit
         self.forwards = not LOGGER.handlers  # in a process whose log nobody else takes
 

@@ -29,6 +29,7 @@ from bids_brainfm.outputs.products import claim
 from bids_brainfm.outputs.registry import BY_NAME, DENOISING, OF_SERIES
 from bids_brainfm.outputs.series import series_current
 from bids_brainfm.outputs.tasks import ModelTask, NetworksTask, Place, SeriesTask
+from bids_brainfm.progress import track
 from bids_brainfm.resources import home
 from bids_brainfm.signals.strategy import Strategy, load_strategy, override
 from bids_brainfm.workflows import resolve
@@ -242,10 +243,12 @@ def _plan_atlas(
     for asked in every:
         for name in asked.parameters:
             claim(BY_NAME[name], asked, settings.recompute)
-    todo = [run for run in runs if not series_current(run, series)]
+    seen = track(runs, 'Looking through parcel series')
+    todo = [run for run in seen if not series_current(run, series)]
     remade = {run.name for run in todo}
     to_encode = lambda run, task: run.name in remade or not run_current(run, task)
-    models = [ModelPlan(task, [r for r in runs if to_encode(r, task)]) for task in tasks]
+    look = lambda task: track(runs, f'Looking through outputs of {task.spec.card.name}')
+    models = [ModelPlan(task, [r for r in look(task) if to_encode(r, task)]) for task in tasks]
     sources = resolve.networks_tasks(settings, version, home, card, tasks)
     if sources:
         claim(BY_NAME['networks'], sources[0], settings.recompute)
@@ -255,7 +258,7 @@ def _plan_atlas(
         by_subject.setdefault(run.subject, []).append(run)
     network_runs = {
         subject: own
-        for subject, own in by_subject.items()
+        for subject, own in track(by_subject.items(), 'Looking through networks', 'participant')
         if remade & {run.name for run in own} or not networks.participant_current(own, sources)
     }
     return AtlasPlan(series, atlas.citation, runs, todo, models, sources, network_runs)
