@@ -100,9 +100,10 @@ def find_whole(
     subjects = filters.get('sub', ())
     check_participants({'outputs': root}, subjects)
     asked = {name: labels for name, labels in filters.items() if labels and name != 'sub'}
+    wanted: dict[str, Any] = asked | entities
     people = sorted(set(subjects) or {path.name[4:] for path in root.glob('sub-*/')})
     records = (
-        iterate_records(root, suffix, subjects=[label], **(asked | entities))
+        iterate_records(root, suffix, subjects=[label], **wanted)
         for label in track(people, f'Looking through {root}', 'participant')
     )
     kept = []
