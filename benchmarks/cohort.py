@@ -17,6 +17,7 @@ DATA is a dataset as ``bids_brainfm_models demo`` writes it; its first participa
 
 import argparse
 import json
+import logging
 import multiprocessing
 import os
 import resource
@@ -84,6 +85,7 @@ def _measure(queue, work, options) -> None:
     import_libraries()
     from bids_brainfm.workflows import execution, participant  # noqa: F401
 
+    logging.disable(logging.CRITICAL)
     before = _memory()
     started = time.perf_counter()
     seconds = work(*options)
