@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / 'bids_brainfm'
 ROOMS = (
     'cli', 'workflows', 'outputs', 'reports', 'training', 'api', 'analyses', 'models', 'signals',
     'atlases', 'bids', 'images', 'resources', 'validation', 'documents', 'config', 'arguments',
-    'surroundings', 'stopping', 'errors',
+    'progress', 'surroundings', 'stopping', 'errors',
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
@@ -20,6 +21,7 @@ from bids_brainfm.bids.freshness import damage, read_sidecar, sidecar_path
 from bids_brainfm.bids.naming import OUTPUT_ENTITIES, failure_path, join_name, parse_name
 from bids_brainfm.documents import read_tsv
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.progress import track
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -132,9 +134,14 @@ def find_whole(
     subjects = filters.get('sub', ())
     check_participants({'outputs': root}, subjects)
     asked = {name: labels for name, labels in filters.items() if labels and name != 'sub'}
-    records = find_records(root, suffix, subjects=subjects, **(asked | entities))
+    wanted: dict[str, Any] = asked | entities
+    people = sorted(set(subjects) or {path.name[4:] for path in root.glob('sub-*/')})
+    records = (
+        iterate_records(root, suffix, subjects=[label], **wanted)
+        for label in track(people, f'Looking through {root}', 'participant')
+    )
     kept = []
-    for record in records:
+    for record in chain.from_iterable(records):
         sidecar = record.sidecar or {}
         if not record.whole:
             reason = f'it {record.damage}: run the participant level again'

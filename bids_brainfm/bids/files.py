@@ -7,6 +7,7 @@ removed by the next one.
 """
 
 import contextlib
+import fnmatch
 import functools
 import hashlib
 import json
@@ -122,6 +123,14 @@ def create(path: Path, text: str) -> bool:
         finally:
             temporary.unlink()
     return True
+
+
+def listed(folder: Path, pattern: str) -> list[Path]:
+    """Files of a folder whose names match, sorted; none where there is no such folder."""
+    names: list[str] = []
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        names = [entry.name for entry in entries]
+    return [folder / name for name in sorted(fnmatch.filter(names, pattern))]
 
 
 def write_text(path: Path, text: str) -> Path:

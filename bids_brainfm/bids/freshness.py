@@ -6,6 +6,7 @@ other numbers.
 """
 
 import contextlib
+import functools
 import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -67,10 +68,17 @@ def read_sidecar(path: Path) -> dict | None:
     Sidecars of earlier versions have no checksum, and are taken as they are.
     """
     try:
-        content = read_json(path)
-        return content if is_intact(content) else None
+        state = path.stat()
+        content = _parse(path, state.st_mtime_ns, state.st_size, state.st_ino)
     except (OSError, ValueError, AttributeError):
         return None
+    return None if content is None else dict(content)
+
+
+@functools.lru_cache(64)  # the same few are read again and again while a run is looked at
+def _parse(path: Path, *_: int) -> dict[str, Any] | None:
+    content = read_json(path)
+    return content if is_intact(content) else None
 
 
 def sidecar_path(data: Path) -> Path:

@@ -60,6 +60,9 @@ class BoldRun:
 
     def uri(self, path: Path) -> str:
         """BIDS URI of a file of the input dataset, the URI of any other file."""
+        root = f'{self.root}/'
+        if str(path).startswith(root):  # far quicker than to ask the paths
+            return f'bids:{self.dataset}:{str(path).removeprefix(root)}'
         if not path.is_relative_to(self.root):
             return path.absolute().as_uri()
         return f'bids:{self.dataset}:{path.relative_to(self.root).as_posix()}'

@@ -126,6 +126,7 @@ def check_places(settings: Settings, datasets: dict[str, Path]) -> None:
 def write_reports(settings: Settings, name: str) -> int:
     """Write the reports again, from what is in the output folder."""
     from bids_brainfm.outputs.reporting import report
+    from bids_brainfm.progress import track
 
     known = sorted(p.name.removeprefix('sub-') for p in settings.output_dir.glob('sub-*/'))
     subjects = settings.participant_label or known
@@ -134,8 +135,9 @@ def write_reports(settings: Settings, name: str) -> int:
         lack = f'{settings.output_dir} has no outputs of {", ".join(unknown) or "any participant"}'
         raise BrainfmError(f'{lack} to report on: run without --reports-only first.')
     with scratch.passing(start_log(settings, name)):
-        for subject in subjects:
-            LOGGER.info('Report: %s', report(settings.output_dir, subject, software()))
+        versions = software()
+        for subject in track(subjects, 'Reports', 'participant'):
+            LOGGER.info('Report: %s', report(settings.output_dir, subject, versions))
     return 0
 
 
@@ -176,7 +178,7 @@ def software() -> dict[str, str]:
 def import_libraries() -> None:
     """Import what every run needs, in 4/5 of the time: the garbage collector rests meanwhile."""
     gc.disable()
-    for name in ('bids.layout', 'matplotlib.figure', 'nireports.assembler.report', 'torch'):
+    for name in ('matplotlib.figure', 'torch'):
         import_module(name)
     gc.freeze()
     gc.enable()
@@ -253,22 +255,23 @@ def carry_out(plan: 'Plan') -> int:
     from bids_brainfm.outputs.registry import SUFFIXES
     from bids_brainfm.reports.methods import write_methods
     from bids_brainfm.workflows.execution import execute
-    from bids_brainfm.workflows.participant import describe, init_participant_wf
+    from bids_brainfm.workflows.participant import add_reports, describe, init_participant_wf
 
     settings, started = plan.settings, time.monotonic()
     write_dataset_files(settings.output_dir, plan.version, plan.datasets, SUFFIXES)
-    workflow = init_participant_wf(plan, software())
+    workflow = init_participant_wf(plan)
     record = not settings.boilerplate_only
     citation = write_methods(settings.output_dir, describe(workflow, plan), record)
     if settings.boilerplate_only:
         LOGGER.info('Methods text written: %s', citation)
         return 0
-    if settings.write_graph:
-        write_graph(workflow, settings.work_dir)
     announce(plan)
     remove_leftovers(settings.output_dir, plan.subjects)
     plan.record_failures()
     plan.remove_stale()
+    add_reports(workflow, plan, changed_reports(plan), software())
+    if settings.write_graph:
+        write_graph(workflow, settings.work_dir)
     crashed = None
     try:
         execute(workflow, plan)
@@ -278,6 +281,16 @@ def carry_out(plan: 'Plan') -> int:
     finally:
         remove_leftovers(settings.output_dir, plan.subjects)  # of workers that were killed
     return conclude(plan, crashed, time.monotonic() - started)
+
+
+def changed_reports(plan: 'Plan') -> list[str]:
+    """Participants whose reports are not of what will be in the output folder."""
+    from bids_brainfm.outputs.reporting import report_current
+    from bids_brainfm.progress import track
+
+    busy, output, versions = plan.busy, plan.settings.output_dir, software()
+    subjects = track(plan.subjects, 'Looking through reports', 'participant')
+    return [s for s in subjects if s in busy or not report_current(output, s, versions)]
 
 
 def write_graph(workflow: 'pe.Workflow', folder: Path) -> None:

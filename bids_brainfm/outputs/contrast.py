@@ -21,6 +21,7 @@ from bids_brainfm.errors import BrainfmError
 from bids_brainfm.outputs.products import save_figure
 from bids_brainfm.outputs.registry import BY_NAME
 from bids_brainfm.outputs.words import described
+from bids_brainfm.progress import track
 
 LOGGER = logging.getLogger('bids_brainfm')
 Filters = dict[str, tuple[str, ...]]
@@ -68,7 +69,9 @@ def find(dataset: Path, filters: Filters, settings: Settings) -> list[GroupMap]:
         image, table = find_exported(dataset, space, atlas)
         name = f'space-{space}_atlas-{atlas}_stat-{attention.stat}_desc-{label}'
         check_contents(image, table, *(record.path for record in records))
-        tables = [pd.read_csv(r.path, sep='\t', na_values='n/a') for r in records]
+        tables = [
+            pd.read_csv(r.path, sep='\t', na_values='n/a') for r in track(records, 'Maps', 'map')
+        ]
         maps = np.array([t['attention'].to_numpy(float) for t in tables])
         token = tables[0]['token'].to_numpy()
         groups.append(GroupMap(name, label, image, table, records, maps, token))

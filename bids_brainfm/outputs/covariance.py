@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from tqdm import tqdm
 
 from bids_brainfm.bids.dataset import Record
 from bids_brainfm.bids.files import atomic, write_table
@@ -19,6 +18,7 @@ from bids_brainfm.errors import BrainfmError
 from bids_brainfm.outputs.scale_stats import FEW, selection
 from bids_brainfm.outputs.scale_stats import find as find
 from bids_brainfm.outputs.words import described
+from bids_brainfm.progress import track
 from bids_brainfm.signals.covariance import moments, positive_definite, shrunk, standardised
 from bids_brainfm.signals.series import read_series
 
@@ -57,7 +57,7 @@ def write(
             )
         fold_of = {person: number % FOLDS for number, person in enumerate(people)}
         sums, volumes = None, []
-        for record in tqdm(records, desc=f'Runs of {atlas}', unit='run', disable=None):
+        for record in track(records, f'Runs of {atlas}'):
             run = read_series(record.path)
             of_run = moments(standardised(run.data, ~run.flagged))
             if sums is None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from bids_brainfm import stopping
 from bids_brainfm.atlases.atlas import load_atlas
+from bids_brainfm.bids.freshness import input_fingerprints
 from bids_brainfm.bids.run import BoldRun
 from bids_brainfm.config import available_cpus
 from bids_brainfm.errors import BrainfmError
@@ -17,6 +18,7 @@ from bids_brainfm.outputs.outcome import Outcome, attempt
 from bids_brainfm.outputs.products import Context, product_current, write_products
 from bids_brainfm.outputs.registry import BY_NAME, OF_MODELS
 from bids_brainfm.outputs.tasks import ModelTask
+from bids_brainfm.progress import Progress
 from bids_brainfm.signals.series import read_series
 
 if TYPE_CHECKING:
@@ -30,8 +32,9 @@ def run_current(run: BoldRun, task: ModelTask, contents: bool = False) -> bool:
 
     With `contents`, files are compared with their checksums.
     """
+    inputs = input_fingerprints(run)
     return all(
-        product_current(BY_NAME[name], run, task, contents=contents) for name in task.parameters
+        product_current(BY_NAME[name], run, task, inputs, contents) for name in task.parameters
     )
 
 
@@ -52,38 +55,34 @@ def load(task: ModelTask) -> 'Model':
     )  # fmt: skip
 
 
-def encode_all(
-    runs: Sequence[BoldRun], task: ModelTask, stop: bool = False, made: Sequence[Outcome] = ()
-) -> list[Outcome]:
+def encode_all(runs: Sequence[BoldRun], task: ModelTask, stop: bool = False) -> list[Outcome]:
     """Encode runs whose parcel series are written, and write what is made from that.
 
-    Runs that failed according to `made`, the outcomes of the parcel series that were made now, are
-    left out; `stop` raises the first failure. There is one outcome per run.
+    Runs whose parcel series are on record as failed are left out; `stop` raises the first failure.
+    There is one outcome per run.
     """
-    from tqdm import tqdm
-
-    failed = {outcome.run for outcome in made if outcome.error}
-    runs = [run for run in runs if run.name not in failed]
+    step, output = task.place.of_series.step, task.place.output
+    runs = [run for run in runs if not Outcome(run.name, step).path(output).is_file()]
     if not runs:
         return []
     name, place, started = task.spec.card.name, task.place, time.monotonic()
     outcomes: list[Outcome] = []
-    with tqdm(total=len(runs), desc=f'Encoding with {name}', unit='run', disable=None) as bar:
+    with Progress(len(runs), f'Encoding with {name}') as progress:
 
         def settle(run: BoldRun, found: Context | Exception) -> None:
             work = partial(_write, found, task)
             outcomes.append(outcome := attempt(place.output, run, place.step, work, stop))
             stopping.check()
-            bar.update()
             head = f'[{len(outcomes)}/{len(runs)}]'
             if outcome.error:
                 LOGGER.error('%s %s', head, outcome.error)
             else:
                 seconds = time.monotonic() - started
                 LOGGER.info('%s %s: encoded with %s (%.1f s)', head, run.name, name, seconds)
+            progress.update()
 
         try:
-            for run, found in _encode(runs, task, lambda n: bar.set_postfix(windows=n)):
+            for run, found in _encode(runs, task, lambda n: progress.bar.set_postfix(windows=n)):
                 settle(run, found)
         except Exception as error:  # the encoder itself failed: all that is left fails with it
             if stop:

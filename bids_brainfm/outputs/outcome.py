@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bids_brainfm.bids.files import write_text
+from bids_brainfm.bids.files import listed, write_text
 from bids_brainfm.bids.naming import failure_path
 from bids_brainfm.bids.run import BoldRun
 from bids_brainfm.errors import BrainfmError
@@ -67,7 +67,7 @@ def attempt(
 def read_failures(output: Path, subject: str) -> list[Outcome]:
     """All steps that failed for a participant and have not succeeded since."""
     outcomes = []
-    for path in sorted((output / f'sub-{subject}' / 'log').glob('failed-*.txt')):
+    for path in listed(output / f'sub-{subject}' / 'log', 'failed-*.txt'):
         run, _, step = path.stem.removeprefix('failed-').partition('_atlas-')
         sentence = path.read_text(encoding='utf-8').partition('\n')[0]
         outcomes.append(Outcome(run, f'atlas-{step}', sentence))

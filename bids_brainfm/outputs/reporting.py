@@ -3,11 +3,12 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from bids_brainfm.bids.dataset import SETTINGS, Record, find_records, recorded_digest
+from bids_brainfm.bids.files import listed
 from bids_brainfm.bids.freshness import read_sidecar
 from bids_brainfm.bids.naming import join_name, parcels_name
 from bids_brainfm.outputs.outcome import read_failures
@@ -54,22 +55,19 @@ def report(output: Path, subject: str, software: dict[str, str]) -> Path:
     return write_report(output, subject, runs, report_figures(), methods, software, mark)
 
 
-def changed_reports(
-    output: Path, subjects: Iterable[str], software: dict[str, str]
-) -> Iterator[tuple[str, bool]]:
-    """Yield each participant, and whether its report would not be the one that is there."""
-    methods = read_methods(output)
-    for subject in subjects:
-        mark = _mark(output, subject, methods, software)
-        yield subject, read_mark(output / f'sub-{subject}.html') != mark
+def report_current(output: Path, subject: str, software: dict[str, str]) -> bool:
+    """Whether the report of a participant is the one that would be written now."""
+    mark = _mark(output, subject, read_methods(output), software)
+    return read_mark(output / f'sub-{subject}.html') == mark
 
 
 def _mark(output: Path, subject: str, methods: str, software: dict[str, str]) -> str:
     """Checksum of all that a report is made from: sidecars, failures, names of figures, text."""
     digest = hashlib.sha256(json.dumps([software, methods]).encode())
     folder = output / f'sub-{subject}'
-    read = [path for func in ('func', 'ses-*/func') for path in folder.glob(f'{func}/*.json')]
-    for path in sorted([*read, *folder.glob('log/failed-*.txt')]):
+    places = [folder / 'func', *(session / 'func' for session in listed(folder, 'ses-*'))]
+    read = [path for place in places for path in listed(place, '*.json')]
+    for path in [*read, *listed(folder / 'log', 'failed-*.txt')]:
         digest.update(f'{path.name}\n'.encode())
         digest.update(path.read_bytes())
     names = [path.name for path in figure_files(output, subject)]
@@ -107,8 +105,8 @@ def collect_runs(output: Path, subject: str) -> list[RunFacts]:
         else:
             others = () if connectivity else _other_settings(output, sidecar)
             run.warnings.extend(words for words in others if words not in run.warnings)
-    listed = list(runs.values())
-    return listed + _failed(output, subject, listed)
+    shown = list(runs.values())
+    return shown + _failed(output, subject, shown)
 
 
 def _other_settings(output: Path, sidecar: dict[str, Any]) -> list[str]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from bids_brainfm.bids.dataset import Record, describe_filters, find_whole
 from bids_brainfm.bids.files import read_matrix, write_table
@@ -17,6 +16,7 @@ from bids_brainfm.bids.naming import own_uri, parcels_name
 from bids_brainfm.config import Settings
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.outputs.registry import BY_NAME
+from bids_brainfm.progress import track
 from bids_brainfm.resources import sha256_of
 from bids_brainfm.signals.cohort_stats import CohortFit
 from bids_brainfm.signals.scale import ScaleStats, check_stats, stats_content, unusable
@@ -87,7 +87,7 @@ def write(
     written = []
     for atlas, records in series.items():
         fit, names, denoising, lengths = CohortFit(atlas), list[str](), set[str](), list[int]()
-        for record in tqdm(records, desc=f'Runs of {atlas}', unit='run', disable=None):
+        for record in track(records, f'Runs of {atlas}'):
             check_contents(record.path)
             data, names = read_matrix(record.path)
             sidecar = record.sidecar or {}

@@ -210,8 +210,9 @@ def series_current(run: BoldRun, task: SeriesTask, contents: bool = False) -> bo
 
     With `contents`, files are compared with their checksums.
     """
+    inputs = input_fingerprints(run)
     current = all(
-        products.product_current(BY_NAME[name], run, task, contents=contents)
+        products.product_current(BY_NAME[name], run, task, inputs, contents)
         for name in task.parameters
     )
     return current and _enough_left(task.place.table(run, 'series'), task.strategy)

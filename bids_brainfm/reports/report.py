@@ -13,7 +13,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bids_brainfm.bids.files import write_text
+from bids_brainfm.bids.files import listed, write_text
 from bids_brainfm.bids.naming import LONG_NAMES, parse_name
 from bids_brainfm.reports import fragments
 from bids_brainfm.reports.fragments import RunFacts
@@ -66,7 +66,7 @@ def figure_path(
 
 def figure_files(out_dir: Path, subject: str) -> list[Path]:
     """Figures of a participant, sorted by name."""
-    return sorted((out_dir / f'sub-{subject}' / 'figures').glob(f'sub-{subject}_*.svg'))
+    return listed(out_dir / f'sub-{subject}' / 'figures', f'sub-{subject}_*.svg')
 
 
 def _stem(run: str, model: str | None) -> str:

@@ -1,51 +1,22 @@
 """Run a graph, show its progress, and explain why it stopped early."""
 
 import errno
-import logging
 import os
 import re
 import tempfile
-import time
 import traceback
+from collections import Counter
 
 from nipype.pipeline import engine as pe
 from nipype.pipeline.plugins.base import PluginBase
 
 from bids_brainfm import stopping
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.workflows.journal import Follower
+from bids_brainfm.workflows.nodes import Each
+from bids_brainfm.workflows.participant import JOURNAL
 from bids_brainfm.workflows.plan import Plan
 from bids_brainfm.workflows.plugins import choose_plugin, end_workers
-
-LOGGER = logging.getLogger('bids_brainfm')
-
-
-class Progress:
-    """Tell on the log, node by node, how far the parcel series are."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.done = total, 0
-        self.started: dict[str, float] = {}
-
-    def __call__(self, node: pe.Node, status: str) -> None:
-        """Take Nipype's report on a node."""
-        stopping.check()  # Nipype says of an interrupted node that it has ended
-        if node.name.startswith('networks_') and status == 'end':
-            LOGGER.info('%s: networks done', node.name.removeprefix('networks_'))
-        if not node.name.startswith('series_'):
-            return
-        if status == 'start':
-            self.started[node.name] = time.monotonic()
-            return
-        self.done += 1
-        outcome = node.result.outputs.outcome if status == 'end' else None
-        head, run = f'[{self.done}/{self.total}]', node.inputs.run.name
-        if outcome is None:
-            LOGGER.error('%s %s: parcel series failed', head, run)
-        elif outcome.error:
-            LOGGER.error('%s %s', head, outcome.error)
-        else:
-            took = time.monotonic() - self.started[node.name]
-            LOGGER.info('%s %s: parcel series written (%.1f s)', head, run, took)
 
 
 def execute(workflow: pe.Workflow, plan: Plan) -> None:
@@ -62,9 +33,22 @@ def execute(workflow: pe.Workflow, plan: Plan) -> None:
         # seconds until a job's result is seen: shared folders show files late (default: 5)
         'job_finished_timeout': '60',
     }
-    progress = Progress(sum(len(atlas.todo) for atlas in plan.atlases))
-    n_networks = sum(len(atlas.network_runs) for atlas in plan.atlases)
-    run(workflow, choose_plugin(settings, progress, max(progress.total, n_networks)))
+    nodes = [workflow.get_node(name) for name in workflow.list_node_names()]
+    totals, counts = Counter[str](), Counter[str]()
+    for node in nodes:
+        if isinstance(node.interface, Each) and not node.run_without_submitting:
+            counts[node.interface.what] += 1
+        if isinstance(node.interface, Each):
+            totals[node.interface.what] += len(node.inputs.items)
+    journal = plan.work / JOURNAL
+    journal.mkdir()
+    with Follower(journal, totals):
+        run(workflow, choose_plugin(settings, _listen, max(counts.values(), default=0)))
+
+
+def _listen(node: pe.Node, status: str) -> None:
+    """Take Nipype's report on a node: of an interrupted one, too, it says that it has ended."""
+    stopping.check()
 
 
 def run(workflow: pe.Workflow, plugin: PluginBase) -> None:

@@ -1,24 +1,24 @@
-"""All nodes of the graph: each calls one function of the rooms below."""
+"""All nodes of the graph: each calls one function of the rooms below, often for many runs."""
 
+import time
+from pathlib import Path
 from typing import Any
 
 from nipype.interfaces import base
 from nipype.interfaces.base import traits
 
 from bids_brainfm import stopping
+from bids_brainfm.workflows.journal import Journal
 
 
 class _Outputs(base.TraitedSpec):
-    outcome = traits.Any(desc='Outcome')
-    outcomes = traits.Any(desc='list of Outcome')
-    report = traits.Any(desc='path of the report')
+    done = traits.Bool(desc='what the next nodes wait for; results are on disk')
 
 
 class _Node(base.SimpleInterface):
-    """What all our nodes have in common: `_make` gives the output named `_output`."""
+    """What all our nodes have in common."""
 
     output_spec = _Outputs
-    _output = 'outcomes'
     # What is done is known from the outputs, which may have been deleted, not from the work folder
     _always_run = True
 
@@ -29,36 +29,100 @@ class _Node(base.SimpleInterface):
         return result
 
     def _run_interface(self, runtime: base.Bunch) -> base.Bunch:
-        self._results[self._output] = self._make(self.inputs)
+        self._make()
+        self._results['done'] = True
         return runtime
 
-    def _make(self, inputs: Any) -> Any:
+    def _make(self) -> None:
         raise NotImplementedError
 
 
-class _SeriesSpec(base.BaseInterfaceInputSpec):
-    run = traits.Any(mandatory=True, desc='BoldRun')
-    task = traits.Any(mandatory=True, desc='SeriesTask')
-    stop = traits.Bool(False, usedefault=True, desc='raise where a run fails')
+class _EachSpec(base.BaseInterfaceInputSpec):
+    items = traits.List(traits.Any(), mandatory=True, desc='what is done one after the other')
+    task = traits.Any(desc='how: a task, several, or versions of software')
+    stop = traits.Bool(False, usedefault=True, desc='raise at the first failure')
+    journal = traits.Any(mandatory=True, desc='folder of journals')
+    after = traits.List(traits.Any(), desc='what has to be written before')
 
 
-class MakeSeries(_Node):
-    """Write the parcel series of one run."""
+class Each(_Node):
+    """The same for each of many items; where one raises, the others are done all the same."""
 
-    input_spec = _SeriesSpec
-    _output = 'outcome'
+    input_spec = _EachSpec
+    what, unit = '', 'participant'  # what is made, and of what, in words
 
-    def _make(self, inputs: Any) -> Any:
+    def _make(self) -> None:
+        raised = None
+        with Journal(Path(self.inputs.journal), self.what, self.unit) as journal:
+            for item in self.inputs.items:
+                stopping.check()
+                started, sentence = time.monotonic(), None
+                try:
+                    sentence = self._do(item)
+                except Exception as error:
+                    if self.inputs.stop:
+                        raise
+                    raised, sentence = raised or error, str(error)
+                journal.write(self._name(item), sentence, time.monotonic() - started)
+        if raised is not None:
+            raise raised
+
+    def _do(self, item: Any) -> str | None:
+        """Do it; returns the sentence that says why it failed, if so."""
+        raise NotImplementedError
+
+    def _name(self, item: Any) -> str:
+        return str(item)
+
+
+class MakeSeries(Each):
+    """Write the parcel series of runs (items: BoldRun, task: SeriesTask)."""
+
+    what, unit = 'parcel series', 'run'
+
+    def _do(self, item: Any) -> str | None:
         from bids_brainfm.outputs.series import make_series
 
-        return make_series(inputs.run, inputs.task, inputs.stop)
+        return make_series(item, self.inputs.task, self.inputs.stop).error
+
+
+class MakeNetworks(Each):
+    """Write the networks of participants (items: runs of each; task: NetworksTask by source)."""
+
+    what = 'networks'
+
+    def _do(self, item: Any) -> str | None:
+        from bids_brainfm.outputs.networks import make_networks
+
+        outcomes = make_networks(item, self.inputs.task, self.inputs.stop)
+        return next((outcome.error for outcome in outcomes if outcome.error), None)
+
+    def _name(self, item: Any) -> str:
+        return f'sub-{item[0].subject}'
+
+
+class WriteReports(Each):
+    """Write the reports of participants (items: (output dataset, label), task: versions)."""
+
+    what = 'report'
+
+    def _do(self, item: Any) -> str | None:
+        from bids_brainfm.outputs.reporting import report
+
+        output, subject = item
+        report(output, subject, self.inputs.task)
+        return None
+
+    def _name(self, item: Any) -> str:
+        return f'sub-{item[1]}'
 
 
 class _EncodeSpec(base.BaseInterfaceInputSpec):
     runs = traits.List(traits.Any(), mandatory=True, desc='BoldRun of each run')
-    series = traits.List(traits.Any(), desc='Outcome of the parcel series that were made now')
     task = traits.Any(mandatory=True, desc='ModelTask')
     stop = traits.Bool(False, usedefault=True, desc='raise where a run fails')
+    journal = traits.Any(mandatory=True, desc='folder of journals')
+    after = traits.List(traits.Any(), desc='what has to be written before')
 
 
 class EncodeRuns(_Node):
@@ -66,44 +130,8 @@ class EncodeRuns(_Node):
 
     input_spec = _EncodeSpec
 
-    def _make(self, inputs: Any) -> Any:
+    def _make(self) -> None:
         from bids_brainfm.outputs.encoding import encode_all
 
-        return encode_all(inputs.runs, inputs.task, inputs.stop, inputs.series or [])
-
-
-class _NetworksSpec(base.BaseInterfaceInputSpec):
-    runs = traits.List(traits.Any(), mandatory=True, desc='BoldRun of each run')
-    tasks = traits.List(traits.Any(), mandatory=True, desc='NetworksTask of each source')
-    stop = traits.Bool(False, usedefault=True, desc='raise where a run fails')
-    after = traits.List(traits.Any(), desc='what has to be written before')
-
-
-class MakeNetworks(_Node):
-    """Write the networks of one participant."""
-
-    input_spec = _NetworksSpec
-
-    def _make(self, inputs: Any) -> Any:
-        from bids_brainfm.outputs.networks import make_networks
-
-        return make_networks(inputs.runs, inputs.tasks, inputs.stop)
-
-
-class _ReportSpec(base.BaseInterfaceInputSpec):
-    output = traits.Any(mandatory=True, desc='output dataset')
-    subject = traits.Str(mandatory=True)
-    software = traits.Dict()
-    after = traits.List(traits.Any(), desc='what has to be written before')
-
-
-class WriteReport(_Node):
-    """Write the report of one participant."""
-
-    input_spec = _ReportSpec
-    _output = 'report'
-
-    def _make(self, inputs: Any) -> Any:
-        from bids_brainfm.outputs.reporting import report
-
-        return report(inputs.output, inputs.subject, inputs.software)
+        with Journal(Path(self.inputs.journal)):
+            encode_all(self.inputs.runs, self.inputs.task, self.inputs.stop)

@@ -1,11 +1,14 @@
 """The graph of the participant level.
 
-A node per run and atlas makes parcel series, one per model encodes all runs with one load of the
-weights, one per participant and atlas finds networks, and one per participant writes the report.
-They hand on outcomes; data go through the derivatives, so that a killed run goes on where it was.
+Nodes make the parcel series of many runs each, one per model encodes all runs with one load of the
+weights, further ones find the networks of many participants each, and one writes the reports.
+Nothing but their order goes through the graph; data and failures go through the derivatives, so
+that a killed run goes on where it was.
 """
 
+import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 from nipype.interfaces.utility import Merge
 from nipype.pipeline import engine as pe
@@ -17,52 +20,79 @@ from bids_brainfm.outputs import networks, series
 from bids_brainfm.outputs.products import module_of, record_name
 from bids_brainfm.outputs.registry import BY_NAME
 from bids_brainfm.outputs.tasks import ModelTask, SeriesTask
-from bids_brainfm.workflows.nodes import EncodeRuns, MakeNetworks, MakeSeries, WriteReport
+from bids_brainfm.workflows.nodes import EncodeRuns, MakeNetworks, MakeSeries, WriteReports
 from bids_brainfm.workflows.plan import AtlasPlan, ModelPlan, Plan
+
+T = TypeVar('T')
+JOURNAL = 'journal'  # folder in the work folder, where nodes tell what they have done
+END = 'all_done'  # name of the node before the reports
+NODES_PER_WORKER = 4
+MOST_ITEMS = 50  # of a node: what is lost of the time of a job that does not end
+JOBS = 16  # of a cluster at once, as far as it matters for the number of nodes
 
 
 def node_name(*parts: str) -> str:
     """Name of a node: letters, digits and underscores only.
 
-    >>> node_name('series', 'sub-01_task-rest')
-    'series_sub_01_task_rest'
+    >>> node_name('series', 'my-atlas', 'wf')
+    'series_my_atlas_wf'
     """
     return '_'.join(''.join(c if c.isalnum() else '_' for c in part) for part in parts)
 
 
-def init_participant_wf(plan: Plan, software: dict[str, str]) -> LiterateWorkflow:
-    """Build the graph of everything that is left to do.
+def portions(items: Sequence[T], settings: Settings) -> list[list[T]]:
+    """Split work over nodes: some for each worker, so that none waits long for the last one.
 
-    It carries the methods text, see :func:`describe`; `software` are versions, for the reports.
+    On a cluster a node is a job, which must end within the time that is allowed to jobs.
     """
-    settings = plan.settings
+    workers = settings.nprocs if settings.use_plugin is None else JOBS
+    size = min(max(1, math.ceil(len(items) / (NODES_PER_WORKER * workers))), MOST_ITEMS)
+    return [list(items[i : i + size]) for i in range(0, len(items), size)]
+
+
+def init_participant_wf(plan: Plan) -> LiterateWorkflow:
+    """Build the graph of everything that is left to do, except the reports.
+
+    It carries the methods text, see :func:`describe`.
+    """
+    settings, journal = plan.settings, plan.work / JOURNAL
+    stop = settings.stop_on_first_crash
     workflow = LiterateWorkflow('bids_brainfm_wf', base_dir=str(plan.work))
     ends = []
     for atlas in plan.atlases:
         series_wf = init_series_wf(atlas, plan)
         workflow.add_nodes([series_wf])
         for model in atlas.models:
-            encode_wf = init_encode_wf(model, settings)
-            workflow.connect(series_wf, 'outcomes.out', encode_wf, 'encode.series')
-            ends.append((encode_wf, 'encode.outcomes'))
+            encode_wf = init_encode_wf(model, plan)
+            workflow.connect(series_wf, 'series_done.out', encode_wf, 'encode.after')
+            ends.append((encode_wf, 'encode.done'))
         if not atlas.models:
-            ends.append((series_wf, 'outcomes.out'))
-    all_encoded = _gather('all_encoded', ends, workflow)
-    all_done: dict[str, list[tuple[pe.Node, str]]] = {}
+            ends.append((series_wf, 'series_done.out'))
+    encoded = _gather('encoded', ends, workflow)
+    found = [(encoded, 'out')]
     for atlas in plan.atlases:
-        for subject, runs in atlas.network_runs.items():
-            name = node_name('networks', atlas.name, subject)
-            make = MakeNetworks(runs=runs, tasks=atlas.networks, stop=settings.stop_on_first_crash)
-            find = pe.Node(make, name, mem_gb=0.5)
-            workflow.connect(all_encoded, 'out', find, 'after')
-            all_done.setdefault(subject, []).append((find, 'outcomes'))
-    for subject in plan.subjects:
-        write = WriteReport(output=settings.output_dir, subject=subject, software=software)
-        report = pe.Node(write, node_name('report', subject), run_without_submitting=True)
-        before = all_done.get(subject, [(all_encoded, 'out')])
-        merge = _gather(node_name('all_done', subject), before, workflow)
-        workflow.connect(merge, 'out', report, 'after')
+        people = list(atlas.network_runs.values())
+        for number, own in enumerate(portions(people, settings)):
+            name = node_name('networks', atlas.name, str(number))
+            make = MakeNetworks(items=own, task=atlas.networks, stop=stop, journal=journal)
+            node = pe.Node(make, name, mem_gb=0.5)
+            workflow.connect(encoded, 'out', node, 'after')
+            found.append((node, 'done'))
+    _gather(END, found, workflow)
     return workflow
+
+
+def add_reports(
+    workflow: LiterateWorkflow, plan: Plan, subjects: Sequence[str], software: dict[str, str]
+) -> None:
+    """Add the node that writes the reports of participants; `software` are versions, for these."""
+    items = [(plan.settings.output_dir, subject) for subject in subjects]
+    write = WriteReports(
+        items=items, task=software, stop=plan.settings.stop_on_first_crash,
+        journal=plan.work / JOURNAL,
+    )  # fmt: skip
+    node = pe.Node(write, 'reports', run_without_submitting=True)
+    workflow.connect(workflow.get_node(END), 'out', node, 'after')
 
 
 def _gather(name: str, ends: list[tuple[pe.Node, str]], workflow: LiterateWorkflow) -> pe.Node:
@@ -108,23 +138,32 @@ def init_series_wf(atlas: AtlasPlan, plan: Plan) -> LiterateWorkflow:
     workflow.__desc__ = (
         f'Preprocessed BOLD series were taken from {sources} and '
         f'passed through bids_brainfm {plan.version}, which is built on Nipype (Gorgolewski et '
-        'al. 2011), PyBIDS (Yarkoni et al. 2019), NiBabel and PyTorch.\n\n'
+        'al. 2011), NiBabel and PyTorch.\n\n'
     ) + series.methods(atlas.task)
-    stop, ends = plan.settings.stop_on_first_crash, []
-    for run in atlas.todo:
-        make = MakeSeries(run=run, task=atlas.task, stop=stop)
-        node = pe.Node(make, name=node_name('series', run.name), mem_gb=0.5)
-        ends.append((node, 'outcome'))
-    _gather('outcomes', ends, workflow)
+    settings, ends = plan.settings, []
+    for number, runs in enumerate(portions(atlas.todo, settings)):
+        make = MakeSeries(
+            items=runs, task=atlas.task, stop=settings.stop_on_first_crash,
+            journal=plan.work / JOURNAL,
+        )  # fmt: skip
+        node = pe.Node(make, name=node_name('series', str(number)), mem_gb=0.5)
+        ends.append((node, 'done'))
+    _gather('series_done', ends, workflow)
     return workflow
 
 
-def init_encode_wf(model: ModelPlan, settings: Settings) -> LiterateWorkflow:
+def init_encode_wf(model: ModelPlan, plan: Plan) -> LiterateWorkflow:
     """Build the graph that encodes the runs with one model."""
+    settings = plan.settings
     workflow = LiterateWorkflow(node_name('encode', model.task.spec.label, 'wf'))
     workflow.__desc__ = module_of(BY_NAME['embedding']).methods(model.task)
     encode = pe.Node(
-        EncodeRuns(runs=model.todo, task=model.task, stop=settings.stop_on_first_crash),
+        EncodeRuns(
+            runs=model.todo,
+            task=model.task,
+            stop=settings.stop_on_first_crash,
+            journal=plan.work / JOURNAL,
+        ),
         name='encode',
         n_procs=settings.omp_nthreads,
         mem_gb=4,

@@ -32,6 +32,7 @@ from bids_brainfm.outputs.products import claim, damaged_files
 from bids_brainfm.outputs.registry import BY_NAME, DENOISING, OF_SERIES
 from bids_brainfm.outputs.series import series_current
 from bids_brainfm.outputs.tasks import ModelTask, NetworksTask, Place, SeriesTask
+from bids_brainfm.progress import track
 from bids_brainfm.resources import home
 from bids_brainfm.signals.strategy import Strategy, load_strategy, override
 from bids_brainfm.workflows import resolve
@@ -102,6 +103,15 @@ class Plan:
         """Participants to report on."""
         runs = {run.subject for atlas in self.atlases for run in atlas.runs}
         return sorted(runs | {_subject(failure.run) for failure in self.failures})
+
+    @property
+    def busy(self) -> set[str]:
+        """Participants for whom something is left to do."""
+        subjects = set[str]()
+        for atlas in self.atlases:
+            parts = (atlas.todo, *(model.todo for model in atlas.models))
+            subjects |= {run.subject for runs in parts for run in runs} | set(atlas.network_runs)
+        return subjects
 
     @property
     def steps(self) -> list[Outcome]:
@@ -259,13 +269,14 @@ def _plan_atlas(
     sources = resolve.networks_tasks(settings, version, home, card, tasks)
     if sources:
         claim(BY_NAME['networks'], sources[0], settings.recompute)
-    done = {run.name: _done(run, series, tasks) for run in runs}
+    seen = track(runs, f'Looking through outputs in atlas {atlas.name}')
+    done = {run.name: _done(run, series, tasks) for run in seen}
     by_subject: dict[str, list[BoldRun]] = {}
     for run in runs if sources else ():
         by_subject.setdefault(run.subject, []).append(run)
     network_runs = {
         subject: own
-        for subject, own in by_subject.items()
+        for subject, own in track(by_subject.items(), 'Looking through networks', 'participant')
         if not all(all(done[run.name]) for run in own)
         or not networks.participant_current(own, sources)
     }

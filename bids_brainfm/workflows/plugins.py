@@ -1,7 +1,9 @@
 """What carries out the nodes of a graph: worker processes here, or jobs of a cluster.
 
 Nipype's own plugins wait for ever for a worker that was killed, and overlook what a scheduler
-refuses. These keep what was wrong as ``lost``.
+refuses. These keep what was wrong as ``lost``. They also look for signals while they wait: Python
+drops the KeyboardInterrupt of a signal that comes while garbage is collected, as Nipype does
+between any two looks at its workers.
 """
 
 import importlib
@@ -25,7 +27,7 @@ from nipype.pipeline.plugins.linear import LinearPlugin
 from nipype.pipeline.plugins.multiproc import MultiProcPlugin, process_initializer
 from nipype.pipeline.plugins.slurm import SLURMPlugin
 
-from bids_brainfm import surroundings
+from bids_brainfm import stopping, surroundings
 from bids_brainfm.config import Settings
 from bids_brainfm.documents import read_yaml
 from bids_brainfm.errors import BrainfmError
@@ -130,6 +132,7 @@ class MultiProc(MultiProcPlugin):
             self.lost = error
 
     def _get_result(self, taskid: int) -> dict[str, Any] | None:
+        stopping.check()
         if self.lost is not None:
             raise self.lost
         return super()._get_result(taskid)
@@ -217,6 +220,7 @@ class Slurm(SLURMPlugin):
         return silent or bool(ended.stdout.strip())
 
     def _get_result(self, taskid: int) -> dict[str, Any] | None:
+        stopping.check()
         result = super()._get_result(taskid)
         if result and result.get('hostname') == 'unknown':  # so Nipype marks what it made up
             self.lost = BrainfmError(

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from bids_brainfm.bids.naming import join_name, parse_name
 from bids_brainfm.errors import BrainfmError
+from bids_brainfm.progress import track
 
 LOGGER = logging.getLogger('bids_brainfm')
 
@@ -124,7 +125,8 @@ def iterate_folders(root: Path, participants: Collection[str] = ()) -> Iterator[
     """Yield the folders of :func:`list_dataset`, one after the other."""
     names = names_in(root)
     top, wanted = _level(root, names), {f'sub-{label}' for label in participants}
-    for subject in (n for n in names if n in wanted or (not wanted and n[:4] == 'sub-')):
+    subjects = [n for n in names if n in wanted or (not wanted and n[:4] == 'sub-')]
+    for subject in track(subjects, f'Listing {root}', 'participant'):
         person = root / subject
         levels = {'sub': subject[4:]}
         if not person.is_dir():
