@@ -27,7 +27,8 @@ class Journal(logging.Handler):
     def __init__(self, folder: Path, what: str = '', unit: str = '') -> None:
         super().__init__()
         # read in the order in which nodes began
-        self.file = (folder / f'{time.time_ns()}-{uuid.uuid4().hex}.jsonl').open('w', encoding='utf-8')
+        path = folder / f'{time.time_ns()}-{uuid.uuid4().hex}.jsonl'
+        self.file = path.open('w', encoding='utf-8')
         self.what, self.unit = what, unit
         self.forwards = not LOGGER.handlers  # in a process whose log nobody else takes
 
