@@ -69,7 +69,6 @@ class Settings:
     space: str | None = None
     bids_filter_file: Path | None = None
     derivatives: dict[str, str] = field(default_factory=dict)
-    bids_database_dir: Path | None = None
 
     model: tuple[str, ...] = ('brainlm-111m',)
     denoise: str = 'card'

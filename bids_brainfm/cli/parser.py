@@ -75,9 +75,6 @@ def get_parser() -> argparse.ArgumentParser:
         '{"bold": {"acquisition": "mb8"}}; null means absent, "*" any value')
     add('-d', '--derivatives', nargs='+', metavar='NAME=PATH',
         help='fMRIPrep derivatives to read in place of bids_dir')
-    add('--bids-database-dir', '--bids_database_dir', type=Path, metavar='PATH',
-        help='accepted as by other BIDS Apps, and without effect: listing a dataset takes less '
-        'time than reading an index of it')
 
     add = parser.add_argument_group('Options for models and their input').add_argument
     add('-m', '--model', nargs='+', metavar='NAME[=PATH]',

@@ -169,8 +169,6 @@ def make_plan(settings: Settings, datasets: dict[str, Path], work: Path, version
     place = home()
     cards = resolve.find_resources(settings, place)
     tasks = [] if settings.stop_after else resolve.resolve_models(settings, place, version)
-    if settings.bids_database_dir:
-        LOGGER.warning('--bids-database-dir has no effect: a dataset is listed, not indexed.')
     inputs = open_datasets(datasets, settings.participant_label)
     prepare_output(settings.output_dir)
     failures: list[Outcome] = []
