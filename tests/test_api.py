@@ -274,7 +274,7 @@ def test_an_array_does_not_tell_its_repetition_time(model):
 
 @pytest.mark.parametrize('tr', [735, 0, -1, np.nan, np.inf, '0.8', True, [2.0]])
 def test_one_check_of_the_repetition_time(model, series, bold, tr):
-    said = rf'tr={re.escape(repr(tr))} is not a repetition time in seconds: give tr= .* most 30'
+    said = rf'tr={re.escape(repr(tr))} is not a repetition time in seconds: give tr= .* to 30'
     run = read_series(series)
     for call in (
         lambda: model.embed(run.data, tr=tr),

@@ -369,6 +369,7 @@ def test_denoise_none_drops_non_steady_volumes(dataset, tmp_path, app):
     assert any('before the steady state could not be found' in w for w in other['Warnings'])
 
 
+@pytest.mark.slow
 def test_volumes_that_the_user_drops_count_nowhere(dataset, tmp_path, app, capfd):
     """Not in motion or tSNR; and to drop none is another setting than to drop those found."""
     path = next(dataset.glob('sub-01/func/*_desc-confounds_timeseries.tsv'))
@@ -392,6 +393,7 @@ def test_volumes_that_the_user_drops_count_nowhere(dataset, tmp_path, app, capfd
     assert 'denoise_dummy_scans was 0 and is now None' in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_options_of_denoising(dataset, tmp_path, app, capfd):
     """They reach the series from the command line and from a file; others are not mixed in."""
     folder, out = tmp_path / 'tables', tmp_path / 'out'
@@ -540,6 +542,7 @@ def test_tokens_of_another_input_are_not_left_beside_a_new_table(dataset, tmp_pa
     assert not tokens.exists()
 
 
+@pytest.mark.slow
 def test_bfloat16_is_compared_with_float32(simulated, tmp_path, app, capsys):
     """By the SD of the embeddings; above 5 % of it sidecar, report and log warn."""
     from bids_brainfm import load_model

@@ -359,6 +359,7 @@ def test_failure_of_a_model_names_it_and_its_report(dataset, tmp_path, app):
     assert 'brainlm-demo cannot take it' in page
 
 
+@pytest.mark.slow
 def test_stop_on_first_crash_blames_the_right_run(dataset, tmp_path, app):
     """Though runs before it wait in the same batch."""
     short(copy_participant(dataset, '03'))

@@ -54,6 +54,7 @@ def test_everybody_is_left_out_of_their_own_covariance(cohort):
     assert isinstance(found, CohortCorrelation)
 
 
+@pytest.mark.slow
 def test_a_reconstruction_is_compared_with_other_people(simulated, cohort, tmp_path, app, capfd):
     out, path = tmp_path / 'out', cohort[1]
     options = ('--outputs', 'reconstruction', '--participant-label', '01')

@@ -242,6 +242,7 @@ def test_fitted_statistics_scale_the_runs_they_are_of(simulated, tmp_path, app, 
     assert sidecar['Scaling'] == 'cohort'
 
 
+@pytest.mark.slow
 def test_statistics_of_the_training_part_only(simulated, tmp_path, app, capsys):
     """They are those of its participants alone, and say so; nobody of the test part is seen."""
     out, table = tmp_path / 'out', tmp_path / 'participants.tsv'

@@ -195,7 +195,7 @@ def test_values_of_confounds(tmp_path, value, kind):
 def test_times_of_sidecars(tmp_path, value):
     """Whatever JSON takes for a number."""
     path = put(tmp_path / 'a.json', f'{{"RepetitionTime": {value}, "StartTime": 1e300}}')
-    run = BoldRun('r', {'sub': '01'}, 'd', tmp_path, path, sidecar=path)
+    run = BoldRun('r', {'sub': '01'}, 'd', tmp_path, path, sidecars=(path,))
     with pytest.raises(BrainfmError, match='write the repetition time in seconds'):
         repetition_time(run)
     with pytest.raises(BrainfmError, match='StartTime'):
@@ -234,10 +234,10 @@ def test_grayordinates_that_the_data_do_not_have(tmp_path):
 def test_a_sidecar_that_is_a_folder_or_no_object(tmp_path):
     path = tmp_path / 'a.json'
     path.mkdir()
-    run = BoldRun('r', {'sub': '01'}, 'd', tmp_path, path, sidecar=path)
-    with pytest.raises(BrainfmError, match=r'a\.json is not readable JSON'):
+    run = BoldRun('r', {'sub': '01'}, 'd', tmp_path, path, sidecars=(path,))
+    with pytest.raises(BrainfmError, match=r'a\.json is not a readable JSON'):
         repetition_time(run)
     path.rmdir()
     put(path, json.dumps([['RepetitionTime', 2]]))
-    with pytest.raises(BrainfmError, match=r'a\.json is not readable JSON'):
+    with pytest.raises(BrainfmError, match=r'a\.json is not a readable JSON'):
         repetition_time(run)

@@ -151,14 +151,15 @@ def tokens(simulated, tmp_path_factory):
 slow = pytest.mark.slow
 
 
+@slow
 @pytest.mark.parametrize(
     'moment',
     [
-        pytest.param(PARCELLATION, marks=slow),
-        pytest.param(ENCODING, marks=slow),
+        PARCELLATION,
+        ENCODING,
         WRITING_EMBEDDING,
-        pytest.param(WRITING_SERIES, marks=slow),
-        pytest.param(WRITING_REPORT, marks=slow),
+        WRITING_SERIES,
+        WRITING_REPORT,
     ],
 )
 def test_killed_and_started_again(simulated, reference, tmp_path, moment):
@@ -234,15 +235,16 @@ def test_workers_do_not_outlive_the_command(simulated, tmp_path):
         os.kill(worker, 0)
 
 
+@slow
 @pytest.mark.parametrize(
     ('moment', 'nprocs', 'fate', 'code'),
     [
-        pytest.param(PARCELLATION, 1, 'SIGTERM', 143, marks=slow),
+        (PARCELLATION, 1, 'SIGTERM', 143),
         (WRITING_EMBEDDING, 1, 'SIGTERM', 143),
-        pytest.param(WRITING_EMBEDDING, 1, 'SIGINT', 130, marks=slow),
-        pytest.param(WRITING_SERIES, 2, 'SIGTERM-group', 143, marks=slow),
-        pytest.param(WRITING_SERIES, 2, 'SIGTERM-parent', 143, marks=slow),
-        pytest.param(WRITING_SERIES, 2, 'SIGINT-group', 130, marks=slow),
+        (WRITING_EMBEDDING, 1, 'SIGINT', 130),
+        (WRITING_SERIES, 2, 'SIGTERM-group', 143),
+        (WRITING_SERIES, 2, 'SIGTERM-parent', 143),
+        (WRITING_SERIES, 2, 'SIGINT-group', 130),
     ],
 )
 def test_stopped_and_started_again(simulated, reference, tmp_path, moment, nprocs, fate, code):
@@ -435,27 +437,6 @@ def ten(simulated, tmp_path_factory):
 
 
 @slow
-def test_twenty_jobs_in_one_folder(ten, tmp_path):
-    """Two for each of ten participants at once: valid shared files, as if one had made them."""
-    (data, alone), out = ten, tmp_path / 'out'
-    options = ('--nprocs', '1', '--omp-nthreads', '1')
-    jobs = [
-        start(tmp_path, data, out, *options, '--participant-label', label)
-        for label in LABELS
-        for _ in range(2)
-    ]
-    ended = [end(job, 200) for job in jobs]
-    assert [code for code, _ in ended] == [0] * 20, next(said for code, said in ended if code)
-    assert_same(out, alone)
-    assert len(list(out.glob('logs/*/bids_brainfm.toml'))) == 20
-    validator = Path(sys.executable).with_name('bids-validator-deno')
-    found = subprocess.run(
-        [validator, '--format', 'json', out], capture_output=True, text=True, check=False
-    )
-    assert json.loads(found.stdout)['issues']['issues'] == []
-
-
-@slow
 def test_forty_jobs_of_which_many_are_killed(ten, tmp_path):
     """Eight at a time, some killed at random: the outputs of one command; others are refused."""
     (data, alone), out, rng = ten, tmp_path / 'out', random.Random(0)
@@ -553,6 +534,7 @@ def test_damaged_output_is_made_again(simulated, tokens, tmp_path, app, capfd, n
         )
 
 
+@pytest.mark.slow
 def test_damaged_record_of_settings_is_said(tokens, simulated, tmp_path, app, capfd):
     """It is not guessed what the outputs were made with; without outputs it is written anew."""
     out = Path(shutil.copytree(tokens, tmp_path / 'out'))

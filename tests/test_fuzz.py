@@ -219,7 +219,7 @@ def documents(simulated):
     jepa = load_card('brain-jepa-demo').config
 
     def times(path):
-        run = BoldRun('r', {'sub': '01'}, 'd', path.parent, path, sidecar=path)
+        run = BoldRun('r', {'sub': '01'}, 'd', path.parent, path, sidecars=(path,))
         assert 0 < repetition_time(run) <= 30
         assert np.isfinite(start_time(run) or 0)
 

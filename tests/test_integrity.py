@@ -218,8 +218,12 @@ def test_settings_that_were_replaced_meanwhile_stop_a_run(simulated, tmp_path, m
 
 def test_input_that_changed_is_found(tmp_path):
     """Whichever it is, and where it is gone."""
-    paths = {role: tmp_path / role for role in ('bold', 'mask', 'sidecar', 'confounds')}
-    run = BoldRun('sub-01_task-x', {}, 'data', tmp_path, **paths)
+    paths = {role: tmp_path / role for role in ('bold', 'mask', 'confounds', 'sidecar')}
+    bold, mask, confounds, sidecar = paths.values()
+    run = BoldRun(
+        'sub-01_task-x', {}, 'data', tmp_path, bold, mask=mask, confounds=confounds,
+        sidecars=(sidecar,),
+    )  # fmt: skip
     for path in paths.values():
         path.write_text('1')
     before = freshness.input_fingerprints(run)
@@ -235,6 +239,7 @@ def test_input_that_changed_is_found(tmp_path):
         os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
 
 
+@pytest.mark.slow
 def test_input_replaced_while_a_command_runs(dataset, tmp_path, monkeypatch, capfd):
     """While it is read, so that the run fails; and later, so that it is read again next time."""
     from bids_brainfm.outputs import series as module
@@ -363,6 +368,7 @@ def test_impossible_values_of_series_are_refused(tmp_path, entry, value):
         read_series(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['stat-mean_timeseries.tsv', 'stat-coverage_bold.tsv'])
 def test_series_are_compared_before_they_are_encoded(simulated, series, tmp_path, capfd, name):
     """A turned bit that no date shows is found when the file is read, and the run made again."""

@@ -244,6 +244,7 @@ def test_arrays_come_when_asked_for_and_come_back(long_runs, tmp_path, app):
             assert set(file) == names
 
 
+@pytest.mark.slow
 def test_map_of_an_earlier_input_does_not_stay(long_runs, tmp_path, app):
     """With a new input and no latent prediction the old map goes, and the report forgets it."""
     data, out = shutil.copytree(long_runs, tmp_path / 'long'), tmp_path / 'out'

@@ -350,6 +350,7 @@ def test_features_without_information_are_at_chance(brain):
     assert np.median(p) > 0.1
 
 
+@pytest.mark.slow
 def test_smooth_features_do_not_beat_their_spatial_null(brain):
     """They tell networks of near parcels far better than chance, as their surrogates do."""
     p, accuracy = [], []

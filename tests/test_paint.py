@@ -398,6 +398,7 @@ def test_series_of_grayordinates(tmp_path, cifti, series, monkeypatch):
     assert found.header_tr == pytest.approx(TR)
 
 
+@pytest.mark.slow
 def test_a_real_dlabel(tmp_path, shared):
     """91282 grayordinates of fsLR: series and labels."""
     dlabel = shared / 'atlases' / 'A424.dlabel.nii'

@@ -451,6 +451,7 @@ TREES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason='the shared test material is absent')
 @pytest.mark.parametrize(('space', 'atlas', 'options'), TREES, ids=lambda x: str(x)[:20])
 def test_painted_trees_give_the_painted_series(tmp_path, space, atlas, options):

@@ -71,6 +71,7 @@ def test_the_sidecar_of_the_series_holds_the_same_metrics(excluded):
     assert all(described[name]['Description'] for name in COLUMNS)
 
 
+@pytest.mark.slow
 def test_an_excluded_run_stays_in_the_tables_and_is_marked(excluded):
     for name in ('desc-brainlmdemo_embedding', 'desc-connectome_embedding'):
         table = read(excluded, name)

@@ -378,7 +378,7 @@ def test_report_names_a_malformed_sidecar(series, tmp_path, kept):
     }
     path.write_text(json.dumps(malformed))
     page = report(out, '01', {}).read_text()
-    assert f'its sidecar {path.name} is damaged: remove it and run' in page
+    assert f'the sidecar {path.name} is damaged: run the participant level again' in page
 
 
 @pytest.fixture(scope='module')

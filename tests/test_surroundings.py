@@ -177,6 +177,7 @@ def test_outputs_removed_while_running(simulated, tmp_path, app, capfd, monkeypa
     assert 'Stopped: unexpected' not in said
 
 
+@pytest.mark.slow
 def test_work_folder_removed_while_running(simulated, tmp_path, app, capfd, monkeypatch):
     from bids_brainfm.outputs import series
 
@@ -203,6 +204,7 @@ def test_signal_that_a_library_swallows_is_not_lost(simulated, tmp_path, app, ca
 
     written: list[str] = []
     monkeypatch.setattr(encoding, 'write_products', write)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     assert app(simulated, tmp_path / 'out') == 130
     assert written == ['sub-01_task-rest']
     said = capfd.readouterr().err

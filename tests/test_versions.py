@@ -59,6 +59,7 @@ def test_versions_rise_with_those_of_what_a_product_is_made_from():
             assert product.results_version > BY_NAME[name].results_version, product.name
 
 
+@pytest.mark.slow
 def test_earlier_outputs_are_refused_and_made_again_on_request(
     simulated, written, earlier, app, capfd
 ):

@@ -254,14 +254,14 @@ def _numbers(
 ) -> np.ndarray:
     """(T, K) float64 columns; the first row is filled from the second, or with 0."""
     values = _floats(table, names, tsv)
-    if len(values) > 1:
-        values[0] = np.where(np.isnan(values[0]), values[1] if fill else 0, values[0])
     if empty := [names[column] for column in np.flatnonzero(np.isnan(values).all(axis=0))]:
         raise BrainfmError(
             f'Every value of {", ".join(empty[:4])} in {tsv} is n/a, as where fMRIPrep found no '
             f'voxel in a mask: choose another --denoise, or a threshold of 0 for a column that '
             f'only flags volumes.'
         )
+    if len(values) > 1:
+        values[0] = np.where(np.isnan(values[0]), values[1] if fill else 0, values[0])
     for row, column in np.argwhere(np.isnan(values)):
         raise BrainfmError(
             f'Column {names[column]} of {tsv} has no value in row {row + 1}; choose another '
