@@ -6,7 +6,7 @@ from typing import Any
 
 from bids_brainfm.documents import read_json
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.validation import MAX_TR, is_number
+from bids_brainfm.validation import MAX_TR, MIN_TR, is_number
 
 MAX_START = 1e6  # seconds; a run that starts later than this has another clock
 
