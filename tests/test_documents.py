@@ -12,7 +12,7 @@ from bids_brainfm import documents
 from bids_brainfm.atlases import cards as atlases
 from bids_brainfm.bids.description import read_description
 from bids_brainfm.bids.run import BoldRun, repetition_time, start_time
-from bids_brainfm.documents import read_json, read_tsv, read_yaml
+from bids_brainfm.documents import read_json, read_toml, read_tsv, read_yaml
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.cards import load_card
 from bids_brainfm.models.weights import build
@@ -21,7 +21,7 @@ from bids_brainfm.signals.strategy import load_strategy, override
 from bids_brainfm.training.recipe import load_recipe
 from bids_brainfm.validation import DATA
 
-READERS = {'.json': read_json, '.yml': read_yaml}
+READERS = {'.json': read_json, '.toml': read_toml, '.tsv': read_tsv, '.yml': read_yaml}
 LAUGHS = '\n'.join(
     [f'a0: &a0 [{", ".join(["lol"] * 9)}]']
     + [f'a{n}: &a{n} [{", ".join([f"*a{n - 1}"] * 9)}]' for n in range(1, 30)]
@@ -63,6 +63,10 @@ def test_a_byte_order_mark_is_no_part_of_the_content(tmp_path):
         ('code.yml', 'a: !!python/object/apply:os.system [ls]', 'could not determine'),
         ('null.yml', 'a: \0', 'special characters'),
         ('large.yml', '#' * 300_000, '0.25 MB is the most'),
+        ('deep.toml', 'a = ' + '[' * 20_000, 'nests'),
+        ('large.toml', '#' * 300_000, '0.25 MB is the most'),
+        ('wide.tsv', '\t' * 5_000_000, 'more than 4,194,304 bytes'),
+        ('wide.tsv', 'a\n' + '\t' * 5_000_000, 'more than 4,194,304 bytes'),
     ],
 )
 def test_documents_that_explode_or_nest_are_refused_at_once(tmp_path, name, text, reason):
