@@ -437,7 +437,7 @@ def test_files_that_are_not_of_a_covariance_are_refused(tmp_path):
         with pytest.raises(BrainfmError, match='is not a file that bids_brainfm OUT OUT group'):
             covariance.load(path, '01', 3)
     with h5py.File(path, 'w') as file:  # takes no space on disk
-        file.create_dataset('sums', (10**6, 10**6, 3), chunks=(1, 1000, 3))
+        file.create_dataset('sums', (10**6, 10**6, 3), 'f4', chunks=(1, 1000, 3))
         file['folds'], file['participants'] = [0], ['01']
     with pytest.raises(BrainfmError, match='is not a file that'):
         covariance.load(path, '01', 3)
@@ -457,11 +457,12 @@ def test_damaged_texts_of_a_dataset(tmp_path, caplog, monkeypatch):
     assert read_failures(tmp_path, '01')[0].error == r'sub-01_task-x: \xff'
     for name in 'ab':
         methods.write_methods(tmp_path, {name: (f'Text {name}.', [])})
-    turn_bit(tmp_path / 'logs' / 'methods' / 'a.json')
+    part = tmp_path / 'logs' / 'methods' / 'a.json'
+    part.write_text(part.read_text().replace('Text a', 'Test a'))
     methods.write_methods(tmp_path, {'c': ('Text c.', [])})
     text = methods.read_methods(tmp_path)
     assert 'Text b.' in text
-    assert 'Text a.' not in text
+    assert 'Test a.' not in text
     assert 'a.json is damaged' in caplog.text
     methods.methods_path(tmp_path).write_bytes(b'\xff')
     assert methods.read_methods(tmp_path) == r'\xff'

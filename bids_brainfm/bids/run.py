@@ -6,7 +6,7 @@ from typing import Any
 
 from bids_brainfm.documents import read_json
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.validation import MAX_TR, is_number
+from bids_brainfm.validation import MAX_TR, MIN_TR, is_number
 
 MAX_START = 1e6  # seconds; a run that starts later than this has another clock
 
@@ -133,7 +133,7 @@ def repetition_time(run: BoldRun, header: float = 0.0) -> float:
             f'{run.name}: {_source(run, "VolumeTiming")} gives VolumeTiming instead of '
             f'RepetitionTime, and unevenly spaced volumes cannot be windowed: leave this run out.'
         )
-    if tr is None and run.is_cifti and 0 < header <= MAX_TR:
+    if tr is None and run.is_cifti and MIN_TR <= header <= MAX_TR:
         return header
     if tr is None:
         names = ' and '.join(path.name for path in run.sidecars)
@@ -145,7 +145,7 @@ def repetition_time(run: BoldRun, header: float = 0.0) -> float:
             f'or once for all runs of the task into {task}bold.json at the root of the dataset.'
         )
     name = _source(run, 'RepetitionTime')
-    if is_number(tr) and 0 < tr <= MAX_TR:
+    if is_number(tr) and MIN_TR <= tr <= MAX_TR:
         return float(tr)
     if is_number(tr) and MAX_TR < tr <= 1000 * MAX_TR:
         raise BrainfmError(
