@@ -155,6 +155,9 @@ def test_numbers_of_denoising_presets(tmp_path, line):
 
 
 def test_numbers_of_options_and_recipes(tmp_path):
+    with pytest.raises(BrainfmError, match='order 1000000 is not above 0 and at most 20'):
+        override(load_strategy('none'), motion_filter_type='lp', band_stop_min=6.0,
+                 motion_filter_order=10**6)  # fmt: skip
     with pytest.raises(BrainfmError, match='outliers'):
         override(load_strategy('none'), fd_threshold=1e300)
     with pytest.raises(BrainfmError, match='epochs'):
