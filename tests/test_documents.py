@@ -1,5 +1,6 @@
 """JSON, YAML and TSV files are read within bounds; numbers and sizes in them are, too."""
 
+import json
 import time
 
 import nibabel as nib
@@ -16,6 +17,7 @@ from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.cards import load_card
 from bids_brainfm.models.weights import build
 from bids_brainfm.signals.confounds import Tables, read_confounds
+from bids_brainfm.signals.scale import load_scale_stats
 from bids_brainfm.signals.strategy import load_strategy, override
 from bids_brainfm.training.recipe import load_recipe
 from bids_brainfm.validation import DATA
@@ -238,3 +240,14 @@ def test_grayordinates_that_the_data_do_not_have(tmp_path):
                                                b'NumberOfSeriesPoints="6"'))  # fmt: skip
     with pytest.raises(BrainfmError, match='describes 6 volumes of 20 grayordinates'):
         open_bold(path)
+
+
+@pytest.mark.parametrize('value', [1e300, 10**400, True, '1', [1], float('inf')])
+def test_numbers_of_scale_statistics(tmp_path, value):
+    content = {'Atlas': 'a', 'Statistic': 'series', 'FormatVersion': 1} | {
+        key: [None, 1.0] for key in ('Median', 'IQR', 'Lower', 'Upper')
+    }
+    load_scale_stats(put(tmp_path / 'a.json', json.dumps(content)), 'a', 2)
+    content['Median'] = [1.0, value]
+    with pytest.raises(BrainfmError, match=r'its Median holds .* no number up to 1e\+15'):
+        load_scale_stats(put(tmp_path / 'a.json', json.dumps(content)), 'a', 2)

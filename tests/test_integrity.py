@@ -425,8 +425,8 @@ def test_files_that_are_not_of_a_covariance_are_refused(tmp_path):
     from bids_brainfm.outputs import covariance
 
     path = tmp_path / 'x.h5'
-    content = {'sums': np.zeros((2, 3, 3)), 'folds': [0, 1], 'participants': ['01', '02']}
-    wrong = [None, np.zeros(3), np.zeros((2, 1, 3)), np.full((2, 3, 3), np.nan)]
+    content = {'sums': np.zeros((2, 3, 3, 3)), 'folds': [0, 1], 'participants': ['01', '02']}
+    wrong = [None, np.zeros(3), np.zeros((2, 3, 1, 3)), np.full((2, 3, 3, 3), np.nan)]
     changes = [{'sums': values} for values in wrong] + [{'folds': [0]}, {'participants': [1, 2]}]
     for change in changes:
         with h5py.File(path, 'w') as file:
@@ -437,7 +437,7 @@ def test_files_that_are_not_of_a_covariance_are_refused(tmp_path):
         with pytest.raises(BrainfmError, match='is not a file that bids_brainfm OUT OUT group'):
             covariance.load(path, '01', 3)
     with h5py.File(path, 'w') as file:  # takes no space on disk
-        file.create_dataset('sums', (10**6, 10**6, 3), 'f4', chunks=(1, 1000, 3))
+        file.create_dataset('sums', (10**6, 3, 3, 3), 'f4', chunks=(1, 3, 3, 3))
         file['folds'], file['participants'] = [0], ['01']
     with pytest.raises(BrainfmError, match='is not a file that'):
         covariance.load(path, '01', 3)

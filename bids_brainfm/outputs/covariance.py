@@ -22,7 +22,7 @@ from bids_brainfm.outputs.words import described
 from bids_brainfm.progress import track
 from bids_brainfm.signals.covariance import moments, positive_definite, shrunk, standardised
 from bids_brainfm.signals.series import read_series
-from bids_brainfm.validation import LARGEST, MOST
+from bids_brainfm.validation import MOST
 
 if TYPE_CHECKING:
     import h5py
@@ -155,17 +155,17 @@ def choose(files: Sequence[Path], atlas: str) -> Path | None:
 def load(path: Path, participant: str, n_parcels: int) -> CohortCorrelation:
     """Read the correlation between parcels over the folds without a participant (``01``)."""
     with _open(path) as file:
-        (n_folds, _, columns), (n_people,) = file['sums'].shape, file['folds'].shape
-        if columns != n_parcels:
+        (n_folds, *form), (n_people,) = file['sums'].shape, file['folds'].shape
+        if form[-1] != n_parcels:
             raise BrainfmError(
-                f'--covariance {path} has {columns} parcels, and the atlas {n_parcels}: fit it '
+                f'--covariance {path} has {form[-1]} parcels, and the atlas {n_parcels}: fit it '
                 f'again.'
             )
-        if file['sums'].shape[1] != columns or n_folds > FOLDS or n_people > MOST:
+        if form != [3, n_parcels, n_parcels] or n_folds > FOLDS or n_people > MOST:
             raise ValueError('shape')
         sums = file['sums'][:]
         folds, people = file['folds'][:], list(file['participants'].asstr()[:])
-        if len(people) != len(folds) or not (np.abs(sums) <= LARGEST).all():  # NaN is not, either
+        if len(people) != len(folds) or not np.isfinite(sums).all():
             raise ValueError('values')
     own = folds[people.index(participant)] if participant in people else -1
     others = folds != own
