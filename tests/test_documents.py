@@ -244,9 +244,9 @@ def test_grayordinates_that_the_data_do_not_have(tmp_path):
 
 @pytest.mark.parametrize('value', [1e300, 10**400, True, '1', [1], float('inf')])
 def test_numbers_of_scale_statistics(tmp_path, value):
-    content = {'Atlas': 'a', 'Statistic': 'series', 'FormatVersion': 1} | {
-        key: [None, 1.0] for key in ('Median', 'IQR', 'Lower', 'Upper')
-    }
+    columns = {'Median': 1.0, 'IQR': 1.0, 'Lower': -3.6, 'Upper': 3.7}
+    content = {'Atlas': 'a', 'Statistic': 'series', 'FormatVersion': 1}
+    content |= {key: [None, column] for key, column in columns.items()}
     load_scale_stats(put(tmp_path / 'a.json', json.dumps(content)), 'a', 2)
     content['Median'] = [1.0, value]
     with pytest.raises(BrainfmError, match=r'its Median holds .* no number up to 1e\+15'):
