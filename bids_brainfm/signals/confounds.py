@@ -231,8 +231,8 @@ def _components(
                 'another --denoise.'
             )
         if wanted.variance:
-            given = [entry[name].get('CumulativeVarianceExplained') for name in found]
-            explained = [value if is_number(value) else 0.0 for value in given]
+            given: list[Any] = [entry[n].get('CumulativeVarianceExplained') for n in found]
+            explained = [float(value) if is_number(value) else 0.0 for value in given]
             if explained[-1] < wanted.variance:
                 raise BrainfmError(
                     f'The retained CompCor components of the {mask} mask in {tsv} explain '
