@@ -4,12 +4,12 @@ import dataclasses
 import json
 import os
 import re
-import tomllib
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bids_brainfm import documents
 from bids_brainfm.errors import BrainfmError
 
 # Of the matrix products of a network, from the highest to the lowest
@@ -151,8 +151,8 @@ def _settle(value: Any) -> Any:
 def read_toml(path: Path, options: Collection[str]) -> dict[str, Any]:
     """Settings found in a TOML file; names that are neither settings nor `options` are refused."""
     try:
-        found = tomllib.loads(Path(path).read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
+        found = documents.read_toml(path)
+    except (OSError, ValueError) as error:
         raise BrainfmError(f'--config-file {path} cannot be read: {error}.') from None
     known = {item.name for item in dataclasses.fields(Settings)} - {'options'} | set(options)
     if unknown := sorted(set(found) - known):

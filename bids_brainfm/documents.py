@@ -1,4 +1,4 @@
-"""JSON, YAML and TSV files that users and other programs wrote, read within bounds.
+"""JSON, YAML, TOML and TSV files that users and other programs wrote, read within bounds.
 
 A byte-order mark is skipped. What is too large, nests too deeply or grows too much when it is read
 is refused before it takes memory. The errors are OSError and ValueError, whose text is a reason;
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     import yaml
 
 MEGABYTE = 1 << 20
-MAX_BYTES = {'JSON': 64 * MEGABYTE, 'YAML': MEGABYTE // 4, 'TSV': 256 * MEGABYTE}
+MAX_BYTES = {'JSON': 64 * MEGABYTE, 'YAML': MEGABYTE // 4, 'TOML': MEGABYTE // 4,
+             'TSV': 256 * MEGABYTE}  # fmt: skip
+MAX_LINE = 4 * MEGABYTE  # bytes of the first lines of a table: a column costs memory of its own
 MAX_DEPTH = 50  # levels of lists and mappings
 MAX_VALUES = 100_000  # of a YAML file, with aliases (*) written out
 ENCODING = 'utf-8-sig'  # UTF-8 with or without a byte-order mark
@@ -74,12 +76,26 @@ def read_yaml(path: Path) -> Any:
         raise ValueError(' '.join(str(error).split())) from None
 
 
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file."""
+    import tomllib
+
+    text = _text(path, 'TOML')
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+
+
 def read_tsv(path: Path, **options: Any) -> 'pd.DataFrame':
     """Read a TSV file whose first row is its header; `options` are those of pandas.read_csv."""
     import pandas as pd
 
     _check_size(path, 'TSV')
-    table = pd.read_csv(path, sep='\t', encoding=ENCODING, **options)
+    with Path(path).open('rb') as file:
+        if max(len(file.readline(MAX_LINE + 1)) for _ in range(2)) > MAX_LINE:
+            raise ValueError(f'a line of it has more than {MAX_LINE:,} bytes')
+    table = pd.read_csv(path, **{'sep': '\t', 'encoding': ENCODING} | options)
     if not isinstance(table.index, pd.RangeIndex):  # pandas would shift the columns
         raise ValueError('its rows have more values than its header has names')
     return table

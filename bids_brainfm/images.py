@@ -9,7 +9,7 @@ import math
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 
 import numpy as np
 from isal import isal_zlib
@@ -30,6 +30,7 @@ CHUNK = 1 << 17  # bytes of a compressed file that are read at once; longer than
 MAGIC = b'\x1f\x8b'  # begins each member of a gzip stream
 MOST_INFLATED = 1032  # times as many bytes as a deflate stream has, at most (zlib's manual)
 MAX_VOXELS = 10**8  # of a volume; a head at 0.5 mm has 50 million
+MAX_EXTENSIONS = 64 << 20  # bytes before the data; CIFTI describes 91k grayordinates in 1 MB
 VOXEL_MM = (0.01, 100.0)  # edges of voxels that make sense
 FARTHEST_MM = 1e5  # of the first voxel from the origin
 
@@ -92,6 +93,8 @@ def load_image(path: Path) -> 'Image':
     import nibabel as nib
 
     try:
+        with contextlib.suppress(*BROKEN):  # found again, and reported, when the data are read
+            _check_extensions(path)
         image = cast('Image', nib.load(path))
         stored = cast('nib.arrayproxy.ArrayProxy', image.dataobj)
         offset = int(stored.offset)
@@ -123,6 +126,34 @@ def load_image(path: Path) -> 'Image':
     if isinstance(image, nib.Nifti1Image):
         _check_affine(path, image.affine)
     return image
+
+
+def _check_extensions(path: Path) -> None:
+    """Raise ValueError where what lies between header and data would take memory without end.
+
+    nibabel reads all of it. Of CIFTI files it is the description of the grayordinates.
+    """
+    import nibabel as nib
+
+    with open_data(path) as stream:
+        start = stream.read(nib.Nifti2Header.sizeof_hdr)
+    kinds = (nib.Nifti1Header, nib.Nifti2Header)
+    kind = next((kind for kind in kinds if kind.may_contain_header(start)), None)
+    if kind is None:  # no NIfTI file, which nibabel says better
+        return
+    header = kind(start[: kind.sizeof_hdr], check=False)
+    position, end = kind.sizeof_hdr + 4, float(header['vox_offset'])
+    if not end <= MAX_EXTENSIONS:
+        raise ValueError(f'its data begin at byte {end:g}')
+    order: Literal['little', 'big'] = 'little' if header.endianness == '<' else 'big'
+    with open_data(path) as stream:
+        skip(stream, position)
+        while position + 16 <= end:
+            size = int.from_bytes(stream.read(4), order)
+            if not 8 <= size <= end - position:
+                raise ValueError(f'a header extension has {size} bytes')
+            skip(stream, size - 4)
+            position += size
 
 
 def read_values(image: 'Image') -> np.ndarray:

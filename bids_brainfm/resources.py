@@ -49,7 +49,8 @@ def sha256_of(path: Path) -> str:
 def recorded_sha256(target: Path) -> str | None:
     """The checksum recorded when the file was fetched, None where there is none."""
     record = _add_suffix(target, '.sha256')
-    return next(iter(record.read_text().split()), None) if record.is_file() else None
+    text = record.read_text(errors='replace') if record.is_file() else ''
+    return next(iter(text.split()), None)
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -102,8 +103,8 @@ def fetch(
                 )
     except OSError as error:
         raise BrainfmError(
-            f'{error.filename} cannot be read or written ({error.strerror}): mend that, or set '
-            'BIDS_BRAINFM_HOME to another folder.'
+            f'{error.filename} cannot be read or written ({error.strerror}): check its '
+            'permissions, or set BIDS_BRAINFM_HOME to another folder.'
         ) from None
 
 
@@ -122,7 +123,7 @@ def _record(target: Path, sha256: str | None = None) -> None:
     record = _add_suffix(target, '.sha256')
     sha256 = sha256 or recorded_sha256(target) or sha256_of(target)
     line = f'{sha256}  {target.name}\n'
-    if not record.is_file() or record.read_text() != line:
+    if not record.is_file() or record.read_text(errors='replace') != line:
         # A shared home may be read-only for those who only use it.
         with contextlib.suppress(PermissionError):
             record.write_text(line)

@@ -75,14 +75,14 @@ def forgive_streams() -> None:
 class _Forgiving(io.FileIO):
     """A stream whose reader may end (``| head -1``), or whose disk may be full."""
 
-    told = False
+    reported = False
 
     def write(self, data: Any) -> int:
         try:
             return super().write(data) or len(data)
         except OSError as error:
-            if not self.told and error.errno != errno.EPIPE and self.fileno() == 1:
-                self.told = True
+            if not self.reported and error.errno != errno.EPIPE and self.fileno() == 1:
+                self.reported = True
                 print(f'Standard output cannot be written ({error.strerror}).', file=sys.stderr)
             return len(data)
 

@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bids_brainfm.bids.dataset import check_participants, claim_settings, iterate_records
+from bids_brainfm.bids.dataset import check_participants, iterate_records
 from bids_brainfm.bids.files import atomic, read_matrix, write_matrix
 from bids_brainfm.bids.inputs import find_datasets
 from bids_brainfm.bids.inputs.fmriprep import find_runs
 from bids_brainfm.bids.inputs.listing import list_dataset
 from bids_brainfm.bids.naming import parse_name
 from bids_brainfm.bids.run import BoldRun, start_time
+from bids_brainfm.bids.settings import claim_settings
 from bids_brainfm.errors import BrainfmError
 
 SPACES = ('MNI152NLin6Asym', 'fsLR', 'MNI152NLin2009cAsym')

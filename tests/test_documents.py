@@ -12,16 +12,17 @@ from bids_brainfm import documents
 from bids_brainfm.atlases import cards as atlases
 from bids_brainfm.bids.description import read_description
 from bids_brainfm.bids.run import BoldRun, repetition_time, start_time
-from bids_brainfm.documents import read_json, read_tsv, read_yaml
+from bids_brainfm.documents import read_json, read_toml, read_tsv, read_yaml
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.cards import load_card
 from bids_brainfm.models.weights import build
 from bids_brainfm.signals.confounds import Tables, read_confounds
+from bids_brainfm.signals.scale import load_scale_stats
 from bids_brainfm.signals.strategy import load_strategy, override
 from bids_brainfm.training.recipe import load_recipe
 from bids_brainfm.validation import DATA
 
-READERS = {'.json': read_json, '.yml': read_yaml}
+READERS = {'.json': read_json, '.toml': read_toml, '.tsv': read_tsv, '.yml': read_yaml}
 LAUGHS = '\n'.join(
     [f'a0: &a0 [{", ".join(["lol"] * 9)}]']
     + [f'a{n}: &a{n} [{", ".join([f"*a{n - 1}"] * 9)}]' for n in range(1, 30)]
@@ -63,6 +64,10 @@ def test_a_byte_order_mark_is_no_part_of_the_content(tmp_path):
         ('code.yml', 'a: !!python/object/apply:os.system [ls]', 'could not determine'),
         ('null.yml', 'a: \0', 'special characters'),
         ('large.yml', '#' * 300_000, '0.25 MB is the most'),
+        ('deep.toml', 'a = ' + '[' * 20_000, 'nests'),
+        ('large.toml', '#' * 300_000, '0.25 MB is the most'),
+        ('wide.tsv', '\t' * 5_000_000, 'more than 4,194,304 bytes'),
+        ('wide.tsv', 'a\n' + '\t' * 5_000_000, 'more than 4,194,304 bytes'),
     ],
 )
 def test_documents_that_explode_or_nest_are_refused_at_once(tmp_path, name, text, reason):
@@ -152,6 +157,9 @@ def test_numbers_of_denoising_presets(tmp_path, line):
 
 
 def test_numbers_of_options_and_recipes(tmp_path):
+    with pytest.raises(BrainfmError, match='order 1000000 is not above 0 and at most 20'):
+        override(load_strategy('none'), motion_filter_type='lp', band_stop_min=6.0,
+                 motion_filter_order=10**6)  # fmt: skip
     with pytest.raises(BrainfmError, match='outliers'):
         override(load_strategy('none'), fd_threshold=1e300)
     with pytest.raises(BrainfmError, match='epochs'):
@@ -167,6 +175,9 @@ def test_sizes_of_configurations(name):
             for wrong in (10**9, 10**400, 1e300, float('inf'), float('nan')):
                 with pytest.raises(BrainfmError, match=f'{key} .*is the most'):
                     build(config | {key: wrong})
+        for wrong in (0, -1, 1e5, float('nan'), 'x') * key.endswith('eps'):
+            with pytest.raises(BrainfmError, match=f'{key} .*must be above 0'):
+                build(config | {key: wrong})
     assert time.monotonic() - start < 60
 
 
@@ -231,13 +242,12 @@ def test_grayordinates_that_the_data_do_not_have(tmp_path):
         open_bold(path)
 
 
-def test_a_sidecar_that_is_a_folder_or_no_object(tmp_path):
-    path = tmp_path / 'a.json'
-    path.mkdir()
-    run = BoldRun('r', {'sub': '01'}, 'd', tmp_path, path, sidecars=(path,))
-    with pytest.raises(BrainfmError, match=r'a\.json is not a readable JSON'):
-        repetition_time(run)
-    path.rmdir()
-    put(path, json.dumps([['RepetitionTime', 2]]))
-    with pytest.raises(BrainfmError, match=r'a\.json is not a readable JSON'):
-        repetition_time(run)
+@pytest.mark.parametrize('value', [1e300, 10**400, True, '1', [1], float('inf')])
+def test_numbers_of_scale_statistics(tmp_path, value):
+    columns = {'Median': 1.0, 'IQR': 1.0, 'Lower': -3.6, 'Upper': 3.7}
+    content = {'Atlas': 'a', 'Statistic': 'series', 'FormatVersion': 1}
+    content |= {key: [None, column] for key, column in columns.items()}
+    load_scale_stats(put(tmp_path / 'a.json', json.dumps(content)), 'a', 2)
+    content['Median'] = [1.0, value]
+    with pytest.raises(BrainfmError, match=r'its Median holds .* no number up to 1e\+15'):
+        load_scale_stats(put(tmp_path / 'a.json', json.dumps(content)), 'a', 2)

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / 'bids_brainfm'
 # From the top down; a room imports what is below it. errors.py is below all of them.
 ROOMS = (
     'cli', 'workflows', 'outputs', 'reports', 'training', 'api', 'analyses', 'models', 'signals',
-    'atlases', 'bids', 'images', 'resources', 'validation', 'documents', 'config', 'arguments',
+    'atlases', 'bids', 'config', 'images', 'resources', 'validation', 'documents', 'arguments',
     'progress', 'surroundings', 'stopping', 'errors',
 )  # fmt: skip
 

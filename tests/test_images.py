@@ -167,6 +167,27 @@ def test_other_headers_that_cannot_be_true_are_refused(tmp_path, fields):
         load_image(saved(tmp_path / 'bold.nii', **fields))
 
 
+@pytest.mark.parametrize('kind', [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize(('size', 'offset'), [(2**31 - 16, 0), (0, 0), (16, 10**9), (-8, 0)])
+def test_header_extensions_take_no_memory(tmp_path, monkeypatch, kind, size, offset):
+    """nibabel would read all that an extension claims; the check is before."""
+    image = kind(np.ones((2, 2, 2), 'f4'), AFFINE)
+    image.header.extensions.append(nib.nifti1.Nifti1Extension('comment', b'of a scanner' * 3))
+    path = tmp_path / 'a.nii.gz'
+    image.to_filename(path)
+    assert load_image(path).shape == (2, 2, 2)
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    start = image.header.sizeof_hdr + 4
+    content[start : start + 4] = size.to_bytes(4, 'little', signed=True)
+    if offset:
+        place, form = {348: (108, '<f4'), 540: (168, '<i8')}[image.header.sizeof_hdr]
+        content[place : place + np.dtype(form).itemsize] = np.array(offset, form).tobytes()
+    path.write_bytes(gzip.compress(content))
+    monkeypatch.setattr(nib, 'load', lambda path: pytest.fail('it was read'))
+    with pytest.raises(BrainfmError, match=r'its data begin at byte|a header extension has'):
+        load_image(path)
+
+
 def test_values_are_those_of_nibabel_and_damage_is_seen(tmp_path):
     path = saved(tmp_path / 'bold.nii.gz', scl_slope=0.5, scl_inter=3)
     whole = path.read_bytes()

@@ -216,6 +216,9 @@ def test_a_recording_whose_image_is_missing_is_named(exists):
     assert list(runs) == [STEM]
     assert list(without) == ['sub-02_ses-1_task-rest']
     assert 'no preprocessed BOLD image, but sub-02_ses-1_task-rest' in str(without)
+    assert list(find(f'{IMAGE}.nii.gz', 'sub-01_task-n_desc-brain_mask.nii.gz')[1]) == [
+        'sub-01_task-n'
+    ]
     names = (f'{IMAGE}.nii.gz', table('sub-01_task-nback'))
     assert find(*names, task=['rest'], space='MNI152NLin6Asym')[1] == {}
 
@@ -281,6 +284,16 @@ def test_why_a_recording_is_not_read(exists, names, said):
     assert said in sentence
 
 
+@pytest.mark.parametrize('label', ['', '²', 'a b', '<i>'])
+def test_labels_that_bids_forbids_fail_alone(exists, label):
+    """Also where labels are compared as numbers."""
+    odd = IMAGE.replace('_space', f'_run-{label}_space')
+    for asked in ({}, {'run': ['²', 1, label]}):
+        runs, without = find(f'{odd}.nii.gz', f'{IMAGE}.nii.gz', **asked)
+        assert list(runs) == ([] if asked else [STEM])
+        assert 'other characters than letters and digits' in str(without)
+
+
 def test_sidecars_are_inherited(tmp_path):
     """From the root to the file; null sets nothing; a byte-order mark does no harm."""
     func = tmp_path / 'sub-01' / 'func'
@@ -293,6 +306,7 @@ def test_sidecars_are_inherited(tmp_path):
         'sub-01/sub-01_task-rest_bold.json': {'RepetitionTime': 0.8},
         'sub-01/sub-01_acq-x_bold.json': {'RepetitionTime': 9},
         f'sub-01/func/{IMAGE}.json': {'RepetitionTime': None, 'StartTime': 0.4},
+        'sub-01/func/task-other_bold.json': {'RepetitionTime': 9},
         f'sub-01/func/{STEM}_desc-preproc_bold.json': {'StartTime': 9},
     }.items():
         (tmp_path / path).write_text('\ufeff' + json.dumps(content), encoding='utf-8')
@@ -302,6 +316,11 @@ def test_sidecars_are_inherited(tmp_path):
     ]  # fmt: skip
     assert metadata(run) == {'RepetitionTime': 0.8, 'StartTime': 0.4}
     assert run_of(run.bold).sidecars == run.sidecars
+    (func / f'{IMAGE}.json').unlink()
+    (func / 'task-rest_bold.json').write_text('{"RepetitionTime": 0.7}')
+    (func / f'{STEM}_desc-preproc_bold.json').unlink()
+    (within,), _ = find_runs(list_dataset(tmp_path), 'x', SPACES, {})
+    assert metadata(within)['RepetitionTime'] == 0.7
     for name in ('my.run_2.nii.gz', 'other.nii.gz'):
         (tmp_path / name).touch()
     (tmp_path / 'my.json').write_text('{}')
@@ -327,8 +346,8 @@ def run_with(tmp_path, content, extension='.nii.gz'):
         ('{"RepetitionTime": 1' + '0' * 400 + '}', 'has RepetitionTime 1000.*: write'),
         ('{"RepetitionTime": [2]}', r'has RepetitionTime \[2\]: write'),
         ('{"RepetitionTime": 2000}', r'milliseconds: write it in seconds \(2\)'),
-        ('[' * 100_000, 'not a readable JSON file .*50 levels'),
-        ('[]', 'not a readable JSON file .it holds no JSON object'),
+        ('[' * 100_000, 'not a readable JSON file .*nests'),
+        ('[]', 'not a readable JSON file .it holds no JSON object but a list'),
         ('{}', r'x_bold.json has no RepetitionTime \(the header .* 0.8 s\): .* task-rest_bold'),
     ],
 )  # fmt: skip

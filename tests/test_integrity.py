@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 
 from bids_brainfm.bids import claims, freshness
-from bids_brainfm.bids.dataset import SETTINGS, Record, claim_settings, recorded_digest
+from bids_brainfm.bids.dataset import Record
 from bids_brainfm.bids.files import has_ended, owner, write_matrix, write_table
 from bids_brainfm.bids.run import BoldRun
+from bids_brainfm.bids.settings import SETTINGS, claim_settings, recorded_digest
 from bids_brainfm.cli.run import main
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.signals.series import coverage_path, read_series
@@ -65,7 +66,7 @@ def recorded(folder):
 def claimed_by(folder, process, value):
     """Leave the claim of another process, and the record that it wrote."""
     code = (
-        'import sys; from pathlib import Path; from bids_brainfm.bids.dataset import *;'
+        'import sys; from pathlib import Path; from bids_brainfm.bids.settings import *;'
         f'claim_settings(Path(sys.argv[1]), "desc-x", {{"a": {value}}}, iter(()))'
     )
     subprocess.run([sys.executable, '-c', code, folder], check=True)
@@ -421,6 +422,56 @@ def test_group_products_are_compared_when_read(series, tmp_path, monkeypatch):
     for read in (lambda: covariance.load(sums, '01', 424), lambda: covariance.atlas_of(sums)):
         with pytest.raises(BrainfmError, match=r'has other contents .* fit it again'):
             read()
+
+
+def test_files_that_are_not_of_a_covariance_are_refused(tmp_path):
+    """Without a sidecar to compare it with, and whatever shape it claims."""
+    import h5py
+
+    from bids_brainfm.outputs import covariance
+
+    path = tmp_path / 'x.h5'
+    content = {'sums': np.zeros((2, 3, 3, 3)), 'folds': [0, 1], 'participants': ['01', '02']}
+    wrong = [None, np.zeros(3), np.zeros((2, 3, 1, 3)), np.full((2, 3, 3, 3), np.nan)]
+    changes = [{'sums': values} for values in wrong] + [{'folds': [0]}, {'participants': [1, 2]}]
+    for change in changes:
+        with h5py.File(path, 'w') as file:
+            file.attrs['atlas'] = 'x'
+            for name, values in (content | change).items():
+                if values is not None:
+                    file[name] = values
+        with pytest.raises(BrainfmError, match='is not a file that bids_brainfm OUT OUT group'):
+            covariance.load(path, '01', 3)
+    with h5py.File(path, 'w') as file:  # takes no space on disk
+        file.create_dataset('sums', (10**6, 3, 3, 3), 'f4', chunks=(1, 3, 3, 3))
+        file['folds'], file['participants'] = [0], ['01']
+    with pytest.raises(BrainfmError, match='is not a file that'):
+        covariance.load(path, '01', 3)
+
+
+def test_damaged_texts_of_a_dataset(tmp_path, caplog, monkeypatch):
+    """Failures and the methods text, which are read again later."""
+    from bids_brainfm.bids.dataset import find_failure
+    from bids_brainfm.outputs.outcome import read_failures
+    from bids_brainfm.reports import methods
+
+    monkeypatch.setattr('bids_brainfm.reports.methods.LOGGER.propagate', True)
+    log = tmp_path / 'sub-01' / 'log'
+    log.mkdir(parents=True)
+    (log / 'failed-sub-01_task-x_atlas-A.txt').write_bytes(b'sub-01_task-x: \xff\n')
+    assert find_failure(tmp_path, 'sub-01_task-x', 'A', None) == r'\xff'
+    assert read_failures(tmp_path, '01')[0].error == r'sub-01_task-x: \xff'
+    for name in 'ab':
+        methods.write_methods(tmp_path, {name: (f'Text {name}.', [])})
+    part = tmp_path / 'logs' / 'methods' / 'a.json'
+    part.write_text(part.read_text().replace('Text a', 'Test a'))
+    methods.write_methods(tmp_path, {'c': ('Text c.', [])})
+    text = methods.read_methods(tmp_path)
+    assert 'Text b.' in text
+    assert 'Test a.' not in text
+    assert 'a.json is damaged' in caplog.text
+    methods.methods_path(tmp_path).write_bytes(b'\xff')
+    assert methods.read_methods(tmp_path) == r'\xff'
 
 
 @pytest.fixture

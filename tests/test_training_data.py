@@ -19,7 +19,7 @@ from bids_brainfm.training.cohort import (
     find_cohort,
     read_targets,
 )
-from bids_brainfm.training.recipe import load_recipe, recipe_names
+from bids_brainfm.training.recipe import load_recipe
 from bids_brainfm.training.session import training_precision
 from bids_brainfm.training.settings import TrainingSettings
 from bids_brainfm.training.split import count_parts, read_groups, split
@@ -33,6 +33,7 @@ from bids_brainfm.training.store import (
     windows_in,
     write_store,
 )
+from bids_brainfm.validation import card_names
 
 SPACE = 'space-MNI152NLin6Asym'
 
@@ -554,10 +555,10 @@ PEOPLE = 32128  # 502 micro batches of 64 in an epoch
 
 
 def test_recipes_load():
-    assert recipe_names() == [
+    assert card_names('training') == [
         'brainlm-legacy', 'brainlm-vit', 'finetune', 'fixed', 'head', 'official',
     ]  # fmt: skip
-    for name in recipe_names():
+    for name in card_names('training'):
         recipe = load_recipe(name)
         for step in (0, 1, 50, 98, 99):
             rates = recipe.rates(step, 100)
@@ -635,7 +636,7 @@ def test_steps():
 
 
 def test_training_of_a_single_step():
-    for name in recipe_names():
+    for name in card_names('training'):
         rates = load_recipe(name).rates(0, 1)
         assert math.isfinite(rates.lr)
         assert math.isfinite(rates.weight_decay)

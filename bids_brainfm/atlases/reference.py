@@ -59,7 +59,7 @@ def _read(path: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError) as error:
         raise BrainfmError(
             f'--reference-networks {path} is not a table (TSV) with the columns name and network '
-            f'({type(error).__name__}: {error}): mend the file.'
+            f'({type(error).__name__}: {error}): correct the file.'
         ) from None
     if names.duplicated().any():
         raise BrainfmError(

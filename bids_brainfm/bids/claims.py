@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from bids_brainfm.bids.files import has_ended, owner, write_text
+from bids_brainfm.bids.files import first_line, has_ended, owner, write_text
 
 GRACE = 60.0  # seconds for which the claim of a killed process still counts
 DAY = 86_400.0  # and one of another machine, where processes cannot be looked up
@@ -66,7 +66,7 @@ def _counts(path: Path, whose: str, grace: float) -> bool:
 
 def _words(path: Path) -> str:
     with contextlib.suppress(OSError):
-        return path.read_text().strip() or path.name
+        return first_line(path).strip() or path.name
     return ''
 
 

@@ -61,9 +61,10 @@ def write_dataset_files(
     described = [read_description(folder) for folder in inputs.values()]
     authors = (read_sidecar(output / 'dataset_description.json') or {}).get('Authors')
     if authors is None:
-        given = (description.get('Authors') or [] for description in described)
+        given = (description.get('Authors') for description in described)
         # the validator warns of fewer than two authors
-        authors = next((names for names in given if len(names) > 1), list(AUTHORS))
+        lists = (names for names in given if isinstance(names, list) and len(names) > 1)
+        authors = next(lists, list(AUTHORS))
     links = {name: folder.resolve().as_uri() for name, folder in inputs.items()}
     makers = [next(iter(generators(description)), {}) for description in described]
     sources = [

@@ -133,6 +133,11 @@ def listed(folder: Path, pattern: str) -> list[Path]:
     return [folder / name for name in sorted(fnmatch.filter(names, pattern))]
 
 
+def first_line(path: Path) -> str:
+    """First line of a text file; bytes that are not UTF-8 are shown as such."""
+    return path.read_text('utf-8', errors='backslashreplace').partition('\n')[0]
+
+
 def write_text(path: Path, text: str) -> Path:
     """Write text, unless the file has that text already (its date is then kept)."""
     path = Path(path)

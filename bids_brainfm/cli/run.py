@@ -249,7 +249,7 @@ class _Terminal(logging.Handler):
 
 
 def carry_out(plan: 'Plan') -> int:
-    """Write the dataset's own files, run the graph, and tell how it went."""
+    """Write the dataset's own files, run the graph, and report the outcome."""
     from bids_brainfm.bids.description import write_dataset_files
     from bids_brainfm.bids.files import remove_leftovers
     from bids_brainfm.outputs.registry import SUFFIXES
@@ -275,7 +275,7 @@ def carry_out(plan: 'Plan') -> int:
     crashed = None
     try:
         execute(workflow, plan)
-    except Exception as error:  # what is written is kept, so tell about it all the same
+    except Exception as error:  # what is written is kept, and listed all the same
         crashed = error
         LOGGER.debug('Traceback', exc_info=True)
     finally:

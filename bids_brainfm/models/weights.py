@@ -21,9 +21,11 @@ from bids_brainfm.models.families import family, family_names, working_families
 from bids_brainfm.models.files import CONFIG_FILE, weights_file
 from bids_brainfm.models.head import Head
 from bids_brainfm.models.protocol import Network, check_network
+from bids_brainfm.validation import is_number
 
 # Of a network, far above those that exist (BrainLM: 24 layers, 1280 wide, 650 million weights)
 MAX_LAYERS, MAX_SIZE, MAX_WEIGHTS = 1000, 10**6, 5 * 10**9
+MAX_EPS = 0.1  # added to the variance of features, which is about 1
 
 
 def read_config(folder: str | Path, default: dict | None = None) -> dict:
@@ -109,6 +111,11 @@ def build(config: dict[str, Any]) -> Network:
 def _check_sizes(config: dict[str, Any], model_type: str) -> None:
     """Refuse numbers that no network has, before layers are made of them."""
     for key, value in config.items():
+        if str(key).endswith('eps') and not (is_number(value) and 0 < value <= MAX_EPS):
+            raise BrainfmError(
+                f'The configuration of a {model_type} model has {key} {value!r:.60}, which must '
+                f'be above 0 and at most {MAX_EPS:g}: correct it.'
+            )
         most = MAX_LAYERS if re.search('layers|depth|blocks', str(key)) else MAX_SIZE
         for number in value if isinstance(value, list | tuple) else [value]:
             if isinstance(number, int | float) and not abs(number) <= most:

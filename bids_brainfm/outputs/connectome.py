@@ -8,7 +8,7 @@ import numpy as np
 from bids_brainfm.bids.files import write_matrix
 from bids_brainfm.bids.run import BoldRun
 from bids_brainfm.outputs.products import display_order, save_figure
-from bids_brainfm.outputs.series import SeriesContext
+from bids_brainfm.outputs.series_context import SeriesContext
 from bids_brainfm.outputs.tasks import Place, SeriesTask
 from bids_brainfm.outputs.words import WINDOW_COLUMNS, dimension_names, window_rows
 from bids_brainfm.reports.report import Figure

@@ -1,8 +1,9 @@
 """The group level: the covariance between parcels that reconstructions are compared with."""
 
+import contextlib
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from bids_brainfm.outputs.words import described
 from bids_brainfm.progress import track
 from bids_brainfm.signals.covariance import moments, positive_definite, shrunk, standardised
 from bids_brainfm.signals.series import read_series
+from bids_brainfm.validation import MOST
 
 if TYPE_CHECKING:
     import h5py
@@ -117,24 +119,26 @@ class CohortCorrelation:
     left_out: int  # number of people left out with the participant, 0 if not in the file
 
 
-def _open(path: Path) -> 'h5py.File':
-    """Open a file of sums; refused where it is not as it was written."""
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator['h5py.File']:
+    """Open a file of sums; refused where it is none of ours, or not as it was written."""
     import h5py
 
     check_contents(path, remedy='fit it again')
-    return h5py.File(path)
-
-
-def atlas_of(path: Path) -> str:
-    """Atlas of a file; refused where it is none of ours."""
     try:
-        with _open(path) as file:
-            return str(file.attrs['atlas'])
-    except (OSError, KeyError):
+        with h5py.File(path) as file:
+            yield file
+    except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError):
         raise BrainfmError(
             f'--covariance {path} is not a file that bids_brainfm OUT OUT group --covariance '
             f'wrote: check the path.'
         ) from None
+
+
+def atlas_of(path: Path) -> str:
+    """Atlas of a file; refused where it is none of ours."""
+    with _open(path) as file:
+        return str(file.attrs['atlas'])
 
 
 def choose(files: Sequence[Path], atlas: str) -> Path | None:
@@ -151,13 +155,18 @@ def choose(files: Sequence[Path], atlas: str) -> Path | None:
 def load(path: Path, participant: str, n_parcels: int) -> CohortCorrelation:
     """Read the correlation between parcels over the folds without a participant (``01``)."""
     with _open(path) as file:
+        (n_folds, *form), (n_people,) = file['sums'].shape, file['folds'].shape
+        if form[-1] != n_parcels:
+            raise BrainfmError(
+                f'--covariance {path} has {form[-1]} parcels, and the atlas {n_parcels}: fit it '
+                f'again.'
+            )
+        if form != [3, n_parcels, n_parcels] or n_folds > FOLDS or n_people > MOST:
+            raise ValueError('shape')
         sums = file['sums'][:]
         folds, people = file['folds'][:], list(file['participants'].asstr()[:])
-    if sums.shape[2] != n_parcels:
-        raise BrainfmError(
-            f'--covariance {path} has {sums.shape[2]} parcels, and the atlas {n_parcels}: fit it '
-            f'again.'
-        )
+        if len(people) != len(folds) or not np.isfinite(sums).all():
+            raise ValueError('values')
     own = folds[people.index(participant)] if participant in people else -1
     others = folds != own
     covariance = positive_definite(shrunk(sums[np.arange(len(sums)) != own].sum(0, dtype=float)))

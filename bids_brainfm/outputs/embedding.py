@@ -17,7 +17,6 @@ from bids_brainfm.config import Settings
 from bids_brainfm.models.gradient_table import read_gradients
 from bids_brainfm.models.spec import ModelSpec
 from bids_brainfm.outputs.products import Context
-from bids_brainfm.outputs.series import FILL_RULE
 from bids_brainfm.outputs.tasks import ModelTask, Place
 from bids_brainfm.outputs.words import WINDOW_COLUMNS, dimension_names, rows_of
 from bids_brainfm.reports.report import Figure
@@ -32,6 +31,10 @@ from bids_brainfm.signals.scale import (
     unusable,
 )  # fmt: skip
 
+FILL_RULE = (
+    'the series of the nearest parcel (by centroid, and of the same structure where the atlas '
+    'tells cortex from subcortex) with enough coverage'
+)
 FIGURES = {
     'windows': Figure('Windows',
         'Each bar is one window that the model saw; grey bars are excluded windows, hatching is '

@@ -16,10 +16,11 @@ import numpy as np
 from bids_brainfm.analyses import networks as analysis
 from bids_brainfm.analyses.knn import KnnResult, knn_protocol
 from bids_brainfm.bids import freshness
-from bids_brainfm.bids.dataset import SETTINGS, find_failure, iterate_records
+from bids_brainfm.bids.dataset import find_failure, iterate_records
 from bids_brainfm.bids.files import read_relmat, write_table
 from bids_brainfm.bids.naming import own_uri
 from bids_brainfm.bids.run import BoldRun
+from bids_brainfm.bids.settings import SETTINGS
 from bids_brainfm.models.gradient_table import read_gradients
 from bids_brainfm.outputs.outcome import Outcome, attempt
 from bids_brainfm.outputs.products import (

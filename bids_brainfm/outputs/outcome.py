@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bids_brainfm.bids.files import listed, write_text
+from bids_brainfm.bids.files import first_line, listed, write_text
 from bids_brainfm.bids.naming import failure_path
 from bids_brainfm.bids.run import BoldRun
 from bids_brainfm.errors import BrainfmError
@@ -69,6 +69,5 @@ def read_failures(output: Path, subject: str) -> list[Outcome]:
     outcomes = []
     for path in listed(output / f'sub-{subject}' / 'log', 'failed-*.txt'):
         run, _, step = path.stem.removeprefix('failed-').partition('_atlas-')
-        sentence = path.read_text(encoding='utf-8').partition('\n')[0]
-        outcomes.append(Outcome(run, f'atlas-{step}', sentence))
+        outcomes.append(Outcome(run, f'atlas-{step}', first_line(path)))
     return outcomes

@@ -15,18 +15,17 @@ import numpy as np
 
 from bids_brainfm.atlases.atlas import Atlas
 from bids_brainfm.bids import freshness
-from bids_brainfm.bids.dataset import (
+from bids_brainfm.bids.dataset import Record, iterate_records
+from bids_brainfm.bids.files import write_table
+from bids_brainfm.bids.naming import own_uri
+from bids_brainfm.bids.run import BoldRun
+from bids_brainfm.bids.settings import (
     SETTINGS,
-    Record,
     claim_settings,
-    iterate_records,
     record_path,
     recorded_digest,
     settings_digest,
 )
-from bids_brainfm.bids.files import write_table
-from bids_brainfm.bids.naming import own_uri
-from bids_brainfm.bids.run import BoldRun
 from bids_brainfm.config import Settings
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.models.spec import ModelSpec

@@ -11,7 +11,7 @@ from bids_brainfm.signals.order import nearness
 from bids_brainfm.signals.quality import distance_dependence, motion
 
 if TYPE_CHECKING:
-    from bids_brainfm.outputs.series import SeriesContext
+    from bids_brainfm.outputs.series_context import SeriesContext
 
 NAME = 'quality'
 FIGURES: dict[str, Figure] = {}

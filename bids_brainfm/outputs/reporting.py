@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bids_brainfm.bids.dataset import SETTINGS, Record, find_records, recorded_digest
+from bids_brainfm.bids.dataset import Record, find_records
 from bids_brainfm.bids.files import listed
 from bids_brainfm.bids.freshness import read_sidecar
 from bids_brainfm.bids.naming import join_name, parcels_name
+from bids_brainfm.bids.settings import SETTINGS, recorded_digest
 from bids_brainfm.outputs.outcome import read_failures
 from bids_brainfm.outputs.products import facts, report_figures
 from bids_brainfm.outputs.registry import BY_NAME, OF_SERIES, PRODUCTS, Product

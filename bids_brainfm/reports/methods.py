@@ -1,10 +1,12 @@
 """The methods text, for a paper."""
 
+import logging
 from pathlib import Path
 
-from bids_brainfm.bids.files import write_json, write_text
-from bids_brainfm.bids.freshness import read_sidecar
+from bids_brainfm.bids.files import listed, write_json, write_text
+from bids_brainfm.bids.freshness import read_sidecar, sealed
 
+LOGGER = logging.getLogger('bids_brainfm')
 DATA = Path(__file__).parents[1] / 'data' / 'reports'
 
 
@@ -16,7 +18,7 @@ def methods_path(output: Path) -> Path:
 def read_methods(output: Path) -> str:
     """Methods text of an output dataset, empty where there is none."""
     path = methods_path(output)
-    return path.read_text() if path.is_file() else ''
+    return path.read_text('utf-8', errors='backslashreplace') if path.is_file() else ''
 
 
 def write_methods(
@@ -32,7 +34,7 @@ def write_methods(
     own = {name: {'Text': text, 'References': list(c)} for name, (text, c) in parts.items()}
     if record:
         for name, part in own.items():
-            write_json(folder / f'{name}.json', part)
+            write_json(folder / f'{name}.json', sealed(part))
     written, parts_now = None, _recorded(folder) | own
     while written != parts_now:  # once more where another process has added its part meanwhile
         write_text(methods_path(output), _text(parts_now))
@@ -42,8 +44,13 @@ def write_methods(
 
 def _recorded(folder: Path) -> dict[str, dict]:
     """Recorded parts of the methods text, by name."""
-    parts = {path.stem: read_sidecar(path) for path in sorted(folder.glob('*.json'))}
-    return {name: part for name, part in parts.items() if part}
+    parts = {path: read_sidecar(path) for path in listed(folder, '*.json')}
+    for path in [path for path, part in parts.items() if part is None]:
+        LOGGER.warning(
+            '%s is damaged, so what it describes is not in the methods text: remove it, and run '
+            'the command that made these outputs again.', path,
+        )  # fmt: skip
+    return {path.stem: part for path, part in parts.items() if part is not None}
 
 
 def _text(parts: dict[str, dict]) -> str:

@@ -168,6 +168,8 @@ def _natural(value: str | None) -> list[int | str]:
 
     >>> sorted(['run-10', 'run-2', None], key=_natural)
     [None, 'run-2', 'run-10']
+    >>> _natural('run-²')
+    ['run-²']
     """
     parts = re.split(r'(\d+)', value or '')
-    return [int(part) if part.isdigit() else part for part in parts]
+    return [int(part) if part.isdecimal() else part for part in parts]

@@ -18,7 +18,7 @@ from bids_brainfm.signals.motion import (
     with_own_motion,
 )
 from bids_brainfm.signals.strategy import FD, CompCor, Strategy
-from bids_brainfm.validation import LARGEST
+from bids_brainfm.validation import LARGEST, is_number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -231,7 +231,8 @@ def _components(
                 'another --denoise.'
             )
         if wanted.variance:
-            explained = [entry[name].get('CumulativeVarianceExplained', 0) for name in found]
+            given: list[Any] = [entry[n].get('CumulativeVarianceExplained') for n in found]
+            explained = [float(value) if is_number(value) else 0.0 for value in given]
             if explained[-1] < wanted.variance:
                 raise BrainfmError(
                     f'The retained CompCor components of the {mask} mask in {tsv} explain '

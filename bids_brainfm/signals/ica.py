@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bids_brainfm.documents import ENCODING, read_tsv
+from bids_brainfm.documents import read_tsv
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.validation import LARGEST
 
@@ -55,10 +55,8 @@ def read_components(
 
 def _read_mixing(path: Path) -> tuple[np.ndarray, list[str]]:
     """Time courses (T, C) of all components and their names; MELODIC's have no header."""
-    import pandas as pd
-
     try:
-        frame = pd.read_csv(path, sep=r'\s+', header=None, encoding=ENCODING)
+        frame = read_tsv(path, sep=r'\s+', header=None)
         if frame.dtypes.iloc[0].kind not in 'if':
             frame = read_tsv(path)
         names = [f'{k + 1:02d}' if isinstance(k, int) else str(k) for k in frame.columns]
@@ -77,7 +75,11 @@ def _read_mixing(path: Path) -> tuple[np.ndarray, list[str]]:
 def _noise(path: Path, names: list[str], by_name: bool) -> np.ndarray:
     """(C,) bool, components that were rejected."""
     if path.suffix == '.csv':  # numbers from 1, separated by commas
-        numbers = [int(text) for text in re.findall(r'\d+', path.read_text())]
+        try:
+            text = path.read_text(encoding='utf-8-sig')
+        except (OSError, ValueError) as error:
+            raise BrainfmError(f'{path} cannot be read ({error}); copy it again.') from None
+        numbers = [int(digits[:9]) for digits in re.findall(r'\d+', text)]
         if numbers and max(numbers) > len(names):
             raise BrainfmError(
                 f'{path} names component {max(numbers)} of {len(names)}; use the tables of the '

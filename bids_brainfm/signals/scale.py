@@ -8,7 +8,7 @@ import numpy as np
 
 from bids_brainfm.documents import is_intact, read_json
 from bids_brainfm.errors import BrainfmError
-from bids_brainfm.validation import LARGEST, SMALLEST
+from bids_brainfm.validation import LARGEST, SMALLEST, is_number
 
 METHODS = ('none', 'run-robust', 'global-z', 'parcel-z', 'cohort', 'cohort-means')
 # What the statistics that a method needs are fitted on.
@@ -109,11 +109,9 @@ def _read(path: Path) -> ScaleStats:
             raise ValueError('its contents are not those that were written')
         name, statistic = content.pop('Atlas'), content.pop('Statistic', 'series')
         keys = ['Median', 'IQR'] + ['Lower', 'Upper'] * (statistic == 'series')
-        columns = [np.array(content.pop(key), dtype=float) for key in keys]
+        columns = [_numbers(content.pop(key), key) for key in keys]
         if not (isinstance(name, str) and isinstance(statistic, str)):
             raise TypeError('Atlas and Statistic must be text')
-        if any((np.abs(column) > LARGEST).any() for column in columns):
-            raise ValueError(f'it holds values beyond {LARGEST:g}')
     except KeyError as error:
         is_bound = error.args[0] in ('Lower', 'Upper')
         raise BrainfmError(
@@ -131,7 +129,7 @@ def _read(path: Path) -> ScaleStats:
     if version != readable:
         outdated = version == 1  # of temporal means
         raise BrainfmError(
-            f'The scale statistics {path} are of format {version}'
+            f'The scale statistics {path} are of format {version!r}'
             + f', without a grand mean of {GRAND_MEAN}' * outdated
             + f', and this bids_brainfm reads format {readable} of the {statistic}: '
             + 'update bids_brainfm, or ' * (not outdated)
@@ -140,6 +138,18 @@ def _read(path: Path) -> ScaleStats:
     median, iqr, *bounds = columns
     lower, upper = bounds or (None, None)
     return ScaleStats(median, iqr, name, lower, upper, statistic, content)
+
+
+def _numbers(values: Any, key: str) -> np.ndarray:
+    """One value for each parcel, NaN for null; raises ValueError for anything but numbers."""
+    if not isinstance(values, list):
+        raise ValueError(f'its {key} is no list')
+    for value in values:
+        if not (value is None or is_number(value)):
+            raise ValueError(
+                f'its {key} holds {value!r:.40}, which is no number up to {LARGEST:g}'
+            )
+    return np.array(values, dtype=float)
 
 
 def unusable(stats: ScaleStats) -> np.ndarray:

@@ -14,6 +14,7 @@ from bids_brainfm.validation import (
     Positive,
     PositiveInt,
     Proportion,
+    between,
     build,
     read_card,
 )
@@ -59,7 +60,8 @@ class MotionFilter:
     type: Literal['notch', 'lp']
     band_stop_min: Positive
     band_stop_max: Positive | None = None
-    order: PositiveInt = 4
+    # of more, numbers of double precision make no filter
+    order: Annotated[int, between(1, 20, 'above 0')] = 4
 
     def __post_init__(self) -> None:
         low, high = self.band_stop_min, self.band_stop_max

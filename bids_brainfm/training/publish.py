@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from bids_brainfm.bids.files import atomic, write_table
+from bids_brainfm.models.files import CONFIG_FILE
 from bids_brainfm.resources import sha256_of
 from bids_brainfm.training.cohort import Targets
 from bids_brainfm.training.engine import save_weights
@@ -26,7 +27,8 @@ def publish(session: Session, facts: dict[str, Any], how: str) -> Path:
     """Write the network in Hugging Face's layout, and its card, which goes to ``--model``."""
     settings, card, output = session.settings, session.spec.card, session.settings.output
     weights = output / 'model.safetensors'
-    with atomic(output / 'config.json') as temporary:
+    described = output / CONFIG_FILE
+    with atomic(described) as temporary:
         temporary.write_text(json.dumps(session.network.config, indent=2) + '\n')
     with atomic(weights) as temporary:
         save_weights(session.network, temporary)
@@ -52,7 +54,9 @@ def publish(session: Session, facts: dict[str, Any], how: str) -> Path:
         'description': f'{how} from {card.name} with bids_brainfm',
         'config': session.network.config,
         'licence': card.licence if started else 'not stated',
-        'weights': [{'name': weights.name, 'sha256': sha256_of(weights)}],
+        'weights': [
+            {'name': path.name, 'sha256': sha256_of(path)} for path in (described, weights)
+        ],
         'participants': {'name': PARTICIPANTS, 'sha256': sha256_of(output / PARTICIPANTS)},
         'training': training,
     }

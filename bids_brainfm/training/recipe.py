@@ -79,11 +79,6 @@ def _cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def recipe_names() -> list[str]:
-    """Names of the recipes that come with this package."""
-    return validation.card_names(FOLDER)
-
-
 def load_recipe(name: str | Path, **changes: object) -> Recipe:
     """Load a recipe by its name, or the user's own by its path.
 

@@ -93,8 +93,8 @@ def claim_output(settings: TrainingSettings) -> None:
     record = read_sidecar(path)
     if record is None:
         raise BrainfmError(
-            f'{path} is damaged, and says no longer with which settings the training was started: '
-            f'name another folder.'
+            f'{path} is damaged, so the settings of this training are not known: name another '
+            f'folder.'
         )
     if record.get('format') != FORMAT:
         raise BrainfmError(

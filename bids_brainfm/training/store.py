@@ -1,7 +1,6 @@
 """Series of a whole cohort as a model takes them: on disk, mapped, never all in memory."""
 
 import contextlib
-import json
 import multiprocessing
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from isal import isal_zlib
 
+from bids_brainfm.bids.files import write_json
 from bids_brainfm.bids.freshness import read_sidecar, sealed
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.training.cohort import CohortRun
@@ -86,9 +86,7 @@ def write_store(
         'format': FORMAT, 'parcels': parcels, 'runs': [asdict(run) for run in runs],
         'left_out': left_out,
     }  # fmt: skip
-    temporary = folder / f'.{INDEX}'
-    temporary.write_text(json.dumps(sealed(index)))
-    temporary.replace(folder / INDEX)
+    write_json(folder / INDEX, sealed(index))
 
 
 def _shard(folder: Path, number: int) -> tuple[Path, Path]:

@@ -1,4 +1,4 @@
-"""What nodes have done, item by item, told by the process that gives them the work.
+"""Progress of nodes, item by item, reported to the process that started them.
 
 A node works on many runs, in a worker process or on another machine. It writes a line into a file
 of the work folder for each of them, and for what it logs; a thread of the command reads these.
@@ -33,11 +33,11 @@ class Journal(logging.Handler):
         self.forwards = not LOGGER.handlers  # in a process whose log nobody else takes
 
     def write(self, name: str, error: str | None, seconds: float) -> None:
-        """Tell that an item is done, or why it failed."""
+        """Report that an item is done, or why it failed."""
         self._append(what=self.what, unit=self.unit, name=name, error=error, seconds=seconds)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Tell what was logged."""
+        """Forward what was logged."""
         self._append(level=record.levelno, message=record.getMessage())
 
     def _append(self, **entry: Any) -> None:
@@ -79,7 +79,7 @@ class Follower:
         self, kind: type[BaseException] | None, error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:  # fmt: skip
-        """Tell what is left to tell, and end."""
+        """Report what is left, and end."""
         self.ended.set()
         self.thread.join()
         for progress in self.progress.values():
@@ -105,9 +105,9 @@ class Follower:
             whole, newline, _ = file.read().rpartition(b'\n')  # the last line may be half written
         self.read[path.name] = begin + len(whole + newline)
         for line in whole.splitlines():
-            self._tell(json.loads(line))
+            self._report(json.loads(line))
 
-    def _tell(self, entry: dict[str, Any]) -> None:
+    def _report(self, entry: dict[str, Any]) -> None:
         if 'message' in entry:
             LOGGER.log(entry['level'], '%s', entry['message'])
             return

@@ -24,7 +24,7 @@ from bids_brainfm.workflows.nodes import EncodeRuns, MakeNetworks, MakeSeries, W
 from bids_brainfm.workflows.plan import AtlasPlan, ModelPlan, Plan
 
 T = TypeVar('T')
-JOURNAL = 'journal'  # folder in the work folder, where nodes tell what they have done
+JOURNAL = 'journal'  # folder in the work folder, where nodes report what they have done
 END = 'all_done'  # name of the node before the reports
 NODES_PER_WORKER = 4
 MOST_ITEMS = 50  # of a node: what is lost of the time of a job that does not end

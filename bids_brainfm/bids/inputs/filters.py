@@ -55,7 +55,7 @@ def _same(found: str | None, wanted: Any) -> bool:
     if wanted == '*':
         return True
     text = str(wanted)
-    return int(found) == int(text) if found.isdigit() and text.isdigit() else found == text
+    return int(found) == int(text) if found.isdecimal() and text.isdecimal() else found == text
 
 
 def check_names(names: Collection[str], root: Path) -> None:

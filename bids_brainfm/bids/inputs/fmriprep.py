@@ -32,6 +32,7 @@ MASKS = ('desc-brain_mask.nii.gz', 'desc-brain_mask.nii')
 # Up to 20.1 fMRIPrep called the table of confounds regressors
 CONFOUNDS = ('desc-confounds_timeseries.tsv', 'desc-confounds_regressors.tsv')
 EXTENSIONS = ('.dtseries.nii', '.nii.gz', '.nii')  # the first is read where there are several
+TRACES = ('boldref', 'mask', 'preproc')  # suffixes of images that lie next to the series
 OF_FILES = {'datatype', 'extension', 'part', 'suffix', *VERSION_ENTITIES} | {
     LONG_NAMES[key] for key in VERSION_ENTITIES if key in LONG_NAMES
 }
@@ -102,7 +103,8 @@ def _is_image(file: File) -> bool:
 
 def _is_trace(file: File) -> bool:
     """Whether a file shows that fMRIPrep has processed a recording."""
-    return file.suffix in ('boldref', 'preproc') or file.entities.get('desc') == 'confounds'
+    shows = file.suffix in TRACES or file.entities.get('desc') == 'confounds'
+    return shows and 'task' in file.entities
 
 
 def _old_images(folder: Folder) -> list[File]:
@@ -112,10 +114,11 @@ def _old_images(folder: Folder) -> list[File]:
 
 
 def _check_label(stem: str) -> None:
-    if not re.fullmatch('[A-Za-z0-9_+-]+', stem):  # it becomes part of paths and of pages
+    # it becomes part of paths and of pages
+    if not re.fullmatch('[A-Za-z0-9_+-]+', stem) or '-_' in f'{stem}_':
         raise BrainfmError(
-            'its name has other characters than letters and digits in a label, which BIDS does '
-            'not allow: rename its files.'
+            'its name has a label that is empty, or has other characters than letters and digits, '
+            'which BIDS does not allow: rename its files.'
         )
 
 
@@ -134,8 +137,8 @@ def _choose(files: list[File], spaces: tuple[str, ...]) -> tuple[File, list[str]
     best, *others = [f for f in ranked if f.entities['space'] == ranked[0].entities['space']]
     if others and _preference(best, spaces) == _preference(others[0], spaces):
         raise BrainfmError(
-            f'{best.path} and {others[0].path.name} are both a series of this run, and nothing '
-            f'tells which one to read: choose with --bids-filter-file, or move one away.'
+            f'{best.path} and {others[0].path.name} are both a series of this run, and no rule '
+            f'prefers one of them: choose with --bids-filter-file, or move one away.'
         )
     return best, _notes([best, *others])
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping
 
-from bids_brainfm.bids.inputs.listing import File, Folder, parse_file
+from bids_brainfm.bids.inputs.listing import File, Folder, is_regular, parse_file
 from bids_brainfm.bids.naming import join_name
 
 # What the names of some files leave out: an image without part is the magnitude
@@ -74,7 +74,8 @@ def sidecars(bold: File, folder: Folder) -> list[File]:
             for name in (f'{stem}.json', f'{stem}.dtseries.json')
             if name in level.names
         ]
-        found += best or _most_specific(bold, level.files)
+        names = [name for name in level.names if name.endswith('.json')]
+        found += best or _most_specific(bold, [parse_file(level.path, name) for name in names])
     return found
 
 
@@ -83,7 +84,8 @@ def _most_specific(bold: File, files: Iterable[File]) -> list[File]:
     fitting = [
         file
         for file in files
-        if file.suffix == bold.suffix
+        if is_regular(file)
+        and file.suffix == bold.suffix
         and file.extension == '.json'
         and contains(bold.entities, file.entities)
     ]
