@@ -18,6 +18,7 @@ from bids_brainfm.bids import claims
 from bids_brainfm.bids.description import generators, read_description
 from bids_brainfm.bids.files import as_plain, create, write_text
 from bids_brainfm.bids.freshness import damage, read_sidecar, sidecar_path
+from bids_brainfm.bids.inputs.listing import abridge
 from bids_brainfm.bids.naming import OUTPUT_ENTITIES, failure_path, join_name, parse_name
 from bids_brainfm.documents import read_tsv
 from bids_brainfm.errors import BrainfmError
@@ -251,8 +252,8 @@ def check_participants(datasets: dict[str, Path], participants: Collection[str])
         )
     if unknown:
         raise BrainfmError(
-            f'There is no participant {", ".join(unknown)} in {where}; it has '
-            f'{", ".join(sorted(known))}.'
+            f'There is no participant {abridge(unknown)} in {where}; it has '
+            f'{abridge(sorted(known))}.'
         )
 
 
