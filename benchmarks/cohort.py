@@ -44,7 +44,7 @@ def write_inputs(data: Path, subject: str, labels: list[str], folder: Path) -> N
 
 
 def write_outputs(first: str, labels: list[str], out: Path) -> None:
-    """Write outputs of all participants as those of the first: sidecars are copied, data linked."""
+    """Write outputs of all participants as those of the first: sidecars copied, data linked."""
     from bids_brainfm.bids.files import write_json
     from bids_brainfm.bids.freshness import sealed
 
