@@ -44,7 +44,10 @@ def write_inputs(data: Path, subject: str, labels: list[str], folder: Path) -> N
 
 
 def write_outputs(first: str, labels: list[str], out: Path) -> None:
-    """Write outputs of all participants as those of the first: text is copied, data are linked."""
+    """Write outputs of all participants as those of the first: sidecars copied, data linked."""
+    from bids_brainfm.bids.files import write_json
+    from bids_brainfm.bids.freshness import sealed
+
     own = [path for path in (out / f'sub-{first}').rglob('*') if path.is_file()]
     for label in labels:
         for path in own:
@@ -52,7 +55,8 @@ def write_outputs(first: str, labels: list[str], out: Path) -> None:
             copy = out / name
             copy.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix == '.json':
-                copy.write_text(path.read_text().replace(f'sub-{first}', f'sub-{label}'))
+                text = path.read_text().replace(f'sub-{first}', f'sub-{label}')
+                write_json(copy, sealed(json.loads(text)))
             else:
                 os.link(path, copy)
 

@@ -1,6 +1,7 @@
 """How far long work is: a bar on a terminal, and lines with counts and time left in the log."""
 
 import logging
+import threading
 import time
 from collections.abc import Collection, Iterator
 from types import TracebackType
@@ -8,11 +9,15 @@ from typing import Any, Self, TypeVar
 
 LOGGER = logging.getLogger('bids_brainfm')
 FIRST, EVERY = 1.0, 60.0  # seconds until the first line, and between lines
+TICK = 0.5  # seconds between two looks whether a line is due
 T = TypeVar('T')
 
 
 class Progress:
-    """Count what is done of `total`; `what` says of the bar and of the lines what it is."""
+    """Count what is done of `total`; bar and lines begin with `what`.
+
+    As a context manager it also writes lines while nothing is finished for a long time.
+    """
 
     def __init__(self, total: int, what: str, unit: str = 'run') -> None:
         from tqdm import tqdm
@@ -20,26 +25,34 @@ class Progress:
         self.total, self.what, self.unit, self.done = total, what, unit, 0
         self.started = time.monotonic()
         self.next = self.started + FIRST
+        self.lock, self.ended = threading.Lock(), threading.Event()
         self.bar: Any = tqdm(total=total, desc=what, unit=unit, disable=None)
 
     def update(self, n: int = 1) -> None:
         """Add what has been done since; with 0 only write the line that is due."""
-        self.done += n
-        self.bar.update(n)
-        now = time.monotonic()
-        if now >= self.next:
+        with self.lock:
+            self.done += n
+            self.bar.update(n)
+            now = time.monotonic()
+            if now < self.next:
+                return
             self.next = now + EVERY
-            LOGGER.info('%s: %d of %d %ss%s', self.what, self.done, self.total, self.unit,
-                        self._left(now - self.started))  # fmt: skip
+        LOGGER.info('%s: %d of %d %ss%s', self.what, self.done, self.total, self.unit,
+                    self._left(now - self.started))  # fmt: skip
 
     def _left(self, seconds: float) -> str:
-        if not self.done:
+        if self.done in (0, self.total):
             return ''
         left = seconds / self.done * (self.total - self.done)
         return f', about {duration(left)} left'
 
+    def _tick(self) -> None:
+        while not self.ended.wait(TICK):
+            self.update(0)
+
     def __enter__(self) -> Self:
-        """Return itself."""
+        """Begin to write the lines that are due."""
+        threading.Thread(target=self._tick, daemon=True).start()
         return self
 
     def __exit__(
@@ -47,6 +60,7 @@ class Progress:
         traceback: TracebackType | None,
     ) -> None:  # fmt: skip
         """Close the bar."""
+        self.ended.set()
         self.bar.close()
 
 

@@ -199,6 +199,7 @@ def test_figures_are_small_sound_and_the_same_again(xyz, name, tmp_path):
     settings = dict(matplotlib.rcParams)
     first = save(draw(name, ordinary(xyz)[name]), tmp_path / f'{name}.svg').read_bytes()
     assert len(first) < 800_000
+    assert b'mathdefault' not in first  # formulas are shown as they are
     ElementTree.fromstring(first)
     ids = re.findall(rb' id="([^"]+)"', first)
     assert len(ids) == len(set(ids))

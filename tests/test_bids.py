@@ -162,6 +162,10 @@ def test_only_the_participants_that_are_asked_for_are_listed(tmp_path):
         check_participants({'a': root}, ('03', '01'))
     other = make_tree(tmp_path / 'e', f'sub-03_task-rest_{mni}')
     check_participants({'a': root, 'b': other}, ('03', '01'))
+    for i in range(20):
+        (root / f'sub-x{i:02}').mkdir()
+    with pytest.raises(BrainfmError, match=r'has 01, 011, 02, x00, x01 and 18 more\.$'):
+        check_participants({'a': root}, ('03',))
 
 
 def test_filters_of_fmriprep(tmp_path):

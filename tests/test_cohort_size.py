@@ -133,7 +133,8 @@ def test_node_in_another_process_writes_what_it_logs(tmp_path, monkeypatch):
         journal.write('sub-01', None, 1.5)
     assert LOGGER.handlers == []
     (file,) = tmp_path.iterdir()
-    first, second = map(json.loads, file.read_text().splitlines())
+    begin, first, second = map(json.loads, file.read_text().splitlines())
+    assert begin == {'what': 'networks', 'unit': 'participant'}
     assert first == {'level': logging.WARNING, 'message': 'few volumes'}
     assert (second['name'], second['error'], second['seconds']) == ('sub-01', None, 1.5)
 
@@ -170,6 +171,17 @@ def test_progress_tells_after_a_second_and_then_every_minute(log, monkeypatch):
         'Runs: 242 of 400 runs, about 79 s left',
         'Runs: 362 of 400 runs, about 19 s left',
     ]
+
+
+def test_progress_is_shown_while_the_first_run_is_not_finished(log, tmp_path, monkeypatch):
+    """In this process, and where a node elsewhere has begun."""
+    monkeypatch.setattr(progress, 'FIRST', 0.1)
+    monkeypatch.setattr(progress, 'TICK', 0.05)
+    with progress.Progress(40, 'Encoding'):
+        time.sleep(0.4)
+    with Follower(tmp_path, {'parcel series': 40}), Journal(tmp_path, 'parcel series', 'run'):
+        time.sleep(0.7)
+    assert log == ['Encoding: 0 of 40 runs', 'Parcel series: 0 of 40 runs']
 
 
 def test_signal_that_python_dropped_is_seen_while_workers_are_waited_for(monkeypatch):

@@ -395,7 +395,9 @@ def test_datasets_are_found_or_what_is_there_is_listed(tmp_path):
     with pytest.raises(BrainfmError, match=r'there is one in fmriprep-24.1'):
         read_description(tmp_path / 'derivatives')
     describe(tmp_path)
-    with pytest.raises(BrainfmError, match=r'with fmriprep-24.1 in its derivatives.*fmriprep=/'):
+    (tmp_path / 'derivatives' / 'aroma').mkdir()  # comes first
+    listed = r'with aroma, fmriprep-24.1 in its derivatives.*fmriprep=/.*/fmriprep-24.1\.$'
+    with pytest.raises(BrainfmError, match=listed):
         find_datasets(tmp_path, {})
     (func / f'{STEM}_bold.nii.gz').touch()  # as in raw data
     with pytest.raises(BrainfmError, match='raw BIDS dataset'):

@@ -623,7 +623,7 @@ def test_groups_are_subtracted(done, tmp_path):
     for options, said in (
         (('--participant-label', '77'), 'no participant 77'),
         (('--task-id', 'nback'), 'no attention maps of nback'),
-        (('--participant-label', '01'), 'is of sex M; there are F'),
+        (('--participant-label', '01'), 'is of sex M; the maps are of F'),
     ):
         refused = command(out, out, '--contrast', 'sex', 'F', 'M', *options, level='group')
         assert refused.returncode == 2
@@ -698,7 +698,7 @@ def test_conditions_are_subtracted_within_participants(done, tmp_path):
     ('contrast', 'said'),
     [
         (('sex', 'F', 'M'), 'no participants.tsv has a column sex'),
-        (('task', 'rest', 'nback'), 'is of task nback; there are rest'),
+        (('task', 'rest', 'nback'), 'is of task nback; the maps are of rest'),
         (('trait', 'high', 'low'), 'is of trait high or low'),
         (('task', 'rest', 'rest'), 'subtracts rest from itself'),
     ],

@@ -473,6 +473,7 @@ def test_model_figures_are_small_and_the_same_again(order, tmp_path):
     for name, figure in draw.items():
         first = save(figure(), tmp_path / f'{name}.svg').read_bytes()
         assert len(first) < 400_000
+        assert b'mathdefault' not in first  # formulas are shown as they are
         assert save(figure(), tmp_path / f'{name}.svg').read_bytes() == first
 
 

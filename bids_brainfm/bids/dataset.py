@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 from bids_brainfm.bids.description import generators, read_description
 from bids_brainfm.bids.files import first_line
 from bids_brainfm.bids.freshness import damage, read_sidecar, sidecar_path
+from bids_brainfm.bids.inputs.listing import abridge
 from bids_brainfm.bids.naming import OUTPUT_ENTITIES, failure_path, join_name, parse_name
 from bids_brainfm.bids.settings import SETTINGS
 from bids_brainfm.documents import read_tsv
@@ -243,8 +244,8 @@ def check_participants(datasets: dict[str, Path], participants: Collection[str])
         )
     if unknown:
         raise BrainfmError(
-            f'There is no participant {", ".join(unknown)} in {where}; it has '
-            f'{", ".join(sorted(known))}.'
+            f'There is no participant {abridge(unknown)} in {where}; it has '
+            f'{abridge(sorted(known))}.'
         )
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger('bids_brainfm')
 FORM = logging.Formatter('%(asctime)s %(levelname)s %(message)s', '%Y-%m-%d %H:%M:%S')
+MOST_REPORTS = 10  # that are named at the end
 # Keeps libraries from looking for anything on the network; workers inherit it
 OFFLINE = {'HF_HUB_OFFLINE': '1', 'TEMPLATEFLOW_AUTOUPDATE': 'off'}
 
@@ -340,9 +341,12 @@ def conclude(plan: 'Plan', crashed: Exception | None, seconds: float) -> int:
             reason = f'unexpected {type(crashed).__name__}: {reason}'
             reason += f' (crash files are in {output}/logs)'
         LOGGER.error('Stopped: %s', reason)
-    for report in (output / f'sub-{subject}.html' for subject in plan.subjects):
-        if report.is_file():
-            LOGGER.info('Report: %s', report)
+    pages = [output / f'sub-{subject}.html' for subject in plan.subjects]
+    reports = [page for page in pages if page.is_file()]
+    for report in reports[:MOST_REPORTS]:
+        LOGGER.info('Report: %s', report)
+    if len(reports) > MOST_REPORTS:
+        LOGGER.info('and %d more reports in %s', len(reports) - MOST_REPORTS, output)
     runs = {run.name for atlas in plan.atlases for run in atlas.runs}
     counts = count(len(runs), 'run'), count(len(failures), 'failure')
     end = 'Finished' if crashed is None else 'Stopped'

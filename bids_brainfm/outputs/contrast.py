@@ -105,7 +105,7 @@ def sides(
     if missing := [level for level, people in found.items() if not people]:
         raise BrainfmError(
             f'--contrast {column} {a} {b}: no attention map of {group.label} is of {column} '
-            f'{" or ".join(missing)}; there are {", ".join(sorted(known))}.'
+            f'{" or ".join(missing)}; the maps are of {", ".join(sorted(known))}.'
         )
     people = [set(found[level]) for level in (a, b)]
     if paired:

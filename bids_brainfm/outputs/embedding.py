@@ -270,11 +270,12 @@ def _warnings(
         )
     if (left := windows.left_over) > 0:
         warnings.append(f'The last {left:.1f} s of the run are in no window of {spec.label}.')
-    if (windows.real < 1).any():
+    if number := int((windows.real < 1).sum()):
+        verb = 'is' if number == 1 else 'are'
         how = 'pad' if contract.short_runs == 'refuse' else contract.short_runs
         warnings.append(
-            f'{(windows.real < 1).sum()} window(s) of {spec.label} are not all recorded signal '
-            f'(completed as by --short-runs {how}; at least {windows.real.min():.0%} recorded).'
+            f'{number} of {len(windows.data)} windows of {spec.label} {verb} recorded in part '
+            f'only, down to {windows.real.min():.0%}, and completed as by --short-runs {how}.'
         )
     return warnings
 

@@ -45,7 +45,9 @@ class Journal(logging.Handler):
         self.file.flush()
 
     def __enter__(self) -> Self:
-        """Take the log where nobody else does."""
+        """Tell that the node begins, and take the log where nobody else does."""
+        if self.what:
+            self._append(what=self.what, unit=self.unit)
         if self.forwards:
             LOGGER.addHandler(self)
             LOGGER.setLevel(logging.INFO)
@@ -111,12 +113,12 @@ class Follower:
         if 'message' in entry:
             LOGGER.log(entry['level'], '%s', entry['message'])
             return
-        what, name, error = entry['what'], entry['name'], entry['error']
-        total = self.totals[what]
+        what, total = entry['what'], self.totals[entry['what']]
         if what not in self.progress:
             self.progress[what] = Progress(total, what.capitalize(), entry['unit'])
-            self.progress[what].started -= entry['seconds']
-        progress = self.progress[what]
+        if 'name' not in entry:  # a node begins
+            return
+        progress, name, error = self.progress[what], entry['name'], entry['error']
         head = f'[{progress.done + 1}/{total}]'
         if error:
             sentence = error if error.startswith(name) else f'{name}: {error}'

@@ -98,9 +98,11 @@ def find_datasets(bids_dir: Path, derivatives: dict[str, str]) -> dict[str, Path
         return {'preprocessed': bids_dir}
     lack = f'{bids_dir} is a raw BIDS dataset without derivatives/{" or ".join(folders)}'
     if others := sorted((bids_dir / 'derivatives').glob('*/')):
+        similar = [path for path in others if any(name in path.name for name in folders)]
+        example = similar[0] if similar else 'PATH'
         raise BrainfmError(
             f'{lack}, but with {abridge([path.name for path in others])} in its derivatives: name '
-            f'the output of fMRIPrep, as in --derivatives fmriprep={others[0]}.'
+            f'the output of fMRIPrep with --derivatives fmriprep={example}.'
         )
     raise BrainfmError(
         f'{lack}: run fMRIPrep first, or name its output with --derivatives fmriprep=PATH.'

@@ -40,7 +40,9 @@ def order_check(correlations: dict[str, float], gradients: np.ndarray, fc: np.nd
     title = f'{len(values)} pairs of parcels: r = {correlations[AS_READ]:.2f}'
     axes.set(xlabel='proximity in gradient space (minus the distance)', title=title)
     axes.set_ylabel('connectivity (Pearson r)')
-    figure.colorbar(picture, ax=axes, shrink=0.8, aspect=25, pad=0.01, label='pairs')
+    bar = figure.colorbar(picture, ax=axes, shrink=0.8, aspect=25, pad=0.01, label='pairs',
+                          format='{x:.0f}')  # fmt: skip
+    bar.ax.yaxis.set_minor_formatter('')  # Matplotlib's own writes powers of ten as formulas
 
     names, heights = list(correlations), list(correlations.values())
     row = np.arange(len(names))
