@@ -16,7 +16,7 @@ from bids_brainfm.outputs import encoding, series
 from bids_brainfm.outputs.outcome import Outcome
 from bids_brainfm.workflows.execution import execute
 from bids_brainfm.workflows.journal import Follower, Journal
-from bids_brainfm.workflows.participant import init_participant_wf, portions
+from bids_brainfm.workflows.participant import add_reports, init_participant_wf, portions
 from bids_brainfm.workflows.plan import AtlasPlan, ModelPlan, Plan
 from bids_brainfm.workflows.plugins import MultiProc
 from bids_brainfm.workflows.resolve import denoising, resolve_models
@@ -60,6 +60,20 @@ def plan_of(tmp_path, number):
     work = tmp_path / 'work'
     work.mkdir()
     return Plan(settings, '1', {}, work, [atlas])
+
+
+@pytest.mark.parametrize(('people', 'nodes', 'here'), [(3, 1, True), (120, 4, False)])
+def test_many_reports_are_written_by_workers(tmp_path, people, nodes, here):
+    """A few take less time in the process of the command than a worker takes to start."""
+    plan = plan_of(tmp_path, 1)
+    workflow = init_participant_wf(plan)
+    add_reports(workflow, plan, [f'{number:05d}' for number in range(people)], {})
+    names = [name for name in workflow.list_node_names() if name.startswith('reports')]
+    made = [workflow.get_node(name) for name in names]
+    assert len(made) == nodes
+    assert [node.run_without_submitting for node in made] == [here] * nodes
+    subjects = [subject for node in made for _, subject in node.inputs.items]
+    assert subjects == [f'{number:05d}' for number in range(people)]
 
 
 @pytest.mark.parametrize(

@@ -85,14 +85,20 @@ def init_participant_wf(plan: Plan) -> LiterateWorkflow:
 def add_reports(
     workflow: LiterateWorkflow, plan: Plan, subjects: Sequence[str], software: dict[str, str]
 ) -> None:
-    """Add the node that writes the reports of participants; `software` are versions, for these."""
-    items = [(plan.settings.output_dir, subject) for subject in subjects]
-    write = WriteReports(
-        items=items, task=software, stop=plan.settings.stop_on_first_crash,
-        journal=plan.work / JOURNAL,
-    )  # fmt: skip
-    node = pe.Node(write, 'reports', run_without_submitting=True)
-    workflow.connect(workflow.get_node(END), 'out', node, 'after')
+    """Add nodes that write the reports of participants; `software` are versions, for these.
+
+    A few reports take less time in this process than a worker takes to start.
+    """
+    settings, few = plan.settings, len(subjects) <= MOST_ITEMS
+    items = [(settings.output_dir, subject) for subject in subjects]
+    for number, own in enumerate([items] if few else portions(items, settings)):
+        write = WriteReports(
+            items=own, task=software, stop=settings.stop_on_first_crash,
+            journal=plan.work / JOURNAL,
+        )  # fmt: skip
+        name = node_name('reports', str(number))
+        node = pe.Node(write, name, mem_gb=0.5, run_without_submitting=few)
+        workflow.connect(workflow.get_node(END), 'out', node, 'after')
 
 
 def _gather(name: str, ends: list[tuple[pe.Node, str]], workflow: LiterateWorkflow) -> pe.Node:
