@@ -129,8 +129,8 @@ def test_array_over_participants(study, reference):
 def test_task_that_is_put_back_into_the_queue(study, reference):
     """As after preemption: a task that is killed amid its work goes on when it starts again."""
     job = submit(study, TASKS, 'participants.sbatch')
-    # The connectome is the last of what is made without a model
-    wait_until(lambda: list(study.parent.glob('out/sub-01/func/*_relmat.json')), study)
+    # The quality metrics are the last of what is made without a model
+    wait_until(lambda: list(study.parent.glob('out/sub-01/func/*_desc-quality_bold.json')), study)
     assert run('scontrol', 'requeue', f'{job}_1', cwd=study).returncode == 0
     pending = ('squeue', '-h', '-t', 'PENDING', '-j', f'{job}_1')
     wait_until(lambda: run(*pending, cwd=study).stdout, study)
@@ -178,7 +178,7 @@ def test_chain_after_fmriprep(study, data, reference):
 
 
 def test_plugin(data, reference, tmp_path, monkeypatch):
-    """Nipype sends the nodes to Slurm, also where nobody has told it the user's name."""
+    """Nipype sends the nodes to Slurm, also where the user's name is unknown."""
     monkeypatch.delenv('LOGNAME', raising=False)
     plugin = tmp_path / 'slurm.yml'
     plugin.write_text('plugin: SLURM\nplugin_args:\n  sbatch_args: --mem=1G --cpus-per-task=2\n')
@@ -191,4 +191,4 @@ def test_plugin(data, reference, tmp_path, monkeypatch):
     # the scripts' jobs have names of their own
     jobs = run('squeue', '-h', '-t', 'all', '-o', '%j', cwd=tmp_path).stdout.split()
     jobs = [name for name in jobs if not name.startswith(('brainfm', 'fmriprep'))]
-    assert sorted(jobs) == ['encode', *(f'series_sub_{label}_task_rest' for label in LABELS)]
+    assert sorted(jobs) == ['encode', *(f'series_{number}' for number in range(len(LABELS)))]
