@@ -201,7 +201,7 @@ def documents(simulated):
     """Every kind of JSON and YAML file that is read: its content, and what reads it."""
     from bids_brainfm.atlases import cards as atlases
     from bids_brainfm.bids.description import generators, read_description
-    from bids_brainfm.bids.inputs import read_filters
+    from bids_brainfm.bids.inputs.filters import read_filters
     from bids_brainfm.bids.run import BoldRun, repetition_time, start_time
     from bids_brainfm.models.cards import load_card
     from bids_brainfm.models.weights import build, read_config
