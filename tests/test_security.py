@@ -116,8 +116,8 @@ def test_names_of_files_that_are_none_of_bids(dataset, tmp_path, app, capfd):
     out = tmp_path / 'out'
     assert app(dataset, out) == 1
     said = capfd.readouterr().err
-    assert f'Failed: sub-01_{hostile}: its name has other characters' in said
-    assert f'Failed: {folder.parent.name}_task-rest: its name has other characters' in said
+    assert f'Failed: sub-01_{hostile}: its name has a label that is empty' in said
+    assert f'Failed: {folder.parent.name}_task-rest: its name has a label that is empty' in said
     assert len(list(out.rglob('*brainlmdemo_embedding.tsv'))) == 2
     assert not list(tmp_path.rglob('*escaped'))
     pages = list(out.glob('*.html'))
