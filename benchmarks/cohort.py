@@ -1,4 +1,4 @@
-"""What the command costs beside its work, by the number of runs: time and memory must be linear.
+"""Overhead of the command by the number of runs; its time and memory must grow linearly.
 
 Each participant has one run, links to the same files. Four phases, each in a process of its own:
 
@@ -12,7 +12,7 @@ Limits at 2,000 runs: 5 ms a run to plan, 5 ms a run to schedule, 15 s for an al
 
     python benchmarks/cohort.py DATA [--runs 100 1000 10000]
 
-DATA is a dataset as ``bids_brainfm_models demo`` writes it; its first participant is copied.
+DATA is a dataset as ``bids_brainfm_demo`` writes it; its first participant is copied.
 """
 
 import argparse

@@ -53,6 +53,11 @@ def checksum_of(content: Mapping[str, Any]) -> str:
     """CRC-32 of the content of a JSON file, whatever its layout, without its own checksum."""
     others = {key: value for key, value in content.get(CHECKSUMS, {}).items() if key != '.json'}
     text = json.dumps(dict(content) | {CHECKSUMS: others}, sort_keys=True)
+    return text_checksum(text)
+
+
+def text_checksum(text: str) -> str:
+    """CRC-32 of a text, eight hexadecimal digits."""
     return f'{isal_zlib.crc32(text.encode()):08x}'
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 BROKEN: tuple[type[Exception], ...] = (
     EOFError, zlib.error, cast(type[Exception], isal_zlib.error)
 )  # fmt: skip
+UNREADABLE: tuple[type[Exception], ...] = (OSError, *BROKEN)
 CHUNK = 1 << 17  # bytes of a compressed file that are read at once; longer than a gzip header
 MAGIC = b'\x1f\x8b'  # begins each member of a gzip stream
 MOST_INFLATED = 1032  # times as many bytes as a deflate stream has, at most (zlib's manual)
@@ -139,7 +140,7 @@ def _check_extensions(path: Path) -> None:
         start = stream.read(nib.Nifti2Header.sizeof_hdr)
     kinds = (nib.Nifti1Header, nib.Nifti2Header)
     kind = next((kind for kind in kinds if kind.may_contain_header(start)), None)
-    if kind is None:  # no NIfTI file, which nibabel says better
+    if kind is None:  # no NIfTI file, which nibabel explains better
         return
     header = kind(start[: kind.sizeof_hdr], check=False)
     position, end = kind.sizeof_hdr + 4, float(header['vox_offset'])
@@ -174,7 +175,7 @@ def read_values(image: 'Image') -> np.ndarray:
             if stream.readinto(values.view(np.uint8).data) < values.nbytes:
                 raise EOFError('it ends early')
             drain(stream)
-    except (OSError, EOFError, zlib.error, cast(type[Exception], isal_zlib.error)) as error:
+    except UNREADABLE as error:
         raise BrainfmError(
             f'{path} is truncated or damaged ({_reason(error)}); copy the file again.'
         ) from error

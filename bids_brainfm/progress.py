@@ -4,7 +4,6 @@ import logging
 import threading
 import time
 from collections.abc import Collection, Iterator
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 LOGGER = logging.getLogger('bids_brainfm')
@@ -47,7 +46,7 @@ class Progress:
         return f', about {duration(left)} left'
 
     def _tick(self) -> None:
-        while not self.ended.wait(TICK):
+        while self.done < self.total and not self.ended.wait(TICK):
             self.update(0)
 
     def __enter__(self) -> Self:
@@ -55,10 +54,7 @@ class Progress:
         threading.Thread(target=self._tick, daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:  # fmt: skip
+    def __exit__(self, *_: object) -> None:
         """Close the bar."""
         self.ended.set()
         self.bar.close()

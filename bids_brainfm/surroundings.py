@@ -1,4 +1,4 @@
-"""What a command finds around it: streams, encoding, folders. A run does not stop for these."""
+"""Standard streams, text encoding and temporary folders, which must not stop a run."""
 
 import contextlib
 import errno

@@ -123,15 +123,15 @@ def test_scheduling_is_linear_and_tells_of_each_run(tmp_path, log, monkeypatch):
     with pytest.raises(RuntimeError, match='unreadable'):
         execute(init_participant_wf(plan), plan)
     assert time.perf_counter() - started < 20
-    told = sorted(line.partition('] ')[2] for line in log if line.startswith('['))
-    assert len(told) == 60
-    assert told[1:3] == ['sub-00001_task-rest: unreadable', 'sub-00002_task-rest: no mask.']
-    assert all(': parcel series written (' in line for line in (told[0], *told[3:]))
+    reported = sorted(line.partition('] ')[2] for line in log if line.startswith('['))
+    assert len(reported) == 60
+    assert reported[1:3] == ['sub-00001_task-rest: unreadable', 'sub-00002_task-rest: no mask.']
+    assert all(': parcel series written (' in line for line in (reported[0], *reported[3:]))
     assert not encoded
 
 
 def test_runs_that_failed_are_not_encoded(tmp_path):
-    """Their failures are on record in the output folder; nothing else tells the encoder."""
+    """Their failures are on record in the output folder; the encoder learns of them there."""
     (atlas,) = plan_of(tmp_path, 2).atlases
     (model,) = atlas.models
     for run in atlas.runs:
@@ -153,7 +153,7 @@ def test_node_in_another_process_writes_what_it_logs(tmp_path, monkeypatch):
     assert (second['name'], second['error'], second['seconds']) == ('sub-01', None, 1.5)
 
 
-def test_journals_are_told_line_by_line(tmp_path, log):
+def test_journals_are_reported_line_by_line(tmp_path, log):
     """Half a line waits for its end, and a folder that goes away is no reason to stop."""
     entry = {'what': 'networks', 'unit': 'participant', 'name': 'sub-01', 'error': None}
     one = json.dumps(entry | {'seconds': 1.5}) + '\n'
@@ -170,8 +170,12 @@ def test_journals_are_told_line_by_line(tmp_path, log):
                 time.sleep(0.5)
         shutil.rmtree(tmp_path / 'journal')
         time.sleep(0.3)
-    told = [line for line in log if ' left' not in line]
-    assert told == ['few', '[1/2] sub-01: networks written (1.5 s)', '[2/2] sub-02: none found']
+    reported = [line for line in log if ' left' not in line]
+    assert reported == [
+        'few',
+        '[1/2] sub-01: networks written (1.5 s)',
+        '[2/2] sub-02: none found',
+    ]
 
 
 def test_progress_tells_after_a_second_and_then_every_minute(log, monkeypatch):

@@ -93,11 +93,13 @@ def test_numbers_are_those_of_the_other_volumes(tmp_path, fault, place, kind):
 
 
 def test_whole_runs_have_none():
-    """Nor have series about zero, a spike of motion, or bright volumes at the start."""
+    """Nor have series about zero, a spike of motion, bright volumes at the start, or even ones."""
     rng = np.random.default_rng(0)
     data = simulated_run()[0].reshape(-1, T).T
     assert not without_signal(data).any()
     assert not without_signal(data - data.mean(axis=0)).any()
+    even = 9000 + np.linspace(0.01, 100, T)[:, None] * rng.standard_normal(data.shape)
+    assert not without_signal(even).any()
     bright = data * np.r_[3, 2, 1.3, np.ones(T - 3)][:, None]
     bright[20] *= 0.4
     assert not without_signal(bright).any()

@@ -67,7 +67,7 @@ def test_a_signal_to_all_processes_does_not_hide_a_worker():
     assert worker.is_alive()
     os.kill(worker.pid, signal.SIGTERM)  # which a worker does not outlive
     worker.join(20)
-    # 255 where the pool, which joins it at the same time, was the first to be told its exit code
+    # 255 where the pool, which joins it at the same time, was the first to read its exit code
     assert worker.exitcode in (-signal.SIGTERM, 255)
     end_workers()
 

@@ -13,11 +13,10 @@ from urllib.parse import unquote, urlsplit
 from bids_brainfm.bids.description import generators, read_description
 from bids_brainfm.bids.files import first_line
 from bids_brainfm.bids.freshness import damage, read_sidecar, sidecar_path
-from bids_brainfm.bids.inputs.listing import abridge
 from bids_brainfm.bids.naming import OUTPUT_ENTITIES, failure_path, join_name, parse_name
 from bids_brainfm.bids.settings import SETTINGS
 from bids_brainfm.documents import read_tsv
-from bids_brainfm.errors import BrainfmError
+from bids_brainfm.errors import BrainfmError, abridge
 from bids_brainfm.progress import track
 
 if TYPE_CHECKING:

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import json
 import time
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from bids_brainfm.bids import claims
 from bids_brainfm.bids.files import as_plain, create, write_text
 from bids_brainfm.bids.freshness import read_sidecar
+from bids_brainfm.documents import text_checksum
 from bids_brainfm.errors import BrainfmError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def claim_settings(
     """
     path = record_path(output, name)
     text = json.dumps(settings, indent=2, default=as_plain) + '\n'
-    wanted, digest = json.loads(text), f'{zlib.crc32(text.encode()):08x}'
+    wanted, digest = json.loads(text), text_checksum(text)
     claims.announce(output, name, digest)
     first = functools.cache(lambda: next(iter(records), None))
     try:
@@ -86,7 +86,7 @@ def settings_digest(settings: Mapping[str, Any]) -> str:
     """Checksum of settings without the version of the results, which sidecars have themselves."""
     others = {key: value for key, value in settings.items() if key != VERSION}
     text = json.dumps(others, sort_keys=True, default=as_plain)
-    return f'{zlib.crc32(text.encode()):08x}'
+    return text_checksum(text)
 
 
 def recorded_digest(output: Path, name: str) -> str | None:
@@ -97,6 +97,12 @@ def recorded_digest(output: Path, name: str) -> str | None:
     except OSError:
         return None
     return _digest_of(path, state.st_mtime_ns, state.st_ino)
+
+
+def other_settings(output: Path, sidecar: Mapping[str, Any]) -> list[str]:
+    """Names of the records whose settings are not those that an output was made with."""
+    made = sidecar.get(SETTINGS, {})
+    return [n for n, digest in made.items() if recorded_digest(output, n) not in (None, digest)]
 
 
 @functools.lru_cache(maxsize=256)

@@ -17,7 +17,7 @@ from bids_brainfm import stopping, surroundings
 from bids_brainfm.cli import scratch
 from bids_brainfm.cli.parser import named_files, parse_settings
 from bids_brainfm.config import Settings, split_name
-from bids_brainfm.errors import BrainfmError
+from bids_brainfm.errors import BrainfmError, abridge
 from bids_brainfm.signals.strategy import GSR
 
 if TYPE_CHECKING:
@@ -285,13 +285,13 @@ def carry_out(plan: 'Plan') -> int:
 
 
 def changed_reports(plan: 'Plan') -> list[str]:
-    """Participants whose reports are not of what will be in the output folder."""
-    from bids_brainfm.outputs.reporting import report_current
-    from bids_brainfm.progress import track
+    """Participants whose reports will not fit what is in the output folder."""
+    from bids_brainfm.outputs.reporting import out_of_date
 
-    busy, output, versions = plan.busy, plan.settings.output_dir, software()
-    subjects = track(plan.subjects, 'Looking through reports', 'participant')
-    return [s for s in subjects if s in busy or not report_current(output, s, versions)]
+    busy = plan.busy
+    idle = [subject for subject in plan.subjects if subject not in busy]
+    changed = busy | set(out_of_date(plan.settings.output_dir, idle, software()))
+    return [subject for subject in plan.subjects if subject in changed]
 
 
 def write_graph(workflow: 'pe.Workflow', folder: Path) -> None:
@@ -328,10 +328,8 @@ def conclude(plan: 'Plan', crashed: Exception | None, seconds: float) -> int:
     output = plan.settings.output_dir
     failures = plan.read_failures()
     if crashed is None and (removed := plan.removed()):
-        more = f' and {len(removed) - 1} more' * (len(removed) > 1)
-        crashed = BrainfmError(
-            f'{removed[0]}{more} were removed while the command ran: start it again.'
-        )
+        names = abridge([str(path) for path in removed], 1)
+        crashed = BrainfmError(f'{names} were removed while the command ran: start it again.')
     for sentence in failures:
         LOGGER.error('Failed: %s', sentence)
     if crashed is not None:

@@ -2,7 +2,6 @@
 
 import logging
 import re
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from bids_brainfm.bids.files import write_table
 from bids_brainfm.bids.freshness import check_contents, write_sidecar
 from bids_brainfm.bids.naming import LONG_NAMES, own_uri
 from bids_brainfm.config import Settings
+from bids_brainfm.documents import text_checksum
 from bids_brainfm.errors import BrainfmError
 from bids_brainfm.outputs.products import save_figure
 from bids_brainfm.outputs.registry import BY_NAME
@@ -178,7 +178,7 @@ def _plain(text: str) -> str:
     ('F', False)
     """
     kept = re.sub('[^a-zA-Z0-9]', '', text)
-    return kept if kept == text else f'{kept}{zlib.crc32(text.encode()):08x}'
+    return kept if kept == text else kept + text_checksum(text)
 
 
 def _write_map(table: Path, group: GroupMap, found: Contrast, a: str, b: str) -> None:

@@ -121,7 +121,7 @@ class CohortCorrelation:
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator['h5py.File']:
-    """Open a file of sums; refused where it is none of ours, or not as it was written."""
+    """Open a file of sums; refused where another program wrote it, or it changed since."""
     import h5py
 
     check_contents(path, remedy='fit it again')
@@ -136,7 +136,7 @@ def _open(path: Path) -> Iterator['h5py.File']:
 
 
 def atlas_of(path: Path) -> str:
-    """Atlas of a file; refused where it is none of ours."""
+    """Atlas of a file; refused where another program wrote it."""
     with _open(path) as file:
         return str(file.attrs['atlas'])
 

@@ -22,6 +22,7 @@ from bids_brainfm.bids.run import BoldRun
 from bids_brainfm.bids.settings import (
     SETTINGS,
     claim_settings,
+    other_settings,
     record_path,
     recorded_digest,
     settings_digest,
@@ -128,26 +129,12 @@ def product_current(
     files = companions(product, run, task.place, None if written else task)
     if not all(freshness.is_whole(file, contents) for file in files):
         return False
-    _check_settings(table, sidecar, recorded_settings(product, task.place))
-    return written is None or set(getattr(task, 'arrays', ())) <= set(written)
-
-
-def recorded_settings(product: Product, place: Place) -> dict[str, str]:
-    """Checksums of the recorded settings that a product is made with, by record."""
-    records = (product, BY_NAME['series'], BY_NAME['embedding'])
-    names = dict.fromkeys(record_name(each, place) for each in records if each.record)
-    found = {name: recorded_digest(place.output, name) for name in names}
-    return {name: digest for name, digest in found.items() if digest is not None}
-
-
-def _check_settings(table: Path, sidecar: Mapping[str, Any], recorded: Mapping[str, str]) -> None:
-    """Raise BrainfmError where an output was made with other settings than those recorded."""
-    made = sidecar.get(SETTINGS, {})
-    if others := [name for name, digest in recorded.items() if made.get(name, digest) != digest]:
+    if others := other_settings(task.place.output, sidecar):
         raise BrainfmError(
             f'{table} was made with other settings of {others[0]} than those in logs/settings: '
             f'remove the outputs of other settings, or use another output folder.'
         )
+    return written is None or set(getattr(task, 'arrays', ())) <= set(written)
 
 
 def damaged_files(product: Product, run: BoldRun, place: Place) -> dict[Path, str]:
@@ -224,12 +211,15 @@ def agreed_settings(product: Product, task: Task) -> dict[str, str]:
 
     Raises BrainfmError where they are not those of the task, since another command changed them.
     """
-    found = recorded_settings(product, task.place)
+    place, records = task.place, (product, BY_NAME['series'], BY_NAME['embedding'])
+    names = dict.fromkeys(record_name(each, place) for each in records if each.record)
+    recorded = {name: recorded_digest(place.output, name) for name in names}
+    found = {name: digest for name, digest in recorded.items() if digest is not None}
     if product.record:
-        name, own = record_name(product, task.place), settings_digest(settings_of(product, task))
+        name, own = record_name(product, place), settings_digest(settings_of(product, task))
         if found.setdefault(name, own) != own:
             raise BrainfmError(
-                f'{record_path(task.place.output, name)} no longer has the settings that this '
+                f'{record_path(place.output, name)} no longer has the settings that this '
                 f'command started with: use the same settings, or another output folder.'
             )
     return found

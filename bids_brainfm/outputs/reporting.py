@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ from bids_brainfm.bids.dataset import Record, find_records
 from bids_brainfm.bids.files import listed
 from bids_brainfm.bids.freshness import read_sidecar
 from bids_brainfm.bids.naming import join_name, parcels_name
-from bids_brainfm.bids.settings import SETTINGS, recorded_digest
+from bids_brainfm.bids.settings import other_settings, recorded_digest
 from bids_brainfm.outputs.outcome import read_failures
 from bids_brainfm.outputs.products import facts, report_figures
 from bids_brainfm.outputs.registry import BY_NAME, OF_SERIES, PRODUCTS, Product
+from bids_brainfm.progress import track
 from bids_brainfm.reports.fragments import ModelFacts, RunFacts, Source
 from bids_brainfm.reports.methods import read_methods
 from bids_brainfm.reports.report import figure_files, read_mark, write_report
@@ -46,25 +47,35 @@ def report(output: Path, subject: str, software: dict[str, str]) -> Path:
 
     The warnings of all sidecars that it shows go to the log as well.
     """
-    methods = read_methods(output)
     # before what it is made from is read: what changes meanwhile makes it another one
-    mark = _mark(output, subject, methods, software)
-    runs = collect_runs(output, subject)
+    mark = _mark(output, subject, _shared(output, software))
+    runs, methods = collect_runs(output, subject), read_methods(output)
     for run in runs:
         for sentence in run.warnings:
             LOGGER.warning('%s: %s', run.name, sentence)
     return write_report(output, subject, runs, report_figures(), methods, software, mark)
 
 
-def report_current(output: Path, subject: str, software: dict[str, str]) -> bool:
-    """Whether the report of a participant is the one that would be written now."""
-    mark = _mark(output, subject, read_methods(output), software)
-    return read_mark(output / f'sub-{subject}.html') == mark
+def out_of_date(output: Path, subjects: Collection[str], software: dict[str, str]) -> list[str]:
+    """Participants whose reports are not those that would be written now."""
+    shared = _shared(output, software)
+    return [
+        subject
+        for subject in track(subjects, 'Looking through reports', 'participant')
+        if read_mark(output / f'sub-{subject}.html') != _mark(output, subject, shared)
+    ]
 
 
-def _mark(output: Path, subject: str, methods: str, software: dict[str, str]) -> str:
+def _shared(output: Path, software: dict[str, str]) -> str:
+    """What the reports of all participants are made from: versions, methods text, settings."""
+    records = [path.stem for path in listed(output / 'logs' / 'settings', '*.json')]
+    settings = {name: recorded_digest(output, name) for name in records}
+    return json.dumps([software, read_methods(output), settings])
+
+
+def _mark(output: Path, subject: str, shared: str) -> str:
     """Checksum of all that a report is made from: sidecars, failures, names of figures, text."""
-    digest = hashlib.sha256(json.dumps([software, methods]).encode())
+    digest = hashlib.sha256(shared.encode())
     folder = output / f'sub-{subject}'
     places = [folder / 'func', *(session / 'func' for session in listed(folder, 'ses-*'))]
     read = [path for place in places for path in listed(place, '*.json')]
@@ -111,11 +122,9 @@ def collect_runs(output: Path, subject: str) -> list[RunFacts]:
 
 
 def _other_settings(output: Path, sidecar: dict[str, Any]) -> list[str]:
-    """Sentence on outputs that were made with other settings than the recorded ones."""
-    made = sidecar.get(SETTINGS, {})
-    others = [n for n, digest in made.items() if recorded_digest(output, n) not in (None, digest)]
+    """Sentences on outputs that were made with other settings than the recorded ones."""
     words = 'The outputs were made with other settings of {} than those in logs/settings.'
-    return [words.format(name) for name in others]
+    return [words.format(name) for name in other_settings(output, sidecar)]
 
 
 def _run_facts(name: str, record: Record, sidecar: dict[str, Any]) -> RunFacts:

@@ -14,6 +14,7 @@ from bids_brainfm.bids.freshness import write_sidecar
 from bids_brainfm.bids.naming import own_uri
 from bids_brainfm.bids.run import BoldRun, metadata
 from bids_brainfm.bids.settings import SETTINGS
+from bids_brainfm.errors import abridge
 from bids_brainfm.outputs import quality
 from bids_brainfm.outputs.tasks import SeriesTask
 from bids_brainfm.signals.connectome import connectome
@@ -94,11 +95,10 @@ class SeriesContext:
                 f'{found.n_nonfinite} voxels hold NaN or infinite values and were left out.'
             )
         if names := self.uncovered:
-            more = f' and {len(names) - 5} more' * (len(names) > 5)
             sentences.append(
                 f'{len(names)} of {self.atlas.n_parcels} parcels have less than '
                 f'{self.task.min_coverage:.0%} of their {self.voxels}, or none, and are n/a: '
-                f'{", ".join(names[:5])}{more}.'
+                f'{abridge(names)}.'
             )
         if self.excluded:
             sentences.append(

@@ -34,20 +34,18 @@ def execute(workflow: pe.Workflow, plan: Plan) -> None:
         'job_finished_timeout': '60',
     }
     nodes = [workflow.get_node(name) for name in workflow.list_node_names()]
-    totals, counts = Counter[str](), Counter[str]()
-    for node in nodes:
-        if isinstance(node.interface, Each) and not node.run_without_submitting:
-            counts[node.interface.what] += 1
-        if isinstance(node.interface, Each):
-            totals[node.interface.what] += len(node.inputs.items)
+    totals, side_by_side = Counter[str](), Counter[str]()
+    for node in (node for node in nodes if isinstance(node.interface, Each)):
+        totals[node.interface.what] += len(node.inputs.items)
+        side_by_side[node.interface.what] += not node.run_without_submitting
     journal = plan.work / JOURNAL
     journal.mkdir()
     with Follower(journal, totals):
-        run(workflow, choose_plugin(settings, _listen, max(counts.values(), default=0)))
+        run(workflow, choose_plugin(settings, _listen, max(side_by_side.values(), default=0)))
 
 
 def _listen(node: pe.Node, status: str) -> None:
-    """Take Nipype's report on a node: of an interrupted one, too, it says that it has ended."""
+    """Raise KeyboardInterrupt after a signal: Nipype reports an interrupted node as ended."""
     stopping.check()
 
 

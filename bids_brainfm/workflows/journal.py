@@ -12,7 +12,6 @@ import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from bids_brainfm.progress import Progress
@@ -30,7 +29,7 @@ class Journal(logging.Handler):
         path = folder / f'{time.time_ns()}-{uuid.uuid4().hex}.jsonl'
         self.file = path.open('w', encoding='utf-8')
         self.what, self.unit = what, unit
-        self.forwards = not LOGGER.handlers  # in a process whose log nobody else takes
+        self.forwards = not LOGGER.handlers  # in a worker process
 
     def write(self, name: str, error: str | None, seconds: float) -> None:
         """Report that an item is done, or why it failed."""
@@ -45,7 +44,7 @@ class Journal(logging.Handler):
         self.file.flush()
 
     def __enter__(self) -> Self:
-        """Tell that the node begins, and take the log where nobody else does."""
+        """Report that the node begins; collect its log where there is no other handler."""
         if self.what:
             self._append(what=self.what, unit=self.unit)
         if self.forwards:
@@ -53,10 +52,7 @@ class Journal(logging.Handler):
             LOGGER.setLevel(logging.INFO)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:  # fmt: skip
+    def __exit__(self, *_: object) -> None:
         """Close the file."""
         LOGGER.removeHandler(self)
         self.file.close()
@@ -69,6 +65,7 @@ class Follower:
         self.folder, self.totals = folder, totals
         self.read: dict[str, int] = {}  # bytes of each file
         self.progress: dict[str, Progress] = {}
+        self.stack = contextlib.ExitStack()  # of these
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -77,26 +74,19 @@ class Follower:
         self.thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:  # fmt: skip
+    def __exit__(self, *_: object) -> None:
         """Report what is left, and end."""
         self.ended.set()
         self.thread.join()
-        for progress in self.progress.values():
-            progress.bar.close()
+        self.stack.close()
 
     def _follow(self) -> None:
         ended = False
         while not ended:
             ended = self.ended.wait(POLL)
-            with contextlib.suppress(OSError):  # somebody empties the work folder
+            with contextlib.suppress(OSError):  # the work folder was emptied
                 for path in sorted(self.folder.glob('*.jsonl')):
                     self._read(path)
-            for progress in self.progress.values():
-                if progress.done < progress.total:
-                    progress.update(0)
 
     def _read(self, path: Path) -> None:
         begin = self.read.get(path.name, 0)
@@ -115,7 +105,8 @@ class Follower:
             return
         what, total = entry['what'], self.totals[entry['what']]
         if what not in self.progress:
-            self.progress[what] = Progress(total, what.capitalize(), entry['unit'])
+            progress = Progress(total, what.capitalize(), entry['unit'])
+            self.progress[what] = self.stack.enter_context(progress)
         if 'name' not in entry:  # a node begins
             return
         progress, name, error = self.progress[what], entry['name'], entry['error']

@@ -46,7 +46,7 @@ class _EachSpec(base.BaseInterfaceInputSpec):
 
 
 class Each(_Node):
-    """The same for each of many items; where one raises, the others are done all the same."""
+    """The same for each of many items; where one raises, the others are still done."""
 
     input_spec = _EachSpec
     what, unit = '', 'participant'  # what is made, and of what, in words
@@ -68,7 +68,7 @@ class Each(_Node):
             raise raised
 
     def _do(self, item: Any) -> str | None:
-        """Do it; returns the sentence that says why it failed, if so."""
+        """Do it; returns the reason in one sentence where it failed."""
         raise NotImplementedError
 
     def _name(self, item: Any) -> str:

@@ -17,12 +17,11 @@ from bids_brainfm.bids.description import generators, read_description
 from bids_brainfm.bids.freshness import sidecar_path
 from bids_brainfm.bids.inputs import FindRuns, open_datasets
 from bids_brainfm.bids.inputs.filters import read_filters
-from bids_brainfm.bids.inputs.listing import abridge
 from bids_brainfm.bids.naming import parse_name
 from bids_brainfm.bids.run import BoldRun
 from bids_brainfm.bids.tables import custom_table, ica_tables
 from bids_brainfm.config import Settings
-from bids_brainfm.errors import BrainfmError
+from bids_brainfm.errors import BrainfmError, abridge
 from bids_brainfm.models.cards import ModelCard
 from bids_brainfm.models.model import check_fit
 from bids_brainfm.outputs import networks

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from bids_brainfm.bids.description import generators, read_description
-from bids_brainfm.bids.inputs.listing import abridge, iterate_folders
+from bids_brainfm.bids.inputs.listing import iterate_folders
 from bids_brainfm.bids.run import BoldRun
-from bids_brainfm.errors import BrainfmError
+from bids_brainfm.errors import BrainfmError, abridge
 
 ADAPTERS = ('fmriprep',)  # the first that accepts a dataset reads it
 Found = tuple[list[BoldRun], dict[str, str]]
@@ -94,7 +94,7 @@ def find_datasets(bids_dir: Path, derivatives: dict[str, str]) -> dict[str, Path
         if (nested := bids_dir / 'derivatives' / folder).is_dir():
             read_description(nested)
             return {folder: nested}
-    if _has_preprocessed(bids_dir):  # though its description does not tell
+    if _has_preprocessed(bids_dir):  # though its description does not show it
         return {'preprocessed': bids_dir}
     lack = f'{bids_dir} is a raw BIDS dataset without derivatives/{" or ".join(folders)}'
     if others := sorted((bids_dir / 'derivatives').glob('*/')):

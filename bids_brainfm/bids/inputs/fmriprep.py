@@ -10,7 +10,6 @@ from bids_brainfm.bids.inputs.listing import (
     File,
     Folder,
     Listing,
-    abridge,
     list_around,
     list_dataset,
     parse_file,
@@ -18,7 +17,7 @@ from bids_brainfm.bids.inputs.listing import (
 from bids_brainfm.bids.inputs.pairing import DEFAULTS, VERSION_ENTITIES, companions, sidecars
 from bids_brainfm.bids.naming import LONG_NAMES, join_name
 from bids_brainfm.bids.run import BoldRun
-from bids_brainfm.errors import BrainfmError
+from bids_brainfm.errors import BrainfmError, abridge
 
 FOLDER = 'fmriprep'  # below derivatives/ of a raw dataset
 # How the methods text goes on after "Preprocessed BOLD series were taken from"

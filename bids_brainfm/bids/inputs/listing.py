@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bids_brainfm.bids.naming import join_name, parse_name
-from bids_brainfm.errors import BrainfmError
+from bids_brainfm.errors import BrainfmError, abridge
 from bids_brainfm.progress import track
 
 LOGGER = logging.getLogger('bids_brainfm')
@@ -157,13 +157,3 @@ def _functional(path: Path, above: tuple[Folder, ...], levels: dict[str, str]) -
 def _printable(path: Path) -> str:
     """Return a path as text, also where its name is not UTF-8."""
     return os.fsencode(path).decode(errors='backslashreplace')
-
-
-def abridge(names: Collection[str], most: int = 5) -> str:
-    """Join names, of many only the first.
-
-    >>> abridge(['a', 'b', 'c'], 2)
-    'a, b and 1 more'
-    """
-    more = f' and {len(names) - most} more' if len(names) > most else ''
-    return ', '.join(list(names)[:most]) + more
